@@ -1,0 +1,2383 @@
+#!/usr/bin/env python3
+"""Full-parameter fine-tuning of Qwen3 with LLaMA-Factory, DeepSpeed ZeRO-3 and SwanLab.
+
+    python train_qwen3_ft.py configs/demo_cpu.yaml            # two minutes on any CPU, no download
+    python train_qwen3_ft.py                                  # configs/qwen3_14b_ft.yaml, the GPUs it names
+    CUDA_VISIBLE_DEVICES=0,1 python train_qwen3_ft.py         # two GPUs, whatever the YAML says
+    python train_qwen3_ft.py my.yaml learning_rate=2e-5       # any YAML key can be overridden
+
+Usage: python train_qwen3_ft.py [CONFIG.yaml] [key=value ...] [--dry-run [--json]] [--resume [RUN_DIR]]
+                                [--force] [--verbose]
+
+CONFIG is a LLaMA-Factory training YAML. Besides LLaMA-Factory's keys it takes the launcher's own:
+cuda_visible_devices (GPU ids as nvidia-smi shows them; the environment's CUDA_VISIBLE_DEVICES wins),
+global_batch_size (samples an optimizer step; gradient accumulation follows from the GPUs there are) and
+max_restarts (default 3). The script starts torchrun on itself, one process per GPU; it also works when you
+or Slurm start it through torchrun.
+
+Before anything starts, all of this is checked at once: keys, types and choices against the installed
+LLaMA-Factory; contradictions; model, data and DeepSpeed files; packages; GPUs; memory and disk against an
+estimate. It cannot check what only a run can show: that a download works, that the data tokenizes, that
+activations of an unknown architecture fit.
+
+Everything of a run is in <output_dir>/<YYYYmmdd-HHMMSS> (run_name=NAME replaces the timestamp): config.yaml
+(can be launched again), plan.json, logs/rank<R>.log, checkpoint-N/, trainer_log.jsonl, training_loss.png,
+summary.json and the model. Beside it, <output_dir>/swanlog has the SwanLab records of all runs.
+
+Ctrl-C, SIGTERM or a file STOP in the run directory: a checkpoint at the end of the step, then the end;
+--resume goes on from there. A crash after a checkpoint restarts by itself.
+
+Exit codes: 0 done; 1 training failed; 2 nothing was started (arguments, config or machine); 128+N stopped
+by signal N after a checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import csv
+import difflib
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+import select
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import TextIO
+
+import yaml
+
+# torch, transformers, llamafactory, deepspeed and swanlab are imported inside the worker's functions only:
+# CUDA_VISIBLE_DEVICES must be set before torch looks at it, and the parent must start at once.
+
+SCRIPT = Path(__file__).resolve()
+DEFAULT_CONFIG = SCRIPT.parent / "configs" / "qwen3_14b_ft.yaml"
+DEMO_COMMAND = f"python {SCRIPT.name} configs/demo_cpu.yaml"
+RUN_DIR_VARIABLE = "QWEN3_FT_RUN_DIR"
+SECRETS_VARIABLE = "QWEN3_FT_SECRETS"
+STARTED_VARIABLE = "QWEN3_FT_STARTED"
+SECRET_KEY = re.compile(r"(^|_)(token|api_key|secret|password|webhook_url)$")
+# Read by the hub and tracker libraries themselves, so the value need not pass through pickled arguments.
+SECRET_ENVIRONMENT = {
+    "hf_hub_token": "HF_TOKEN",
+    "hub_token": "HF_TOKEN",
+    "push_to_hub_token": "HF_TOKEN",
+    "swanlab_api_key": "SWANLAB_API_KEY",
+}
+INPUT_PATHS = ("deepspeed", "dataset_dir", "media_dir", "resume_from_checkpoint", "tokenized_path", "fsdp_config")
+MODEL_PATHS = ("model_name_or_path", "adapter_name_or_path", "ref_model", "reward_model")
+OUTPUT_PATHS = ("output_dir", "cache_dir", "swanlab_logdir", "profiler_output_dir")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the user can mend: what is wrong, where, what was expected, how to mend it. --force may overrule it."""
+
+    text: str
+    overrule: bool = False
+
+
+class LaunchError(Exception):
+    """Nothing was started, and why: every problem that was found; exit code 2."""
+
+    def __init__(self, *problems: str | Problem):
+        self.problems = [problem if isinstance(problem, Problem) else Problem(problem) for problem in problems]
+        super().__init__("\n".join(problem.text for problem in self.problems))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Command line and configuration
+# ---------------------------------------------------------------------------------------------------------
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An argument parser whose errors are the launcher's."""
+
+    def error(self, message: str):
+        raise LaunchError(f"{message}; see python {SCRIPT.name} --help")
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """Split the command line into `config` (path), `overrides` ({key: text}) and the options."""
+    parser = ArgumentParser(prog=SCRIPT.name, description=__doc__, usage=argparse.SUPPRESS,
+                            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("words", nargs="*", metavar="CONFIG.yaml, key=value", help=argparse.SUPPRESS)
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, all problems and the command; start nothing")
+    parser.add_argument("--json", action="store_true", help="with --dry-run: the plan as one JSON object")
+    parser.add_argument("--resume", nargs="?", const="", metavar="RUN_DIR",
+                        help="go on with RUN_DIR, or with the newest unfinished run under output_dir")
+    parser.add_argument("--force", action="store_true", help="start in spite of memory, disk, version or busy-GPU problems")
+    parser.add_argument("--verbose", action="store_true", help="show all that rank 0 prints")
+    parser.add_argument("--tracker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_intermixed_args(argv)
+    words, options.words = options.words, []
+    if options.resume and re.match(r"\w+=", options.resume):  # --resume learning_rate=1e-5: no RUN_DIR was given
+        words, options.resume = [options.resume, *words], ""
+    options.overrides = dict(word.split("=", 1) for word in words if re.match(r"\w+=", word))
+    paths = [word for word in words if not re.match(r"\w+=", word)]
+    if len(paths) > 1:
+        raise LaunchError(f"one CONFIG.yaml is expected, got {len(paths)}: {' '.join(paths)}")
+    options.config = Path(paths[0]) if paths else DEFAULT_CONFIG
+    if options.json and not options.dry_run:
+        raise LaunchError("--json goes with --dry-run")
+    return options
+
+
+class ConfigLoader(yaml.SafeLoader):
+    """A safe YAML loader with the scalars of YAML 1.2, where `no` is a word and `1e-5` a number."""
+
+    yaml_implicit_resolvers = {}
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        """`1_000`, `0x1F` and `0o17` are integers; everything else that was matched is a float."""
+        text = node.value.lower().replace(".inf", "inf").replace(".nan", "nan")
+        try:
+            return int(text, 0)
+        except ValueError:
+            return float(text)
+
+
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("float", r"[-+]?(0|[1-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+|\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+              r"|[0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|\.[0-9]+([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)",
+     list("-+.0123456789")),
+    ("merge", r"<<", ["<"]),
+):
+    ConfigLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+ConfigLoader.add_constructor("tag:yaml.org,2002:float", ConfigLoader.construct_number)
+
+
+def parse_yaml(text: str, source: str) -> tuple[object, dict[str, int]]:
+    """Parse one YAML document.
+
+    Returns the value and, where it is a mapping, the line of each top-level key.
+    Raises LaunchError with `source:line` for a syntax error, a duplicate key or an unusable key.
+    """
+    try:
+        loader = ConfigLoader(text)
+        node = loader.get_single_node()
+        lines = key_lines(node, source)
+        return (None if node is None else loader.construct_document(node)), lines
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        hint = "; indent with spaces, not tabs" if "\\t" in str(error.problem) else ""
+        raise LaunchError(f"{source}{line}: not valid YAML: {error.problem}{hint}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise LaunchError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def key_lines(node: yaml.Node | None, source: str) -> dict[str, int]:
+    """The line (from 1) of each top-level key; refuses a key that stands twice at any depth."""
+    lines: dict[str, int] = {}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if key.value in lines and key.value != "<<":
+                raise LaunchError(f"{source}:{line}: {key.value}: duplicate key, first on line {lines[key.value]}; "
+                                  "keep one of them")
+            lines[str(key.value)] = line
+            key_lines(value, source)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            key_lines(item, source)
+    return lines
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 file (a byte order mark is allowed); a LaunchError names what is wrong with it."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise LaunchError(f"{path}:{line}: not UTF-8 text (byte 0x{error.object[error.start]:02x}); "
+                          "save the file as UTF-8") from None
+    except OSError as error:
+        hint = f"; the demo is {DEMO_COMMAND}" if isinstance(error, FileNotFoundError) else ""
+        raise LaunchError(f"{path}: {error.strerror.lower()}: expected a YAML file{hint}") from None
+
+
+@dataclass(frozen=True)
+class Config:
+    """A resolved configuration: absolute paths, no secrets in `values`, and where each key was given."""
+
+    source: str
+    values: dict
+    lines: dict[str, int] = field(default_factory=dict)
+    secrets: dict[str, str] = field(default_factory=dict)
+
+    def where(self, key: str) -> str:
+        """The place to mend `key`, for a message: `file.yaml:12` or `command line`."""
+        return f"{self.source}:{self.lines[key]}" if key in self.lines else "command line"
+
+
+def load_config(path: Path, overrides: dict[str, str]) -> Config:
+    """Read CONFIG, lay the overrides over it, take the secrets out and make the paths absolute.
+
+    A key whose value is empty or null counts as not given. Raises LaunchError.
+    """
+    values, lines = parse_yaml(read_text(path), str(path))
+    if not isinstance(values, dict) or not values:
+        found = "it is empty" if values is None else f"found a {type(values).__name__}"
+        raise LaunchError(f"{path}:1: expected lines of `key: value` at the top level, {found}")
+    odd = [key for key in values if not isinstance(key, str)]
+    if odd:
+        raise LaunchError(f"{path}:{lines.get(str(odd[0]), 1)}: {odd[0]!r}: expected a key that is a word")
+    for key, text in overrides.items():
+        values[key] = parse_yaml(text, f"command line, {key}")[0]
+        lines.pop(key, None)
+    values = {key: value for key, value in values.items() if value is not None}
+    secrets = {key: str(values.pop(key)) for key in list(values) if SECRET_KEY.search(key)}
+    return Config(str(path), resolve_paths(values, Path.cwd()), lines, secrets)
+
+
+def resolve_paths(values: dict, cwd: Path) -> dict:
+    """Absolute paths: inputs from the working directory, else the script's folder; outputs from `cwd`.
+
+    A model that is no folder in either place stays as it is: it is a hub id.
+    """
+    def find(text: str) -> Path | None:
+        return next((base / text for base in (cwd, SCRIPT.parent) if (base / text).exists()), None)
+
+    resolved = dict(values)
+    for key in (*INPUT_PATHS, *MODEL_PATHS, *OUTPUT_PATHS):
+        if not isinstance(values.get(key), str) or values[key].startswith(("ONLINE", "REMOTE:")):
+            continue
+        text = os.path.expanduser(values[key])
+        if key in OUTPUT_PATHS:
+            resolved[key] = str(cwd / text)
+        else:
+            resolved[key] = str(find(text) or (text if key in MODEL_PATHS else cwd / text))
+    return resolved
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Devices
+# ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Devices:
+    """The GPUs of this machine that the run uses, why, and how many processes that makes.
+
+    `ids` are the words of CUDA_VISIBLE_DEVICES, as nvidia-smi numbers them; none means CPU.
+    """
+
+    ids: tuple[str, ...]
+    reason: str
+    processes: int
+
+    def __str__(self) -> str:
+        what = f"GPU{'s' * (len(self.ids) > 1)} {','.join(self.ids)}" if self.ids else "CPU"
+        return f"{what} ({self.reason}), {self.processes} process{'es' * (self.processes > 1)}"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU as NVML reports it; memory in bytes, `users` are the processes that hold memory on it."""
+
+    index: int
+    uuid: str
+    name: str
+    total: int
+    used: int
+    users: tuple[str, ...] = ()
+
+
+def query_gpus() -> tuple[list[Gpu] | None, str]:
+    """The machine's GPUs by NVML, in nvidia-smi's order, and a note; None where NVML cannot be asked."""
+    try:
+        import pynvml
+    except ImportError:
+        return None, "GPUs were not checked: the NVML package nvidia-ml-py is not installed"
+    try:
+        pynvml.nvmlInit()
+        return [read_gpu(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount())], ""
+    except pynvml.NVMLError as error:
+        return [], f"no NVIDIA driver answers on this machine (NVML: {error})"
+
+
+def read_gpu(pynvml, index: int) -> Gpu:
+    """What NVML knows of GPU `index`."""
+    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    try:
+        users = tuple(f"pid {process.pid} ({format_bytes(process.usedGpuMemory or 0)})"
+                      for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle))
+    except pynvml.NVMLError:  # containers often hide other containers' processes
+        users = ()
+    uuid, name = (text.decode() if isinstance(text, bytes) else text
+                  for text in (pynvml.nvmlDeviceGetUUID(handle), pynvml.nvmlDeviceGetName(handle)))
+    return Gpu(index, uuid, name, memory.total, memory.used, users)
+
+
+def parse_device_ids(value: object, source: str) -> tuple[str, ...]:
+    """Read `0`, `"0,1"`, `[0, 1]`, `"GPU-uuid"` or MIG ids; "" and -1 mean no GPU. Raises LaunchError."""
+    items = value if isinstance(value, list) else str(value).split(",")
+    ids = tuple(str(item).strip() for item in items)
+    if ids in ((), ("",), ("-1",), ("NoDevFiles",)):  # the last is what Slurm sets for a job without GPUs
+        return ()
+    for device in ids:
+        if not re.fullmatch(r"\d+|(GPU|MIG)-[\w/-]+", device):
+            raise LaunchError(f"{source}: {device!r} is not a GPU id; expected numbers as nvidia-smi shows them "
+                              'such as "0,1", or GPU-... or MIG-... ids')
+        if ids.count(device) > 1:
+            raise LaunchError(f"{source}: GPU {device} is named twice; name each GPU once")
+    return ids
+
+
+def resolve_devices(config: Config, env: dict[str, str], gpus: list[Gpu] | None) -> Devices:
+    """Choose the GPUs: CUDA_VISIBLE_DEVICES in the environment, else in the YAML, else all there are.
+
+    Pure: `gpus` is what NVML found (None: unknown). Raises LaunchError.
+    """
+    if config.values.get("use_cpu") is True:
+        return Devices((), "use_cpu: true", read_count(env, "NPROC_PER_NODE", 1))
+    asked = config.values.get("cuda_visible_devices")
+    if "CUDA_VISIBLE_DEVICES" in env:
+        ids = parse_device_ids(env["CUDA_VISIBLE_DEVICES"], "environment variable CUDA_VISIBLE_DEVICES")
+        other = "" if asked is None else ",".join(parse_device_ids(asked, f"{config.where('cuda_visible_devices')}: "
+                                                                          "cuda_visible_devices"))
+        wins = f", which wins over the config's {other or 'none'}" if asked is not None and other != ",".join(ids) else ""
+        reason = f"from CUDA_VISIBLE_DEVICES{wins}"
+    elif asked is not None:
+        ids = parse_device_ids(asked, f"{config.where('cuda_visible_devices')}: cuda_visible_devices")
+        reason = f"from cuda_visible_devices, {config.where('cuda_visible_devices')}"
+    else:
+        ids, reason = tuple(str(gpu.index) for gpu in gpus or ()), "all GPUs of this machine"
+    processes = read_count(env, "NPROC_PER_NODE", len(ids))
+    if processes > len(ids) > 0:
+        raise LaunchError(f"environment variable NPROC_PER_NODE: {processes} processes were asked for, but only "
+                          f"{len(ids)} GPUs ({','.join(ids)}; {reason}); one process needs one GPU")
+    return Devices(ids[:processes], reason, processes)
+
+
+def read_count(env: dict[str, str], name: str, default: int) -> int:
+    """A number of processes or machines in the environment, as llamafactory-cli reads it. Raises LaunchError."""
+    text = env.get(name, str(default)).strip()
+    if not text.isdecimal() or (int(text) == 0 and default):
+        raise LaunchError(f"environment variable {name}: expected a whole number of 1 or more, got {text!r}")
+    return int(text)
+
+
+def check_devices(devices: Devices, config: Config, gpus: list[Gpu] | None, note: str) -> list[Problem]:
+    """Problems with the chosen GPUs: there is none, or some do not exist."""
+    if config.values.get("use_cpu") is True or (gpus is None and devices.ids):
+        return []
+    if not devices.ids:
+        seen = note or devices.reason
+        return [Problem(f"no GPU to train on: {seen}; a machine with NVIDIA GPUs is needed "
+                        f"(to try the launcher on a CPU: {DEMO_COMMAND})")]
+    there = [name for gpu in gpus for name in (str(gpu.index), gpu.uuid)]
+    missing = [device for device in devices.ids if not any(
+        name == device or (device.startswith("GPU-") and name.startswith(device)) for name in there)]
+    missing = [device for device in missing if not device.startswith("MIG-")]
+    if not missing:
+        return []
+    found = ", ".join(f"{gpu.index} ({gpu.name})" for gpu in gpus) or f"none: {note}"
+    return [Problem(f"GPU {','.join(missing)} does not exist ({devices.reason}); this machine has {found}"
+                    + ("" if gpus else f" (to try the launcher on a CPU: {DEMO_COMMAND})"))]
+
+
+def format_bytes(count: float) -> str:
+    """Bytes for people: 30.1 GiB, 512.0 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} TiB"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What LLaMA-Factory accepts: its keys and their types, read from the installed sources without importing
+# ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Field:
+    """What a key takes: names of Python types (none: anything) and, for an enumeration, the words."""
+
+    kinds: frozenset[str] = frozenset()
+    choices: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        words = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text",
+                 "list": "a list", "dict": "a mapping"}
+        return "one of " + ", ".join(self.choices) if self.choices else " or ".join(
+            words[kind] for kind in words if kind in self.kinds and not (kind == "int" and "float" in self.kinds))
+
+
+LAUNCHER_FIELDS = {
+    "cuda_visible_devices": Field(),
+    "global_batch_size": Field(frozenset({"int"})),
+    "max_restarts": Field(frozenset({"int"})),
+}
+FIELD_SOURCES = (
+    *(f"llamafactory/hparams/{name}_args.py" for name in ("model", "data", "training", "finetuning", "generating")),
+    "transformers/training_args.py", "transformers/training_args_seq2seq.py",
+)
+CHOICE_SOURCES = ("transformers/trainer_utils.py", "transformers/training_args.py", "llamafactory/extras/constants.py")
+# Enumerations that the launcher widens: SwanLab's modes of today beside LLaMA-Factory's two.
+EXTRA_CHOICES = {"swanlab_mode": ("online", "offline", "disabled")}
+
+
+def known_fields() -> dict[str, Field]:
+    """Every key of the installed LLaMA-Factory and transformers with what it takes; {} where they are missing."""
+    try:
+        trees = {name: ast.parse(source_of(name)) for name in {*FIELD_SOURCES, *CHOICE_SOURCES}}
+    except OSError:
+        return {}
+    choices = {node.name: tuple(enum_values(node)) for name in CHOICE_SOURCES for node in trees[name].body
+               if isinstance(node, ast.ClassDef) and any("Enum" in ast.unparse(base) for base in node.bases)}
+    fields = dict(LAUNCHER_FIELDS)
+    for name in FIELD_SOURCES:
+        for line in (line for node in trees[name].body if isinstance(node, ast.ClassDef) for line in node.body):
+            if isinstance(line, ast.AnnAssign) and "init=False" not in ast.unparse(line.value or line.target):
+                found = read_annotation(line.annotation, choices)
+                if found.choices:
+                    found = replace(found, choices=found.choices + EXTRA_CHOICES.get(line.target.id, ()))
+                fields[line.target.id] = found
+    return fields
+
+
+def source_of(name: str) -> str:
+    """The text of a file of an installed package, `package/path.py`. Raises OSError where it is missing."""
+    package, _, path = name.partition("/")
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(name)
+    return Path(spec.submodule_search_locations[0], path).read_text(encoding="utf-8")
+
+
+def enum_values(node: ast.ClassDef) -> list[str]:
+    """The string values of an Enum class."""
+    return [line.value.value for line in node.body
+            if isinstance(line, ast.Assign) and isinstance(getattr(line.value, "value", None), str)]
+
+
+def read_annotation(node: ast.expr, choices: dict[str, tuple[str, ...]]) -> Field:
+    """Turn a field's annotation, such as `IntervalStrategy | str | None`, into a Field."""
+    if isinstance(node, ast.BinOp):
+        left, right = read_annotation(node.left, choices), read_annotation(node.right, choices)
+        return Field(left.kinds | right.kinds, left.choices + right.choices)
+    if isinstance(node, ast.Subscript):
+        name = ast.unparse(node.value)
+        if name == "Literal":
+            return Field(choices=tuple(ast.literal_eval(node.slice)) if isinstance(node.slice, ast.Tuple)
+                         else (ast.literal_eval(node.slice),))
+        return read_annotation(node.slice if name == "Optional" else node.value, choices)
+    name = ast.unparse(node)
+    if name in choices:
+        return Field(choices=choices[name])
+    return Field(frozenset({name} & {"bool", "int", "float", "str", "list", "dict"}))
+
+
+def cast(value: object, wanted: Field) -> object:
+    """`value` as the type the key takes; LLaMA-Factory casts nothing that comes as a dict. Raises ValueError.
+
+    A YAML 1.1 boolean word (yes, no, on, off) is a boolean where one is wanted, and false is the word `no`
+    where the choices have it (save_strategy: false).
+    """
+    words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+    if wanted.choices:
+        word = "no" if value is False and "no" in wanted.choices else value
+        if word in wanted.choices or (isinstance(word, list) and "list" in wanted.kinds):
+            return word
+        raise ValueError
+    kinds = wanted.kinds
+    if not kinds or type(value).__name__ in kinds or (isinstance(value, list) and "str" in kinds):
+        return value
+    if isinstance(value, bool):
+        raise ValueError
+    if "bool" in kinds and str(value).lower() in words:
+        return words[str(value).lower()]
+    if "int" in kinds and isinstance(value, (str, float)) and float(value) == int(float(value)):
+        return int(float(value))
+    if "float" in kinds and isinstance(value, (str, int)):
+        return float(value)
+    if "str" in kinds and isinstance(value, (int, float)):
+        return str(value)
+    raise ValueError
+
+
+def check_keys(config: Config, fields: dict[str, Field]) -> tuple[Config, list[Problem]]:
+    """The configuration with every value cast, and a problem for each key or value that cannot be."""
+    problems, values = [], dict(config.values)
+    for key, value in config.values.items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, 1)
+            problems.append(Problem(f"{config.where(key)}: {key}: unknown key"
+                                    + (f"; did you mean {near[0]}?" if near else "; LLaMA-Factory has no such key")))
+            values.pop(key)
+            continue
+        try:
+            values[key] = cast(value, fields[key])
+        except (ValueError, OverflowError):
+            near = difflib.get_close_matches(str(value), fields[key].choices, 1)
+            problems.append(Problem(f"{config.where(key)}: {key}: expected {fields[key]}, got {value!r}"
+                                    + (f"; did you mean {near[0]}?" if near else "")))
+            values.pop(key)
+    problems += [Problem(f"{config.where(key)}: {key}: unknown key") for key in config.secrets if key not in fields]
+    return replace(config, values=values), problems
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Plan: samples and optimizer steps
+# ---------------------------------------------------------------------------------------------------------
+
+
+def count_rows(path: Path, limit: int | None) -> int | None:
+    """Rows that LLaMA-Factory will read of a data file, counting no further than `limit`; None: unknown.
+
+    A JSON array over 64 MiB without a limit is not counted: that would cost more than it tells.
+    """
+    if path.is_dir():
+        counts = [count_rows(file, limit) for file in sorted(path.iterdir())]
+        return None if None in counts else sum(counts)
+    kind = path.suffix[1:]
+    if kind in ("json", "jsonl"):
+        with open(path, "rb") as file:
+            start = file.read(256).lstrip()[:1]
+        if start == b"[":
+            return count_json_array(path, limit)
+        return count_lines(path, limit) if start == b"{" else None
+    if kind == "txt":
+        return count_lines(path, limit)
+    if kind == "csv":
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = sum(1 for row in islice(filter(None, csv.reader(file)), None if limit is None else limit + 1))
+        return max(rows - 1, 0)
+    return count_parquet(path) if kind == "parquet" else None
+
+
+def count_lines(path: Path, limit: int | None) -> int:
+    """Lines that are not blank."""
+    with open(path, "rb") as file:
+        return sum(1 for _ in islice((line for line in file if not line.isspace()), limit))
+
+
+def count_json_array(path: Path, limit: int | None, chunk: int = 1 << 20) -> int | None:
+    """Elements of a top-level JSON array, decoded one after another so that memory stays small."""
+    if limit is None and path.stat().st_size > 64 << 20:
+        return None
+    decoder, between, count, at = json.JSONDecoder(), re.compile(r"[\s,]*"), 0, 0
+    with open(path, encoding="utf-8-sig") as file:
+        text = file.read(chunk).lstrip()[1:]
+        while limit is None or count < limit:
+            at = between.match(text, at).end()
+            if text.startswith("]", at):
+                return count
+            try:
+                at = decoder.raw_decode(text, at)[1]
+                count += 1
+            except ValueError:
+                more = file.read(max(chunk, len(text)))
+                if not more:
+                    return None  # not valid JSON, or an array that does not end
+                text, at = text[at:] + more, 0
+    return count
+
+
+def count_parquet(path: Path) -> int | None:
+    """Rows by a Parquet file's footer; another process reads it, since pyarrow would triple ours."""
+    script = "import sys, pyarrow.parquet as p; print(p.ParquetFile(sys.argv[1]).metadata.num_rows)"
+    answer = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True)
+    return int(answer.stdout) if answer.returncode == 0 else None
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The arithmetic of a run; None where it can only be known once the data is tokenized, with the reason."""
+
+    samples: int | None
+    per_epoch: int | None
+    total: int | None
+    reason: str = ""
+
+
+def plan_steps(rows: list[int | None], values: dict, world_size: int) -> Steps:
+    """Optimizer steps as transformers' Trainer.set_initial_training_values counts them.
+
+    `rows` are the data sets' rows after max_samples. Each rank gets ceil(ceil(samples / micro-batch) / ranks)
+    batches (accelerate's BatchSamplerShard with even_batches); gradient accumulation groups them, the last
+    group of an epoch may be short.
+    """
+    samples, reason = count_samples(rows, values)
+    max_steps = values.get("max_steps", -1)
+    if samples is None:
+        return Steps(None, None, max_steps if max_steps > 0 else None, reason)
+    micro = values.get("per_device_train_batch_size", 8)
+    divide = (lambda a, b: a // b) if values.get("dataloader_drop_last") else (lambda a, b: -(-a // b))
+    batches = divide(divide(samples, micro), world_size)
+    per_epoch = max(-(-batches // values.get("gradient_accumulation_steps", 1)), 1)
+    total = max_steps if max_steps > 0 else math.ceil(values.get("num_train_epochs", 3.0) * per_epoch)
+    return Steps(samples, per_epoch, total)
+
+
+def count_samples(rows: list[int | None], values: dict) -> tuple[int | None, str]:
+    """Training samples after the split, as LLaMA-Factory's split_dataset makes it, or why they are unknown."""
+    if values.get("streaming"):
+        return None, "the data is streamed"
+    if values.get("packing", values.get("stage") == "pt") or values.get("neat_packing"):
+        return None, "packing joins samples"
+    if values.get("tokenized_path") and Path(values["tokenized_path"]).is_dir():
+        return None, "tokenized_path holds the samples"
+    if None in rows or not rows:
+        return None, "the rows of the data are counted when it is loaded"
+    if values.get("mix_strategy", "concat") != "concat" and len(rows) > 1:
+        return None, "interleaving draws the samples"
+    share = values.get("val_size", 0.0)
+    held_out = int(share) if share > 1 else math.ceil(sum(rows) * share)
+    return sum(rows) - held_out, ""
+
+
+def read_dataset_info(values: dict) -> tuple[dict, str]:
+    """dataset_info.json of dataset_dir and what is wrong with it; {} for data that is looked up on a hub."""
+    folder = values.get("dataset_dir", "data")
+    if isinstance(folder, dict):
+        return folder, ""
+    if folder.startswith(("ONLINE", "REMOTE:")):
+        return {}, ""
+    path = Path(folder, "dataset_info.json")
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+        return (info, "") if isinstance(info, dict) else ({}, f"{path}: expected a JSON object of data sets")
+    except OSError as error:
+        return {}, f"{path}: {error.strerror.lower()}; dataset_dir is the folder that holds dataset_info.json"
+    except ValueError as error:
+        return {}, f"{path}: not valid JSON: {error}"
+
+
+def inspect_data(config: Config, key: str) -> tuple[list[int | None], list[Problem]]:
+    """The rows of each data set that `key` (dataset or eval_dataset) names, and what is wrong with them."""
+    values, rows, problems = config.values, [], []
+    names = name_list(values.get(key))
+    folder = values.get("dataset_dir", "data")
+    if isinstance(folder, str) and folder.startswith(("ONLINE", "REMOTE:")):
+        return [None] * len(names), []
+    info, trouble = read_dataset_info(values)
+    if trouble and names:
+        return [], [Problem(f"{config.where(key)}: {key}: {trouble}")]
+    for name in names:
+        entry = info.get(name)
+        if not isinstance(entry, dict):
+            near = difflib.get_close_matches(name, info, 1)
+            problems.append(Problem(f"{config.where(key)}: {key}: {name} is not in {folder}/dataset_info.json"
+                                    + (f"; did you mean {near[0]}?" if near else f"; it has {', '.join(info)}")))
+        elif "file_name" not in entry or any(hub in entry for hub in ("hf_hub_url", "ms_hub_url", "om_hub_url")):
+            rows.append(None)
+        elif not (path := Path(folder if isinstance(folder, str) else ".", entry["file_name"])).exists():
+            problems.append(Problem(f"{config.where(key)}: {key}: {name}: {path} does not exist; "
+                                    f"correct file_name in {folder}/dataset_info.json"))
+        else:
+            rows.append(usable_rows(path, entry.get("num_samples"), values.get("max_samples")))
+    return rows, problems
+
+
+def usable_rows(path: Path, drawn: int | None, limit: int | None) -> int | None:
+    """Rows of one data set: `drawn` (its num_samples) replaces what the file has, `limit` (max_samples) caps it."""
+    if drawn is not None:
+        return drawn if limit is None else min(drawn, limit)
+    return count_rows(path, limit)
+
+
+def name_list(value: object) -> list[str]:
+    """`a, b` or [a, b] as a list of words; None is []."""
+    items = value if isinstance(value, list) else str(value or "").split(",")
+    return [str(item).strip() for item in items if str(item).strip()]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Plan: memory, disk and traffic
+# ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the plan needs of a model: parameters, its config.json and where that was found."""
+
+    parameters: int
+    shape: dict
+    source: str
+
+    @property
+    def largest_layer(self) -> int:
+        """Parameters of the largest weight matrix, the most that ZeRO-3 gathers for one module."""
+        widest = max(self.shape["vocab_size"], self.shape.get("intermediate_size") or 0)
+        return self.shape["hidden_size"] * widest
+
+
+# hidden, layers, heads, key-value heads, inner, tied embeddings: the config.json files of the Qwen3 releases,
+# all with head_dim 128 and a vocabulary of 151,936, so that a plan needs no download.
+QWEN3_SHAPES = {
+    "0.6B": (1024, 28, 16, 8, 3072, True), "1.7B": (2048, 28, 16, 8, 6144, True),
+    "4B": (2560, 36, 32, 8, 9728, True), "8B": (4096, 36, 32, 8, 12288, False),
+    "14B": (5120, 40, 40, 8, 17408, False), "32B": (5120, 64, 64, 8, 25600, False),
+}
+
+
+def qwen3_config(name: str) -> dict | None:
+    """The config.json of a released Qwen3 model by its hub id, such as Qwen/Qwen3-14B."""
+    shape = QWEN3_SHAPES.get(re.sub(r"^Qwen/Qwen3-(.+?)(-Base)?$", r"\1", name))
+    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
+            "tie_word_embeddings")
+    return shape and {"model_type": "qwen3", "vocab_size": 151936, "head_dim": 128, **dict(zip(keys, shape))}
+
+
+def count_parameters(config: dict) -> int | None:
+    """Parameters of a Llama-like decoder by its config.json; None for another architecture.
+
+    Embedding and output matrix (once where tied); in each layer the attention projections with their biases
+    and Qwen3's query and key norms, three MLP matrices for each expert with their router, two norms; a last norm.
+    """
+    kind = config.get("model_type")
+    if kind not in ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe") or config.get("mlp_only_layers"):
+        return None
+    hidden, heads, inner = config["hidden_size"], config["num_attention_heads"], config["intermediate_size"]
+    head = config.get("head_dim") or hidden // heads
+    queries, keys = heads * head, (config.get("num_key_value_heads") or heads) * head
+    attention = 2 * hidden * (queries + keys) + (2 * head if kind.startswith("qwen3") else 0)
+    if kind == "qwen2" or config.get("attention_bias"):
+        attention += queries + 2 * keys + (0 if kind == "qwen2" else hidden)
+    mlp = 3 * hidden * inner + (2 * inner + hidden if config.get("mlp_bias") else 0)
+    if kind == "qwen3_moe":
+        mlp = config["num_experts"] * (3 * hidden * config["moe_intermediate_size"] + hidden)
+    matrices = 1 if config.get("tie_word_embeddings") else 2
+    return (matrices * config["vocab_size"] * hidden + hidden
+            + config["num_hidden_layers"] * (attention + mlp + 2 * hidden))
+
+
+def hub_folder(name: str, values: dict) -> Path | None:
+    """The local snapshot of a hub model, where one is in the Hugging Face cache."""
+    home = os.environ.get("HF_HOME", os.path.expanduser("~/.cache/huggingface"))
+    cache = Path(values.get("cache_dir") or os.environ.get("HF_HUB_CACHE") or Path(home, "hub"))
+    repository = cache / f"models--{name.replace('/', '--')}"
+    revision = repository / "refs" / values.get("model_revision", "main")
+    folder = repository / "snapshots" / (revision.read_text().strip() if revision.is_file() else "main")
+    return folder if (folder / "config.json").is_file() else None
+
+
+def inspect_model(config: Config) -> tuple[Model | None, list[Problem]]:
+    """The model's shape (None: unknown), and what is missing from a local folder."""
+    name = str(config.values.get("model_name_or_path", ""))
+    folder = Path(name) if Path(name).is_dir() else hub_folder(name, config.values)
+    where = f"{config.where('model_name_or_path')}: model_name_or_path"
+    if folder is None:
+        shape = qwen3_config(name)
+        looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
+        if looks_local and not shape and name:
+            return None, [Problem(f"{where}: the folder {name} does not exist; expected a folder with a config.json, "
+                                  "or a hub id such as Qwen/Qwen3-14B")]
+        return (shape and Model(count_parameters(shape), shape, "to be downloaded")), []
+    try:
+        shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return None, [Problem(f"{where}: {folder}/config.json: {getattr(error, 'strerror', None) or error}; "
+                              "a model folder has a config.json")]
+    scratch = config.values.get("train_from_scratch") is True
+    missing = [] if scratch else missing_weights(folder)
+    problems = [Problem(f"{where}: {folder}: {', '.join(missing)} missing; copy the weights there, or set "
+                        "train_from_scratch: true to train without any")] if missing else []
+    parameters = count_parameters(shape) or (None if scratch or missing else count_stored(folder))
+    return (Model(parameters, shape, f"from {folder}") if parameters else None), problems
+
+
+def missing_weights(folder: Path) -> list[str]:
+    """Weight files that a model folder should have and has not."""
+    for index in folder.glob("*.index.json"):
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return [file for file in files if not (folder / file).is_file()]
+    return [] if [*folder.glob("*.safetensors"), *folder.glob("*.bin")] else ["model.safetensors"]
+
+
+def count_stored(folder: Path) -> int | None:
+    """Parameters by the headers of the safetensors files: 8 bytes of length, then JSON with the shapes."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with open(path, "rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return total or None
+
+
+@dataclass(frozen=True)
+class Zero:
+    """What the plan needs of a DeepSpeed file: the ZeRO stage (0: none) and what is offloaded to host memory."""
+
+    stage: int = 0
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    used: bool = False
+
+    def __str__(self) -> str:
+        moved = [word for word, on in (("optimizer", self.offload_optimizer), ("parameters", self.offload_parameters)) if on]
+        name = f"ZeRO-{self.stage}" if self.used else "DDP"
+        return name + (f" with {' and '.join(moved)} in host memory" if moved else "")
+
+
+def inspect_deepspeed(config: Config) -> tuple[Zero, list[Problem]]:
+    """Read the DeepSpeed configuration, a JSON file or a mapping in the YAML."""
+    given, where = config.values.get("deepspeed"), f"{config.where('deepspeed')}: deepspeed"
+    if given is None:
+        return Zero(), []
+    try:
+        content = given if isinstance(given, dict) else json.loads(Path(given).read_text(encoding="utf-8"))
+        section = content["zero_optimization"]
+        moved = {key: section.get(key, {}).get("device", "none") != "none" for key in ("offload_optimizer", "offload_param")}
+        if section["stage"] not in (0, 1, 2, 3):
+            raise KeyError
+        return Zero(section["stage"], moved["offload_optimizer"], moved["offload_param"], True), []
+    except OSError as error:
+        return Zero(), [Problem(f"{where}: {given}: {error.strerror.lower()}; expected a DeepSpeed JSON file such as "
+                                "configs/deepspeed/ds_z3_config.json")]
+    except (KeyError, TypeError, AttributeError):
+        return Zero(), [Problem(f"{where}: {given if isinstance(given, str) else 'the mapping'}: expected "
+                                '{"zero_optimization": {"stage": 0 to 3, ...}, ...}')]
+    except ValueError as error:
+        return Zero(), [Problem(f"{where}: {given}: not valid JSON: {error}")]
+
+
+def estimate_memory(model: Model, zero: Zero, values: dict, world_size: int, local_size: int) -> dict:
+    """Bytes on each device by part, and `host` bytes on each machine (of the offloaded states).
+
+    Model states: DeepSpeed's estimate_zero3_model_states_mem_needs counts 18 bytes a parameter in mixed
+    precision: 2 for the weights, 4 for the gradients (16-bit, and 32-bit in the step), 12 for Adam (32-bit
+    weights and two moments; ZeRO, Rajbhandari et al. 2020, section 3.1); stages 1, 2 and 3 divide the
+    optimizer, the gradients and the weights by the ranks. Without DeepSpeed LLaMA-Factory keeps 32-bit
+    weights. Activations: Korthikanti et al. 2022, equation 1 without the attention scores, which flash
+    and SDPA attention do not store: 34 bytes a token and hidden unit in a layer in 16 bit; with gradient
+    checkpointing 2 bytes of each layer and one layer in full. Logits: the 16-bit ones, a 32-bit copy and
+    its gradient. Buffers: gathered and reduced buckets, and 1 GiB for the CUDA context.
+    """
+    half = bool(values.get("bf16") or values.get("fp16") or values.get("pure_bf16"))
+    width = 2 if half else 4
+    share = [1 / world_size if zero.stage >= stage else 1 for stage in (3, 2, 1)]
+    weights = model.parameters * (2 if half and zero.used else 4) * share[0]
+    gradients = model.parameters * 4 * share[1]
+    optimizer = model.parameters * (12 if zero.used else 8) * share[2]
+    on_host = zero.offload_optimizer * (optimizer + gradients) + zero.offload_parameters * weights
+    tokens = values.get("per_device_train_batch_size", 8) * values.get("cutoff_len", 2048)
+    hidden, layers = model.shape["hidden_size"], model.shape["num_hidden_layers"]
+    layer = 17 * width * tokens * hidden
+    kept = layer * layers if values.get("disable_gradient_checkpointing") else layer + width * tokens * hidden * layers
+    live = width * min(model.parameters, 10**9) if zero.stage == 3 else 0 if zero.used else gradients
+    parts = {
+        "parameters": weights * (not zero.offload_parameters) + 4 * model.largest_layer * (zero.stage == 3),
+        "gradients": gradients * (not zero.offload_optimizer),
+        "optimizer": optimizer * (not zero.offload_optimizer),
+        "activations": kept,
+        "logits": tokens * model.shape["vocab_size"] * (width + 8),
+        "buffers": live + (0 if values.get("use_cpu") else 1 << 30),
+        "host": 1.5 * on_host * local_size,
+    }
+    return {name: int(size) for name, size in parts.items()}
+
+
+def estimate_checkpoint(model: Model, zero: Zero, values: dict) -> tuple[int, int]:
+    """Bytes of one checkpoint and of the final model.
+
+    The weights in the training precision; for resuming, DeepSpeed's 32-bit weights and Adam's two moments
+    (12 bytes a parameter), or without DeepSpeed the moments alone (8).
+    """
+    half = bool(values.get("bf16") or values.get("fp16") or values.get("pure_bf16"))
+    weights = model.parameters * (2 if half and zero.used else 4)
+    states = 0 if values.get("save_only_model") else model.parameters * (12 if zero.used else 8)
+    return weights + states, weights
+
+
+def count_saves(values: dict, steps: Steps) -> int | None:
+    """How many checkpoints the run writes; None where the number of steps is unknown."""
+    strategy, every = values.get("save_strategy", "steps"), values.get("save_steps", 500)
+    if strategy == "no":
+        return 0
+    if steps.total is None:
+        return None
+    if strategy == "epoch":
+        return math.ceil(steps.total / steps.per_epoch) if steps.per_epoch else None
+    return math.ceil(steps.total / max(every if every >= 1 else math.ceil(steps.total * every), 1))
+
+
+def estimate_disk(model: Model, zero: Zero, values: dict, steps: Steps) -> int | None:
+    """Bytes the run may hold at once: the checkpoints it keeps, one being written, and the final model."""
+    checkpoint, weights = estimate_checkpoint(model, zero, values)
+    saves = count_saves(values, steps)
+    limit = values.get("save_total_limit")
+    if saves is None and limit is None:
+        return None
+    kept = min(count for count in (saves, limit and limit + 1) if count is not None)
+    return kept * checkpoint + weights
+
+
+def gathered_bytes(model: Model, zero: Zero, values: dict, world_size: int) -> int:
+    """Bytes each rank receives for weights in one optimizer step under ZeRO-3.
+
+    Every micro-batch gathers all weights twice, for forward and backward (Rajbhandari et al. 2020, section 7.2).
+    """
+    if zero.stage != 3:
+        return 0
+    width = 2 if values.get("bf16") or values.get("fp16") else 4
+    micro_batches = values.get("gradient_accumulation_steps", 1)
+    return int(2 * model.parameters * width * micro_batches * (world_size - 1) / world_size)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take; None where it cannot be known. Memory and disk in bytes."""
+
+    devices: Devices
+    world_size: int
+    steps: Steps
+    zero: Zero
+    model: Model | None
+    memory: dict[str, int] | None  # each device's parts, without the host's
+    host_memory: int | None
+    device_bytes: int | None
+    checkpoint_bytes: int | None
+    disk_bytes: int | None
+    disk_free: int
+    gathered: int | None
+    suggestion: str = ""
+
+    def needed(self) -> int:
+        """Bytes needed on each device; 0 where unknown."""
+        return sum((self.memory or {}).values())
+
+
+def make_plan(config: Config, devices: Devices, zero: Zero, model: Model | None, rows: list[int | None],
+              gpus: list[Gpu] | None, nodes: int) -> Plan:
+    """Work out the plan; pure but for asking the disk and the host's memory."""
+    values, world_size = config.values, devices.processes * nodes
+    steps = plan_steps(rows, values, max(world_size, 1))
+    if values.get("finetuning_type", "lora") != "full" or values.get("fsdp") or values.get("quantization_bit"):
+        model = None  # the formulas are those of full fine-tuning
+    memory = host = None
+    if model:
+        memory = estimate_memory(model, zero, values, max(world_size, 1), devices.processes)
+        host = memory.pop("host") or None
+    chosen = [gpu.total for gpu in gpus or () if str(gpu.index) in devices.ids or gpu.uuid.startswith(devices.ids)]
+    room = min(chosen, default=None) if devices.ids else host_bytes() // max(devices.processes, 1)
+    plan = Plan(devices, world_size, steps, zero, model, memory, host, room,
+                model and estimate_checkpoint(model, zero, values)[0], model and estimate_disk(model, zero, values, steps),
+                free_bytes(Path(values.get("output_dir", "."))),
+                model and gathered_bytes(model, zero, values, max(world_size, 1)))
+    return replace(plan, suggestion=suggest_split(plan, values))
+
+
+def suggest_split(plan: Plan, values: dict) -> str:
+    """A larger micro-batch with less accumulation that does the same step within memory under ZeRO-3, or ''."""
+    micro, steps = values.get("per_device_train_batch_size", 8), values.get("gradient_accumulation_steps", 1)
+    if not plan.gathered or not plan.device_bytes or steps == 1:
+        return ""
+    for factor in sorted((n for n in range(2, steps + 1) if steps % n == 0), reverse=True):
+        other = {**values, "per_device_train_batch_size": micro * factor, "gradient_accumulation_steps": steps // factor}
+        memory = estimate_memory(plan.model, plan.zero, other, plan.world_size, plan.devices.processes)
+        need = sum(memory.values()) - memory["host"]
+        if need <= 0.9 * plan.device_bytes:
+            return (f"per_device_train_batch_size={micro * factor} gradient_accumulation_steps={steps // factor} is the same "
+                    f"step with {format_bytes(plan.gathered / factor)} gathered; it needs {format_bytes(need)} a device")
+    return ""
+
+
+def nearest_that_fits(plan: Plan, values: dict) -> str:
+    """The smallest change that fits: a smaller micro-batch, then offload, then more devices; '' if none is found."""
+    micro, steps = values.get("per_device_train_batch_size", 8), values.get("gradient_accumulation_steps", 1)
+    offload = replace(plan.zero, stage=3, offload_optimizer=True, offload_parameters=True, used=True)
+    tries = [(size, plan.zero, plan.world_size, "") for size in (micro, *small_sizes(micro))]
+    tries += [(size, offload, plan.world_size, "deepspeed=configs/deepspeed/ds_z3_offload_config.json")
+              for size in (micro, *small_sizes(micro))]
+    tries += [(micro, plan.zero, count, f"{count} devices") for count in (2, 4, 8, 16, 32, 64) if count > plan.world_size]
+    for size, zero, world_size, what in tries:
+        memory = estimate_memory(plan.model, zero, {**values, "per_device_train_batch_size": size}, world_size,
+                                 plan.devices.processes)
+        host = memory.pop("host")
+        if sum(memory.values()) <= plan.device_bytes and host <= host_bytes():
+            split = f"per_device_train_batch_size={size} gradient_accumulation_steps={steps * micro // size}"
+            what = " ".join(filter(None, (what, split if size != micro else "")))
+            return f"; it fits with {what} ({format_bytes(sum(memory.values()))})"
+    return ""
+
+
+def small_sizes(micro: int) -> list[int]:
+    """The divisors of a micro-batch below itself, largest first."""
+    return [size for size in range(micro - 1, 0, -1) if micro % size == 0]
+
+
+def host_bytes() -> int:
+    """Memory of this machine in bytes, or of its container where that has less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            total = min(total, int(Path(limit).read_text()))
+    return total
+
+
+def free_bytes(folder: Path) -> int:
+    """Free disk for `folder`, which need not exist yet."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def global_batch(plan: Plan, values: dict) -> int:
+    """Samples an optimizer step over all ranks."""
+    return values.get("per_device_train_batch_size", 8) * plan.world_size * values.get("gradient_accumulation_steps", 1)
+
+
+def plan_lines(plan: Plan, config: Config) -> list[tuple[str, str]]:
+    """The plan for people: (label, text) a line."""
+    values = config.values
+    micro, accumulation = values.get("per_device_train_batch_size", 8), values.get("gradient_accumulation_steps", 1)
+    unit = "GPU" if plan.devices.ids else "process"
+    lines = [
+        ("model", f"{values['model_name_or_path']}"
+                  + (f": {plan.model.parameters / 1e9:.3g} B parameters, {plan.model.source}" if plan.model else "")),
+        ("method", f"{values.get('stage', 'sft')}, {values.get('finetuning_type', 'lora')}, {plan.zero}, {precision(values)}"),
+        ("devices", str(plan.devices)),
+        ("batch", f"{micro} per device x {plan.world_size} {unit}{'es' if unit == 'process' else 's'} x {accumulation} "
+                  f"accumulation = {global_batch(plan, values)} samples a step"),
+        ("steps", describe_steps(plan, values)),
+        ("when", describe_when(values)),
+    ]
+    if plan.memory:
+        parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in plan.memory.items())
+        room = f" of {format_bytes(plan.device_bytes)}" if plan.device_bytes else ""
+        lines.append(("memory", f"{format_bytes(plan.needed())}{room} a {unit}: {parts}"))
+        if plan.host_memory:
+            lines.append(("host", f"{format_bytes(plan.host_memory)} of {format_bytes(host_bytes())} for offloading"))
+        need = f", at most {format_bytes(plan.disk_bytes)} at once" if plan.disk_bytes else ""
+        lines.append(("disk", f"{format_bytes(plan.checkpoint_bytes)} a checkpoint{need} of {format_bytes(plan.disk_free)} free"))
+    if plan.gathered:
+        lines.append(("traffic", f"ZeRO-3 gathers {format_bytes(plan.gathered)} a step on each {unit}"))
+    return lines + ([("faster", plan.suggestion)] if plan.suggestion else [])
+
+
+def precision(values: dict) -> str:
+    """The training precision's name."""
+    return next((key for key in ("pure_bf16", "bf16", "fp16") if values.get(key)), "fp32")
+
+
+def describe_steps(plan: Plan, values: dict) -> str:
+    """Samples, steps an epoch and in all, or why they are unknown."""
+    steps, epochs = plan.steps, values.get("num_train_epochs", 3.0)
+    if steps.samples is None:
+        return f"{steps.total or 'unknown'} in all ({steps.reason})"
+    many = f"max_steps: {steps.total}" if values.get("max_steps", -1) > 0 else f"x {epochs:g} epochs = {steps.total}"
+    return f"{steps.samples} samples: {steps.per_epoch} steps an epoch, {many}"
+
+
+def describe_when(values: dict) -> str:
+    """When it logs, saves and evaluates."""
+    def every(what: str, strategy: str, steps: object) -> str:
+        unit = f"{steps:g} steps" if isinstance(steps, (int, float)) else f"{steps} steps"
+        return f"{what} every {unit if strategy == 'steps' else strategy}" if strategy != "no" else f"never {what}"
+
+    logging = values.get("logging_steps", 500)
+    return ", ".join((every("logs", values.get("logging_strategy", "steps"), logging),
+                      every("saves", values.get("save_strategy", "steps"), values.get("save_steps", 500)),
+                      every("evaluates", values.get("eval_strategy", "no"), values.get("eval_steps", logging))))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Preflight: every problem at once
+# ---------------------------------------------------------------------------------------------------------
+
+AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "cutoff_len",
+                "max_samples", "global_batch_size", "preprocessing_num_workers", "preprocessing_batch_size", "ddp_timeout",
+                "save_total_limit", "buffer_size")
+MORE_THAN_ZERO = ("num_train_epochs", "logging_steps", "save_steps", "eval_steps")
+NOT_NEGATIVE = ("learning_rate", "weight_decay", "warmup_ratio", "warmup_steps", "max_grad_norm", "val_size",
+                "dataloader_num_workers", "max_restarts", "label_smoothing_factor", "neftune_noise_alpha")
+BACKENDS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "mlflow": ("mlflow",),
+            "swanlab": ("swanlab",), "comet_ml": ("comet_ml",), "clearml": ("clearml",), "neptune": ("neptune",),
+            "codecarbon": ("codecarbon",), "dvclive": ("dvclive",), "dagshub": ("dagshub",), "flyte": ("flytekit",),
+            "trackio": ("trackio",), "azure_ml": ("azureml",)}
+
+# From .. up to but not including: what LLaMA-Factory 0.9.5 works with. transformers 5.6 breaks flash attention.
+WORKING_VERSIONS = {"torch": ((2, 4), (2, 12)), "transformers": ((4, 55), (5, 6)), "llamafactory": ((0, 9, 5), (0, 9, 6)),
+                    "deepspeed": ((0, 10), (0, 18, 5))}
+
+
+def check_values(config: Config, zero: Zero) -> list[Problem]:
+    """Values that cannot be, alone or together; LLaMA-Factory would refuse them after it has loaded torch."""
+    values, where = config.values, config.where
+    problems = [f"{key}: is missing; {hint}" for key, hint in (
+        ("model_name_or_path", "name a model, such as Qwen/Qwen3-14B"),
+        ("output_dir", "name the folder that is to hold the runs"),
+    ) if not values.get(key)]
+    problems = [f"{config.source}: {text}" for text in problems]
+    for keys, fits, wanted in ((AT_LEAST_ONE, lambda x: x >= 1, "1 or more"), (MORE_THAN_ZERO, lambda x: x > 0, "more than 0"),
+                               (NOT_NEGATIVE, lambda x: x >= 0, "0 or more")):
+        problems += [f"{where(key)}: {key}: expected {wanted}, got {values[key]}" for key in keys
+                     if isinstance(values.get(key), (int, float)) and not fits(values[key])]
+    problems += [f"{where(key)}: {key}: {text}" for key, wrong, text in contradictions(values, zero) if wrong]
+    return [Problem(text) for text in problems]
+
+
+def contradictions(values: dict, zero: Zero) -> list[tuple[str, bool, str]]:
+    """(key, whether it is wrong, what to do) for each rule between keys."""
+    get = values.get
+    evaluates = bool(get("do_eval")) or get("eval_strategy", "no") != "no"
+    has_eval_data = bool(get("eval_dataset")) or get("val_size", 0) > 0
+    half = [key for key in ("bf16", "fp16", "pure_bf16") if get(key)]
+    best = get("load_best_model_at_end")
+    return [
+        ("do_train", not get("do_train"), "nothing would be trained; set do_train: true"),
+        ("dataset", bool(get("do_train")) and not get("dataset") and not get("tokenized_path"),
+         "no data to train on; name a data set of dataset_info.json"),
+        (half[-1] if half else "", len(half) > 1, f"{' and '.join(half)} exclude each other; keep one"),
+        ("fp16", bool(get("use_cpu") and get("fp16")), "not for a CPU; use bf16, or neither"),
+        ("pure_bf16", bool(get("pure_bf16")) and zero.stage == 3, "not with ZeRO-3; use bf16: true"),
+        ("predict_with_generate", bool(get("predict_with_generate")) and zero.stage == 3,
+         "not with ZeRO-3; use ZeRO-2, or generate after training"),
+        ("eval_strategy" if "eval_strategy" in values else "do_eval", evaluates and not has_eval_data,
+         "there is nothing to evaluate on; set eval_dataset or val_size, or turn evaluation off"),
+        ("val_size", bool(get("eval_dataset")) and get("val_size", 0) > 0, "given together with eval_dataset; keep one"),
+        ("save_total_limit", get("save_total_limit") == 1 and not get("save_only_model"),
+         "1 deletes the last whole checkpoint before the next one is safe on disk; use 2 or more"),
+        ("streaming", bool(get("streaming")) and get("max_steps", -1) <= 0, "streamed data has no length; set max_steps"),
+        ("max_samples", bool(get("streaming")) and "max_samples" in values, "not with streaming: true; use max_steps"),
+        ("max_steps", get("max_steps", -1) == 0, "expected -1 (by epochs) or 1 or more, got 0"),
+        ("deepspeed", bool(get("deepspeed")) and bool(get("fsdp")), "given together with fsdp; keep one"),
+        ("quantization_bit", bool(get("quantization_bit")) and get("finetuning_type", "lora") == "full",
+         "a quantized model takes LoRA only; remove it, or set finetuning_type: lora"),
+        ("load_best_model_at_end", bool(best) and get("eval_strategy", "no") != get("save_strategy", "steps"),
+         "needs the same save_strategy and eval_strategy"),
+    ]
+
+
+def derive_accumulation(config: Config, world_size: int) -> tuple[Config, list[Problem]]:
+    """Turn `global_batch_size` (samples an optimizer step) into gradient_accumulation_steps for these ranks."""
+    values, wanted = config.values, config.values.get("global_batch_size")
+    if not isinstance(wanted, int) or wanted < 1:
+        return config, []
+    at_once = max(values.get("per_device_train_batch_size", 8), 1) * max(world_size, 1)
+    where = f"{config.where('global_batch_size')}: global_batch_size"
+    arithmetic = f"{values.get('per_device_train_batch_size', 8)} per device x {world_size} processes = {at_once}"
+    if wanted % at_once:
+        near = [size for size in (wanted // at_once * at_once, -(-wanted // at_once) * at_once) if size]
+        return config, [Problem(f"{where}: {wanted} cannot be split into micro-batches of {arithmetic}; "
+                                f"the nearest that can: {' and '.join(map(str, near))}")]
+    steps, given = wanted // at_once, values.get("gradient_accumulation_steps")
+    if given not in (None, steps):
+        return config, [Problem(f"{where}: {wanted} means gradient_accumulation_steps {steps} ({arithmetic}), but "
+                                f"{config.where('gradient_accumulation_steps')} says {given}; remove one of the two")]
+    return replace(config, values={**values, "gradient_accumulation_steps": steps}), []
+
+
+def check_packages(values: dict, zero: Zero) -> list[Problem]:
+    """Packages that the run needs and the environment lacks, or has in a version that does not work."""
+    needed = ["torch", "transformers", "llamafactory", *["deepspeed"] * zero.used]
+    missing = [name for name in needed if find_spec(name) is None]
+    problems = [f"package {', '.join(missing)} is not installed in {sys.prefix}; pip install -r requirements.txt"]
+    problems = problems if missing else [text for name in needed if (text := version_trouble(name))]
+    for name in reporters(values):
+        if name not in BACKENDS and name != "all":
+            near = difflib.get_close_matches(name, BACKENDS, 1)
+            problems.append(f"report_to: {name} is unknown" + (f"; did you mean {near[0]}?" if near else ""))
+        elif name != "all" and not any(find_spec(package) for package in BACKENDS[name]):
+            problems.append(f"report_to: {name} needs a package that is not installed; pip install {BACKENDS[name][0]}")
+    if values.get("flash_attn") == "fa2" and find_spec("flash_attn") is None:
+        problems.append("flash_attn: fa2 needs the package flash-attn; install it, or use flash_attn: auto")
+    if zero.used and (values.get("use_cpu") or zero.offload_optimizer) and not (shutil.which("c++") or shutil.which("g++")):
+        problems.append("deepspeed builds its CPU Adam when training starts and needs a C++ compiler; install g++")
+    return [Problem(text) for text in problems]
+
+
+def version_trouble(name: str) -> str:
+    """Why the installed version of a package does not work with the pinned LLaMA-Factory; '' where it does."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        found = version(name)
+    except PackageNotFoundError:
+        return ""  # a source checkout on the path: nothing to judge by
+    numbers = tuple(int(part) for part in re.findall(r"\d+", found)[:3])
+    low, high = WORKING_VERSIONS[name]
+    if low <= numbers < high:
+        return ""
+    wanted = f">={'.'.join(map(str, low))},<{'.'.join(map(str, high))}"
+    return f"{name} {found} is installed, {name}{wanted} is needed; pip install -r requirements.txt"
+
+
+def check_resources(plan: Plan, config: Config, gpus: list[Gpu] | None) -> list[Problem]:
+    """What would not fit: device memory, host memory, disk. The user may know better: --force overrules."""
+    problems = []
+    need, have = plan.needed(), plan.device_bytes
+    if have and need > have:
+        what = "memory" if plan.devices.ids else "host memory"
+        problems.append(f"{what}: {format_bytes(need)} is needed on each device, {format_bytes(have)} is there"
+                        f"{nearest_that_fits(plan, config.values)}")
+    if plan.host_memory and plan.host_memory > host_bytes():
+        problems.append(f"host memory: offloading needs {format_bytes(plan.host_memory)}, this machine has "
+                        f"{format_bytes(host_bytes())}; use more GPUs without offload, or a smaller model")
+    if plan.disk_bytes and plan.disk_bytes > plan.disk_free:
+        problems.append(f"{config.where('output_dir')}: output_dir: disk: {format_bytes(plan.disk_bytes)} is needed, "
+                        f"{format_bytes(plan.disk_free)} is free; lower save_total_limit or use another output_dir")
+    for gpu in gpus or ():
+        if (str(gpu.index) in plan.devices.ids or gpu.uuid in plan.devices.ids) and gpu.used > 1 << 30:
+            problems.append(f"GPU {gpu.index} is busy: {format_bytes(gpu.used)} in use"
+                            + (f" by {', '.join(gpu.users)}" if gpu.users else "") + "; choose another, or wait")
+    return [Problem(text, overrule=True) for text in problems]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Run directory
+# ---------------------------------------------------------------------------------------------------------
+
+
+def run_name(config: Config, now: float) -> str:
+    """The run directory's name: `run_name`, else the local time as YYYYmmdd-HHMMSS. Raises LaunchError."""
+    name = str(config.values.get("run_name", time.strftime("%Y%m%d-%H%M%S", time.localtime(now))))
+    if not name.strip(". ") or "/" in name or "\\" in name:
+        raise LaunchError(f"{config.where('run_name')}: run_name: {name!r} cannot be a folder name; "
+                          "expected one word without slashes")
+    return name
+
+
+def create_run_dir(config: Config) -> Path:
+    """Create `<output_dir>/<run name>` with logs/ in it. Raises LaunchError where it exists or cannot be."""
+    while True:
+        run_dir = Path(config.values["output_dir"]) / run_name(config, time.time())
+        try:
+            (run_dir.parent).mkdir(parents=True, exist_ok=True)
+            run_dir.mkdir()
+            (run_dir / "logs").mkdir()
+            return run_dir
+        except FileExistsError:
+            if "run_name" in config.values or not run_dir.is_dir():
+                raise LaunchError(f"{run_dir}: exists already; choose another run_name, or go on with it: "
+                                  f"--resume {run_dir}") from None
+            time.sleep(0.2)  # another run began in this very second; the next one is ours
+        except OSError as error:
+            raise LaunchError(f"{config.where('output_dir')}: output_dir: cannot create {run_dir}: "
+                              f"{error.strerror.lower()}") from None
+
+
+def launchable_config(config: Config, devices: Devices) -> str:
+    """The text of the run's config.yaml: resolved, without secrets, with the command that launches it again."""
+    values = {key: value for key, value in config.values.items() if key != "run_name"}
+    if devices.ids:
+        values["cuda_visible_devices"] = ",".join(devices.ids)
+    count = "" if devices.ids else f"NPROC_PER_NODE={devices.processes} "
+    return (f"# Resolved from {config.source}. The same again, in a new run directory:\n"
+            f"#   {count}python {SCRIPT} config.yaml\n"
+            + "".join(f"# {key} was left out: give it again\n" for key in config.secrets)
+            + yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Checkpoints that can be trusted
+# ---------------------------------------------------------------------------------------------------------
+
+MANIFEST = "manifest.json"
+
+
+def commit_checkpoint(folder: Path, world_size: int, resumable: bool) -> None:
+    """Make a finished checkpoint durable, then say so: fsync every file, then write the manifest atomically."""
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    folders = {folder, *((folder / name).parent for name in files)}
+    for path in (*(folder / name for name in files), *folders):
+        sync(path)
+    content = {"world_size": world_size, "resumable": resumable, "files": files}
+    draft = folder / f"{MANIFEST}.draft"
+    draft.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    sync(draft)
+    draft.replace(folder / MANIFEST)
+    sync(folder)
+
+
+def sync(path: Path) -> None:
+    """fsync a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checkpoint_fault(folder: Path) -> str:
+    """Why a checkpoint cannot be trusted: no manifest, or a file that differs from it; '' where it can."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "it was not committed"
+    for name, size in manifest["files"].items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if (folder / name).stat().st_size != size:
+            return f"{name} has {(folder / name).stat().st_size} bytes instead of {size}"
+    return "" if manifest["resumable"] else "save_only_model left out what resuming needs"
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """The run's checkpoint folders, newest first."""
+    found = [path for path in run_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=checkpoint_step, reverse=True)
+
+
+def checkpoint_step(folder: Path | None) -> int:
+    """The optimizer step of a checkpoint folder; 0 for none."""
+    return int(folder.name.rpartition("-")[2]) if folder else 0
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest checkpoint that can be trusted; None: there is none."""
+    return next((path for path in list_checkpoints(run_dir) if not checkpoint_fault(path)), None)
+
+
+def set_aside_torn(run_dir: Path) -> list[str]:
+    """Rename every checkpoint that is newer than the newest good one, so that nobody resumes from it; a line each."""
+    good, lines = checkpoint_step(newest_checkpoint(run_dir)), []
+    for folder in list_checkpoints(run_dir):
+        if checkpoint_step(folder) > good:
+            fault, aside = checkpoint_fault(folder), free_name(run_dir / f"torn-{folder.name}")
+            folder.rename(aside)
+            lines.append(f"{folder.name} is not resumed from: {fault}; moved to {aside.name}")
+    return lines
+
+
+def free_name(path: Path) -> Path:
+    """`path`, or `path` with the first number behind it that is not taken."""
+    names = (path.with_name(f"{path.name}{f'.{n}' if n else ''}") for n in range(1000))
+    return next(name for name in names if not name.exists())
+
+
+def rewind_log(run_dir: Path, step: int) -> None:
+    """Drop the lines of trainer_log.jsonl beyond `step`: they are trained again."""
+    path = run_dir / "trainer_log.jsonl"
+    if path.exists():
+        kept = [json.dumps(line) + "\n" for line in read_log(run_dir) if line["current_steps"] <= step]
+        draft = path.with_suffix(".draft")
+        draft.write_text("".join(kept), encoding="utf-8")
+        draft.replace(path)
+
+
+def read_log(run_dir: Path) -> list[dict]:
+    """The lines of trainer_log.jsonl that are whole."""
+    lines = []
+    with contextlib.suppress(OSError):
+        for text in (run_dir / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(text))
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Launch: torchrun on this script, watched and restarted
+# ---------------------------------------------------------------------------------------------------------
+
+
+def build_torchrun_command(devices: Devices, config_path: Path, env: dict[str, str]) -> list[str]:
+    """The torchrun command that starts one worker a device on this machine. Starts nothing.
+
+    One machine: torchrun takes a free port, unless MASTER_PORT is set. Several: they meet at MASTER_ADDR,
+    and wait 15 minutes for one that is down. torchrun handles no signal but SIGQUIT: on SIGTERM it would
+    give a checkpoint 30 seconds and then kill it.
+    """
+    nodes, address = read_count(env, "NNODES", 1), f"{env.get('MASTER_ADDR', '127.0.0.1')}:{env.get('MASTER_PORT', '0')}"
+    rendezvous = ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", address,
+                  "--rdzv-id", config_path.parent.name]
+    if nodes > 1:
+        host = int(node_rank(env) == 0)
+        rendezvous += ["--rdzv-conf", f"is_host={host},join_timeout=900,read_timeout=900"]
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(devices.processes), *rendezvous,
+            "--signals-to-handle", "SIGQUIT", str(SCRIPT), str(config_path)]
+
+
+def build_worker_environment(devices: Devices, run_dir: Path, config: Config, env: dict[str, str]) -> dict[str, str]:
+    """A copy of `env` for the workers: their devices, the run directory and the secrets."""
+    worker = {**env, "FORCE_TORCHRUN": "1", RUN_DIR_VARIABLE: str(run_dir), STARTED_VARIABLE: str(time.time()),
+              **device_environment(devices, env)}
+    worker.setdefault("TENSORBOARD_LOGGING_DIR", str(run_dir / "tensorboard"))
+    worker.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder()))
+    for key, value in config.secrets.items():
+        if key in SECRET_ENVIRONMENT:
+            worker[SECRET_ENVIRONMENT[key]] = value
+    worker[SECRETS_VARIABLE] = json.dumps({key: value for key, value in config.secrets.items() if key not in SECRET_ENVIRONMENT})
+    return worker
+
+
+def device_environment(devices: Devices, env: dict[str, str]) -> dict[str, str]:
+    """What tells torch, DeepSpeed and NCCL the devices; PCI_BUS_ID makes ids mean what nvidia-smi shows."""
+    variables = {"CUDA_VISIBLE_DEVICES": ",".join(devices.ids), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    if not devices.ids:
+        return {**variables, "DS_ACCELERATOR": "cpu"}
+    # As llamafactory-cli does: fewer out-of-memory errors from fragmentation.
+    return {**variables, "PYTORCH_CUDA_ALLOC_CONF": env.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")}
+
+
+def extensions_folder() -> Path:
+    """Where DeepSpeed's compiled operators go: one folder a torch version, which torch itself does not separate."""
+    from importlib.metadata import version
+
+    return Path.home() / ".cache" / "torch_extensions" / f"torch-{version('torch')}-py{sys.version_info.major}{sys.version_info.minor}"
+
+
+def clear_stale_locks(folder: Path) -> None:
+    """Remove build locks that no process holds open: torch would wait for them for ever."""
+    for lock in folder.glob("*/lock"):
+        held = {os.path.realpath(link) for link in Path("/proc").glob("[0-9]*/fd/*")}
+        if str(lock.resolve()) not in held:
+            lock.unlink(missing_ok=True)
+
+
+def die_with_parent(parent: int) -> None:
+    """Ask Linux to SIGKILL this process when the thread that started it is gone (prctl PR_SET_PDEATHSIG)."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the call
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def before_torchrun(parent: int) -> None:
+    """In torchrun's process before it starts: die with the launcher, and leave stopping to the STOP file."""
+    die_with_parent(parent)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def request_stop(run_dir: Path, number: int) -> None:
+    """Create the STOP file, which every rank looks for at the end of a step; it names the signal."""
+    (run_dir / "STOP").write_text(signal.Signals(number).name, encoding="utf-8")
+
+
+class StopRequest:
+    """The launcher's signal handler: the first signal asks for a checkpoint, the third Ctrl-C kills."""
+
+    def __init__(self, run_dir: Path):
+        self.run_dir, self.presses, self.process = run_dir, 0, None
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP: the run goes on
+                signal.signal(number, self.handle)
+
+    def handle(self, number: int, frame: object) -> None:
+        """Stop gracefully; only Ctrl-C counts presses, since schedulers repeat SIGTERM."""
+        self.presses += number == signal.SIGINT
+        if not (self.run_dir / "STOP").exists():
+            request_stop(self.run_dir, number)
+            say(f"{signal.Signals(number).name}: stopping at the end of this step, after a checkpoint; it may take a while")
+        elif self.presses == 2:
+            say("still stopping; press Ctrl-C once more to kill the run now, without a checkpoint")
+        elif self.presses > 2 and self.process:
+            self.process.kill()  # the workers die with it
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print a line for the user; a closed terminal must not end the run."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=stream or sys.stdout, flush=True)
+
+
+def supervise(command: list[str], env: dict[str, str], run_dir: Path, max_restarts: int, first: bool) -> int:
+    """Run torchrun, and anew as long as it fails after progress; returns the launcher's exit code.
+
+    The `first` of several machines looks after the run directory.
+    """
+    stop = StopRequest(run_dir)
+    for start in range(max_restarts + 1):
+        begun, before = time.time(), checkpoint_step(newest_checkpoint(run_dir))
+        if first:
+            make_ready(run_dir, before, keep_stop=start > 0)
+        status = run_torchrun(command, env, run_dir, stop)
+        if status == 0:
+            return stop_code(run_dir)
+        good = newest_checkpoint(run_dir)
+        say(describe_failure(run_dir, status, begun))
+        if checkpoint_step(good) <= before or start == max_restarts or (run_dir / "STOP").exists():
+            return end_failed(run_dir, good) if first else 1
+        say(f"restart {start + 1} of at most {max_restarts}: resuming from {good.name}")
+    return 1
+
+
+def make_ready(run_dir: Path, step: int, keep_stop: bool) -> None:
+    """Before a start: nothing torn in the way, no log line beyond `step`, no old STOP file, no old summary."""
+    for line in set_aside_torn(run_dir):
+        say(line)
+    rewind_log(run_dir, step)
+    (run_dir / "summary.json").unlink(missing_ok=True)
+    if not keep_stop:
+        (run_dir / "STOP").unlink(missing_ok=True)
+
+
+def run_torchrun(command: list[str], env: dict[str, str], run_dir: Path, stop: StopRequest) -> int:
+    """One torchrun from start to end; its own messages go to logs/torchrun.log. Returns its exit status."""
+    with open(run_dir / "logs" / "torchrun.log", "ab") as log:
+        stop.process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stderr=log, start_new_session=True,
+                                        preexec_fn=partial(before_torchrun, os.getpid()))
+    return stop.process.wait()
+
+
+@contextlib.contextmanager
+def follow(log: Path, wanted: bool) -> Iterator[None]:
+    """Show a growing log on the console while the block runs, with --verbose."""
+    tail = wanted and subprocess.Popen(["tail", "-n", "0", "-F", str(log)], stderr=subprocess.DEVNULL,
+                                       preexec_fn=partial(die_with_parent, os.getpid()))
+    try:
+        yield
+    finally:
+        if tail:
+            tail.terminate()
+
+
+def stop_code(run_dir: Path) -> int:
+    """The exit code of a run that ended well: 0, or 128 + the signal that stopped it."""
+    if read_summary(run_dir).get("state") != "stopped":
+        return 0
+    with contextlib.suppress(OSError, KeyError):
+        return 128 + signal.Signals[(run_dir / "STOP").read_text(encoding="utf-8").strip()]
+    return 128 + signal.SIGTERM  # a STOP file made by hand
+
+
+CAUSES = (
+    (r"CUDA out of memory|OutOfMemoryError", "a GPU is out of memory: use a smaller per_device_train_batch_size or "
+                                             "cutoff_len, or configs/deepspeed/ds_z3_offload_config.json"),
+    (r"No space left on device|Errno 28", "the disk is full: make room or lower save_total_limit, then resume"),
+    (r"Watchdog caught collective operation timeout|NCCL.*(timeout|timed out)|Timed out waiting",
+     "a collective timed out: a rank was stuck or a link is broken; NCCL_DEBUG=INFO shows more"),
+    (r"killed by SIGKILL", "most often the kernel's out-of-memory killer (dmesg shows it): use fewer "
+                           "preprocessing_num_workers or less offloading"),
+)
+
+
+def describe_failure(run_dir: Path, status: int, since: float) -> str:
+    """What went wrong: the first failing rank's own traceback, its cause where known, and where the logs are."""
+    errors = [path for path in (run_dir / "logs").glob("rank*.error") if path.stat().st_mtime >= since]
+    first = min(errors, key=lambda path: path.stat().st_mtime, default=None)
+    killed = killed_rank(run_dir, since)
+    if killed:
+        text, rank = f"rank {killed[0]} was killed by {killed[1]}", killed[0]
+    elif first:
+        text, rank = first.read_text(encoding="utf-8").strip(), first.stem.removeprefix("rank")
+    else:
+        text, rank = last_lines(run_dir / "logs" / "torchrun.log", 15) or f"torchrun ended with status {status}", "0"
+    cause = next((f"\nlikely cause: {hint}" for pattern, hint in CAUSES if re.search(pattern, text)), "")
+    return f"training failed:\n{text}{cause}\nfull log: {run_dir}/logs/rank{rank}.log"
+
+
+def killed_rank(run_dir: Path, since: float) -> tuple[str, str] | None:
+    """(rank, signal name) where torchrun's summary of this start says that the first failure was a signal."""
+    text = (run_dir / "logs" / "torchrun.log").read_text(encoding="utf-8", errors="replace")
+    causes = re.findall(r"Root Cause.*?time\s*: (\S+).*?rank\s*: (\d+).*?exitcode\s*: -(\d+) ", text, re.DOTALL)
+    if not causes or time.mktime(time.strptime(causes[-1][0][:19].replace("_", "T"), "%Y-%m-%dT%H:%M:%S")) < since - 1:
+        return None
+    return causes[-1][1], signal.Signals(int(causes[-1][2])).name
+
+
+def last_lines(path: Path, count: int) -> str:
+    """The last lines of a text file; '' where it cannot be read."""
+    with contextlib.suppress(OSError):
+        return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-count:])
+    return ""
+
+
+def end_failed(run_dir: Path, good: Path | None) -> int:
+    """Write the account of a failed run, say what is left of it, and return exit code 1."""
+    write_summary(run_dir, "failed")
+    draw_curve_apart(run_dir)
+    if good:
+        say(f"last good checkpoint: {good}\nresume with: python {SCRIPT} --resume {run_dir}")
+    else:
+        say("there is no checkpoint to resume from")
+    return 1
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The account of a run
+# ---------------------------------------------------------------------------------------------------------
+
+
+def write_summary(run_dir: Path, state: str, **more: object) -> dict:
+    """Write summary.json: how the run ended, in numbers read from its own log; returns it."""
+    log = read_log(run_dir)
+    losses = [line["loss"] for line in log if "loss" in line]
+    last = log[-1] if log else {}
+    started = float(os.environ.get(STARTED_VARIABLE, time.time()))
+    summary = {
+        "state": state, "model": str(run_dir) if state == "finished" else None,
+        "steps": max(last.get("current_steps", 0), checkpoint_step(newest_checkpoint(run_dir))), "total_steps": last.get("total_steps"),
+        "first_loss": losses[0] if losses else None, "last_loss": losses[-1] if losses else None,
+        "seconds": round(time.time() - started, 1), "tokens_per_second": last.get("throughput"),
+        "checkpoints": [path.name for path in list_checkpoints(run_dir) if not checkpoint_fault(path)],
+        "curve": str(run_dir / "training_loss.png") if (run_dir / "training_loss.png").exists() else None, **more,
+    }
+    (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    return summary
+
+
+def read_summary(run_dir: Path) -> dict:
+    """summary.json, or {} while there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    return {}
+
+
+def draw_curve(run_dir: Path) -> None:
+    """Draw training_loss.png from trainer_log.jsonl."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for key, label in (("loss", "training loss"), ("eval_loss", "evaluation loss")):
+        points = [(line["current_steps"], line[key]) for line in read_log(run_dir) if key in line]
+        if points:
+            axes.plot(*zip(*points), label=label, marker="." if len(points) < 50 else None)
+    axes.set(xlabel="optimizer step", ylabel="loss", title=run_dir.name)
+    axes.legend()
+    figure.savefig(run_dir / "training_loss.png", dpi=120)
+
+
+def draw_curve_apart(run_dir: Path) -> None:
+    """draw_curve in another process, since matplotlib would triple the launcher's memory."""
+    if any("loss" in line for line in read_log(run_dir)):
+        script = "import sys, pathlib, train_qwen3_ft; train_qwen3_ft.draw_curve(pathlib.Path(sys.argv[1]))"
+        subprocess.run([sys.executable, "-c", script, str(run_dir)], cwd=SCRIPT.parent, capture_output=True)
+
+
+def account_lines(summary: dict, run_dir: Path, template: str) -> list[str]:
+    """The final account for people."""
+    rows = [("state", f"{summary['state']} at step {summary['steps']} of {summary['total_steps']}"),
+            ("loss", f"{summary['first_loss']} at first, {summary['last_loss']} at last"),
+            ("time", f"{summary['seconds']:.0f} s" + (f", {summary['tokens_per_second']:.0f} tokens/s"
+                                                      if summary["tokens_per_second"] else "")),
+            ("memory", summary.get("peak_memory") and f"{format_bytes(summary['peak_memory'])} at the peak on rank 0"),
+            ("checkpoints", ", ".join(summary["checkpoints"])), ("curve", summary["curve"]),
+            ("dashboard", summary.get("dashboard")), ("model", summary["model"])]
+    if summary["model"]:
+        rows.append(("chat", f"llamafactory-cli chat --model_name_or_path {run_dir} --template {template}"))
+    if summary["state"] == "stopped":
+        rows.append(("resume", f"python {SCRIPT} --resume {run_dir}"))
+    return [f"{label:<12}{text}" for label, text in rows if text]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# SwanLab
+# ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """How SwanLab records the run: its mode, why, and what is passed to swanlab.init."""
+
+    mode: str
+    reason: str
+    init: dict
+
+    def __str__(self) -> str:
+        return f"SwanLab {self.mode} ({self.reason}), {self.init['log_dir']}"
+
+
+def setup_experiment_tracking(config: Config, run_dir: Path, env: dict[str, str]) -> Tracking | None:
+    """Choose SwanLab's mode and settings; None where the run does not report to it. Starts nothing.
+
+    The mode is SWANLAB_MODE, else `swanlab_mode`, else online where a key is found and local where not.
+    """
+    values = config.values
+    if "swanlab" not in reporters(values):
+        return None
+    key = find_swanlab_key(config, env)
+    if env.get("SWANLAB_MODE"):
+        mode, reason = env["SWANLAB_MODE"], "from SWANLAB_MODE"
+    elif "swanlab_mode" in values:
+        mode, reason = values["swanlab_mode"], f"from swanlab_mode, {config.where('swanlab_mode')}"
+    else:
+        mode, reason = ("online", f"API key from {key}") if key else ("local", "no API key was found")
+    if mode in ("online", "cloud") and not key:
+        mode, reason = "local", f"{reason}, but no API key was found"
+    project = values.get("swanlab_project") or env.get("SWANLAB_PROJ_NAME") or "qwen3-ft"
+    return Tracking("online" if mode == "cloud" else mode, reason, {
+        "project": re.sub(r"[^\w.+-]|[^\x00-\x7f]", "-", project)[:100],
+        "workspace": values.get("swanlab_workspace") or env.get("SWANLAB_WORKSPACE"),
+        "name": values.get("swanlab_run_name") or run_dir.name,
+        "log_dir": values.get("swanlab_logdir") or env.get("SWANLAB_LOG_DIR") or str(run_dir.parent / "swanlog"),
+    })
+
+
+def find_swanlab_key(config: Config, env: dict[str, str]) -> str:
+    """Where an API key for SwanLab is found, without reading it out: YAML, environment or saved login; '' if nowhere."""
+    if config.secrets.get("swanlab_api_key"):
+        return "swanlab_api_key"
+    if env.get("SWANLAB_API_KEY", "").strip():
+        return "SWANLAB_API_KEY"
+    home = Path(env.get("SWANLAB_ROOT") or env.get("SWANLAB_SAVE_DIR") or Path.home() / ".swanlab")
+    return next((f"the login in {path}" for path in (Path(".swanlab/.netrc"), home / ".netrc") if path.is_file()), "")
+
+
+class Tracker:
+    """SwanLab in a process of its own, fed by a thread, so that nothing it does raises into, delays or ends training.
+
+    The process is given READY seconds to begin; else, or where it fails, another one records the whole run
+    locally. finish() waits at most END seconds. A worker that dies leaves the record marked as crashed.
+    """
+
+    READY, END = 25, 25
+
+    def __init__(self, tracking: Tracking, run_dir: Path, settings: dict, warn: Callable[[str], None]):
+        self.tracking, self.run_dir, self.warn = tracking, run_dir, warn
+        self.init = {**tracking.init, **next_segment(run_dir, tracking), "config": settings}
+        self.lines, self.sent, self.arrived = [], 0, threading.Condition()
+        self.place = ""
+        self.thread = threading.Thread(target=self.feed, daemon=True)
+        self.thread.start()
+
+    def log(self, values: dict, step: int) -> None:
+        """Record numbers at an optimizer step; returns at once."""
+        self.put({"log": values, "step": step})
+
+    def finish(self, state: str, error: str | None = None) -> str:
+        """End the record as success, aborted or crashed, within END seconds; returns where the record is."""
+        self.put({"finish": state, "error": error})
+        self.thread.join(self.READY + self.END)
+        return self.place
+
+    def put(self, line: dict) -> None:
+        with self.arrived:
+            self.lines.append(json.dumps(line) + "\n")
+            self.arrived.notify()
+
+    def feed(self) -> None:
+        """The thread: start the process, hand over every line, and start anew in local mode where it fails."""
+        modes = [self.tracking.mode] + ["local"] * (self.tracking.mode not in ("local", "disabled"))
+        for mode in modes:
+            try:
+                if self.run_process(mode):
+                    return
+            except OSError as error:
+                self.trouble = str(error)
+            if mode == "online":
+                self.warn(f"SwanLab cannot be reached ({self.trouble}); the run is recorded locally. Later: "
+                          f"swanlab sync {self.init['log_dir']}/run-...-{self.init['id']}")
+
+    def run_process(self, mode: str) -> bool:
+        """Feed one process to the end; False where it did not begin or broke off."""
+        log = open(self.run_dir / "logs" / "swanlab.log", "ab")
+        command = [sys.executable, str(SCRIPT), "--tracker"]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+        process.stdin.write(json.dumps({**self.init, "mode": mode}) + "\n")
+        process.stdin.flush()
+        ready = select.select([process.stdout], [], [], self.READY)[0]
+        answer = json.loads(process.stdout.readline() or "{}") if ready else {"trouble": f"no answer in {self.READY} s"}
+        if "place" not in answer:
+            process.kill()
+            self.trouble = answer.get("trouble", "it ended")
+            return False
+        self.place = answer["place"]
+        for line in self.each_line():
+            process.stdin.write(line)
+            process.stdin.flush()
+        process.stdin.close()
+        try:
+            process.wait(self.END)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            self.warn(f"SwanLab did not take the whole run in time; later: swanlab sync {self.place} -i {self.init['id']}")
+        return True
+
+    def each_line(self) -> Iterator[str]:
+        """Every line from the first, as they arrive, until the one that finishes."""
+        position = 0
+        while position == 0 or '"finish"' not in self.lines[position - 1][:10]:
+            with self.arrived:
+                self.arrived.wait_for(lambda at=position: len(self.lines) > at)
+            yield self.lines[position]
+            position += 1
+
+
+def next_segment(run_dir: Path, tracking: Tracking) -> dict:
+    """The SwanLab id of this run, the same for every start (online they continue one experiment), and the name.
+
+    Elsewhere each start is a record of its own, so its name tells which resume it is.
+    """
+    path = run_dir / "logs" / "swanlab.json"
+    seen = json.loads(path.read_text()) if path.exists() else {"id": f"{run_dir.name}-{os.urandom(4).hex()}", "starts": 0}
+    seen["id"] = re.sub(r"[^\w-]|[^\x00-\x7f]", "-", seen["id"])
+    path.write_text(json.dumps({**seen, "starts": seen["starts"] + 1}))
+    again = f" (resume {seen['starts']})" if seen["starts"] and tracking.mode != "online" else ""
+    return {"id": seen["id"], "name": tracking.init["name"] + again}
+
+
+def run_tracker() -> int:
+    """The tracker process: swanlab.init as the first line says, then log and finish as the lines say.
+
+    Where the lines end without a finish, the worker has died, and the record ends as crashed.
+    """
+    answers = redirect_output(None)
+    init = json.loads(sys.stdin.readline())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        import swanlab
+
+        quiet = swanlab.Settings(interactive=False, terminal={"proxy_type": "none"},
+                                 probe={"git": False, "runtime": False, "requirements": False, "swanlab": False})
+        run = swanlab.init(**init, resume="allow", settings=quiet)
+    except BaseException as error:  # whatever it is, training goes on
+        print(json.dumps({"trouble": f"{type(error).__name__}: {error}"[:300]}), file=answers)
+        os._exit(1)
+    print(json.dumps({"place": str(run.dir)}), file=answers)
+    for line in map(json.loads, sys.stdin):
+        if "finish" in line:
+            run.finish(state=line["finish"], error=line["error"])
+            os._exit(0)
+        run.log(line["log"], step=line["step"])
+    threading.Timer(6, os._exit, (1,)).start()  # in an outage finish() has no end
+    run.finish(state="crashed", error="the training process died")
+    os._exit(0)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Worker: one process of torchrun's
+# ---------------------------------------------------------------------------------------------------------
+
+
+def build_training_args(config: Config, run_dir: Path) -> dict:
+    """The dict for LLaMA-Factory's run_exp: without the launcher's keys, writing into `run_dir`, resuming its
+    newest good checkpoint."""
+    args = {key: value for key, value in config.values.items() if key not in LAUNCHER_FIELDS}
+    args = {key: value for key, value in args.items() if not key.startswith("swanlab_") and key != "use_swanlab"}
+    args |= {key: value for key, value in config.secrets.items() if key not in SECRET_ENVIRONMENT and "swanlab" not in key}
+    args |= {"output_dir": str(run_dir), "run_name": run_dir.name}
+    if args.get("deepspeed"):  # with use_cpu transformers would not initialize DeepSpeed; no GPU is visible anyway
+        args.pop("use_cpu", None)
+    args["report_to"] = [name for name in reporters(config.values) if name != "swanlab"] or ["none"]
+    args.setdefault("disable_tqdm", True)  # the console has a bar of ours; the logs need none
+    args.setdefault("include_num_input_tokens_seen", "non_padding")  # for tokens per second
+    args.setdefault("ddp_timeout", 7200)  # ranks wait for rank 0's tokenization; 30 minutes is short for that
+    checkpoint = newest_checkpoint(run_dir)
+    return {**args, "resume_from_checkpoint": str(checkpoint)} if checkpoint else args
+
+
+def reporters(values: dict) -> list[str]:
+    """The backends of `report_to` as a list; none is []. `use_swanlab` is LLaMA-Factory's older spelling."""
+    names = [name for name in name_list(values.get("report_to")) if name != "none"]
+    return names + ["swanlab"] * (values.get("use_swanlab") is True and "swanlab" not in names)
+
+
+class Stopped(Exception):
+    """Training ended early because a stop was asked for; its checkpoint is committed."""
+
+
+class Checkpoints:
+    """Trainer callback of every rank: stop together at the end of a step, and commit each checkpoint."""
+
+    def __init__(self, run_dir: Path):
+        self.run_dir, self.stopping = run_dir, False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.agreed_to_stop(args):
+            raise Stopped
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step < state.max_steps and self.agreed_to_stop(args):
+            self.stopping = control.should_save = control.should_training_stop = True
+
+    def agreed_to_stop(self, args) -> bool:
+        """Whether any rank sees the STOP file, agreed by one all-reduce so that all stop at the same step."""
+        import torch
+
+        seen = torch.tensor(int((self.run_dir / "STOP").exists()), device=args.device)
+        torch.distributed.all_reduce(seen, op=torch.distributed.ReduceOp.MAX)
+        return bool(seen.item())
+
+    def on_save(self, args, state, control, **kwargs):
+        import torch
+
+        torch.distributed.barrier()  # every rank has written its part
+        if state.is_world_process_zero:
+            folder = self.run_dir / f"checkpoint-{state.global_step}"
+            commit_checkpoint(folder, args.world_size, not args.save_only_model)
+        if self.stopping:
+            raise Stopped
+
+
+class Reporter:
+    """Trainer callback of rank 0: the console's bar or lines, and SwanLab."""
+
+    def __init__(self, console: TextIO, open_tracker: Callable[[], Tracker | None]):
+        self.console, self.open_tracker, self.tracker, self.bar = console, open_tracker, None, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.tracker = self.open_tracker()
+        self.mark = (time.monotonic(), state.global_step, state.num_input_tokens_seen)
+        self.begun = self.mark
+        if self.console.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, file=self.console, unit="step", leave=False)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(1)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            metrics = {"loss": logs["loss"], "learning_rate": logs["learning_rate"], "grad_norm": logs.get("grad_norm"),
+                       "epoch": logs["epoch"], **self.speed(args, state)}
+            self.show(metrics, state)
+            self.track({f"train/{name}": value for name, value in metrics.items()}, state)
+        elif "eval_loss" in logs:
+            say(f"step {state.global_step}/{state.max_steps}  evaluation loss {logs['eval_loss']:.4f}", self.console)
+            self.track({f"eval/{name.removeprefix('eval_')}": value for name, value in logs.items() if name.startswith("eval_")},
+                       state)
+
+    def speed(self, args, state) -> dict[str, float]:
+        """Samples and tokens a second of the whole job since the last log."""
+        now = (time.monotonic(), state.global_step, state.num_input_tokens_seen)
+        seconds, steps, tokens = (new - old for new, old in zip(now, self.mark))
+        self.mark = now
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return {"samples_per_second": steps * batch / seconds, "tokens_per_second": tokens / seconds}
+
+    def track(self, metrics: dict, state) -> None:
+        if self.tracker:
+            self.tracker.log({name: float(value) for name, value in metrics.items() if value is not None}, state.global_step)
+
+    def show(self, metrics: dict, state) -> None:
+        """The bar's text in a terminal, else one line."""
+        text = f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}"
+        if self.bar is not None:
+            self.bar.set_description_str(text)
+            return
+        elapsed, done = time.monotonic() - self.begun[0], state.global_step - self.begun[1]
+        left = int(elapsed / max(done, 1) * (state.max_steps - state.global_step))
+        say(f"step {state.global_step}/{state.max_steps}  {text}  {metrics['tokens_per_second']:.0f} tokens/s  "
+            f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left", self.console)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def as_callback(hooks: object) -> object:
+    """Give an object of ours the base class of transformers' callbacks, which the parent must not import."""
+    from transformers import TrainerCallback
+
+    hooks.__class__ = type(type(hooks).__name__, (type(hooks), TrainerCallback), {})
+    return hooks
+
+
+def run_worker(options: argparse.Namespace, env: dict[str, str]) -> int:
+    """Train as one rank: everything it prints goes to logs/rank<R>.log, rank 0 speaks on the console."""
+    agent, rank = os.getppid(), env["RANK"]
+    die_with_parent(agent)
+    os.register_at_fork(before=lambda: None, after_in_child=lambda: die_with_parent(os.getppid()))
+    run_dir, config = join_run(options, env)
+    stop_on_sigterm(run_dir, agent)
+    console = redirect_output(run_dir / "logs" / f"rank{rank}.log")
+    try:
+        train(config, run_dir, console, env)
+    except BaseException:
+        text = traceback.format_exc()
+        print(text, file=sys.stderr, flush=True)
+        (run_dir / "logs" / f"rank{rank}.error").write_text(text, encoding="utf-8")
+        leave(1)
+    leave(0)
+
+
+def leave(code: int) -> None:
+    """End this process now: no thread or hook of a library may keep a finished rank."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def train(config: Config, run_dir: Path, console: TextIO, env: dict[str, str]) -> None:
+    """LLaMA-Factory's run_exp with our callbacks. World rank 0 records; the first process of the first machine speaks."""
+    from llamafactory.train.tuner import run_exp
+
+    records, speaks = env["RANK"] == "0", env["LOCAL_RANK"] == "0" and node_rank(env) == 0
+    console = console if speaks else sys.stdout
+    reporter = Reporter(console, partial(open_tracker, config, run_dir, env, console) if records else lambda: None)
+    callbacks = [Checkpoints(run_dir)] + [reporter] * (records or speaks)
+    state = "finished"
+    try:
+        run_exp(build_training_args(config, run_dir), [as_callback(hooks) for hooks in callbacks])
+    except Stopped:
+        state = "stopped"
+    reporter.close()
+    if records:
+        end_record(config, run_dir, state, reporter.tracker)
+
+
+def end_record(config: Config, run_dir: Path, state: str, tracker: Tracker | None) -> None:
+    """On rank 0, after training: end SwanLab's record, draw what LLaMA-Factory has not drawn, write summary.json."""
+    more = {"peak_memory": peak_memory()}
+    if tracker:
+        place = tracker.finish(*(("success", None) if state == "finished" else ("aborted", "stopped by the user")))
+        more["dashboard"] = f"swanlab watch {Path(place).parent}" if place else None
+    if state == "stopped" and config.values.get("plot_loss"):
+        draw_curve(run_dir)
+    write_summary(run_dir, state, **more)
+
+
+def open_tracker(config: Config, run_dir: Path, env: dict[str, str], console: TextIO) -> Tracker | None:
+    """Start SwanLab's process, once the data is tokenized; None where the run does not report to it."""
+    tracking = setup_experiment_tracking(config, run_dir, env)
+    return Tracker(tracking, run_dir, dict(config.values), partial(say, stream=console)) if tracking else None
+
+
+def peak_memory() -> int:
+    """The most memory this rank used, in bytes: of its GPU, or resident on a CPU."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def stop_on_sigterm(run_dir: Path, agent: int) -> None:
+    """Turn a SIGTERM from outside into a graceful stop; torchrun's own means that another rank died: end now.
+
+    A thread waits for it, since a rank inside a collective runs no Python signal handler.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != agent:
+            request_stop(run_dir, signal.SIGTERM)
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def join_run(options: argparse.Namespace, env: dict[str, str]) -> tuple[Path, Config]:
+    """This rank's run directory and configuration: the parent's or, under a torchrun of the user's, rank 0's."""
+    if RUN_DIR_VARIABLE in env:
+        run_dir = Path(env[RUN_DIR_VARIABLE])
+        secrets = json.loads(os.environ.pop(SECRETS_VARIABLE, "{}"))
+        return run_dir, replace(load_config(run_dir / "config.yaml", {}), secrets=secrets)
+    return agree_on_run(options, env)
+
+
+def agree_on_run(options: argparse.Namespace, env: dict[str, str]) -> tuple[Path, Config]:
+    """Rank 0 checks, plans and creates the run directory, and tells the others through torchrun's own store."""
+    env = {**env, "NPROC_PER_NODE": env["LOCAL_WORLD_SIZE"]}
+    config = load_config(options.config, options.overrides)
+    os.environ.update(device_environment(resolve_devices(config, env, query_gpus()[0]), env))
+    from torch.distributed import PrefixStore, rendezvous
+
+    store, rank, _ = next(rendezvous("env://"))
+    store = PrefixStore("qwen3_ft", store)
+    if rank == 0:
+        try:
+            job = prepare(options, env)
+            refuse(job, options.force)
+            store.set("run_dir", str(start_run(job, env)[0]))
+        except LaunchError:
+            store.set("run_dir", "")
+            raise
+    run_dir = Path(store.get("run_dir").decode() or leave(2))
+    return run_dir, replace(load_config(run_dir / "config.yaml", {}), secrets=config.secrets)
+
+
+def redirect_output(log: Path | None) -> TextIO:
+    """Send stdout and stderr, of C++ code too, to `log` (None: stdout to stderr); returns what was stdout."""
+    console = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="replace")
+    if log is None:
+        os.dup2(2, 1)
+    else:
+        with open(log, "ab", buffering=0) as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)
+    return console
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The flow
+# ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that could start: its configuration with every value cast, its plan, and what speaks against it.
+
+    `run_dir` is the directory of the run that is resumed; None: a new one will be created.
+    """
+
+    config: Config
+    plan: Plan
+    problems: list[Problem]
+    run_dir: Path | None = None
+
+
+def prepare(options: argparse.Namespace, env: dict[str, str]) -> Job:
+    """From the command line to a plan and all problems, writing nothing. Raises LaunchError for unreadable input."""
+    run_dir = find_run(options) if options.resume is not None else None
+    config = load_config(run_dir / "config.yaml" if run_dir else options.config, options.overrides)
+    if run_dir:
+        config = replace(config, values={**config.values, "output_dir": str(run_dir.parent), "run_name": run_dir.name})
+    fields = known_fields()
+    config, problems = check_keys(config, fields) if fields else (config, [])
+    gpus, note = ([], "") if config.values.get("use_cpu") else query_gpus()
+    machine, found = resolve_machine(config, env, gpus, note)
+    devices, nodes = machine
+    zero, more = inspect_deepspeed(config)
+    config, wrong = derive_accumulation(config, devices.processes * nodes)
+    problems += found + more + wrong + check_values(config, zero) + check_packages(config.values, zero)
+    model, more = inspect_model(config)
+    rows, wrong = inspect_data(config, "dataset")
+    problems += more + wrong + inspect_data(config, "eval_dataset")[1] + check_output(config)
+    plan = make_plan(config, devices, zero, model, rows, gpus, nodes)
+    problems += check_resume(config, plan, run_dir) if run_dir else []
+    return Job(config, plan, problems + ([] if found else check_resources(plan, config, gpus)), run_dir)
+
+
+def resolve_machine(config: Config, env: dict[str, str], gpus: list[Gpu] | None,
+                    note: str) -> tuple[tuple[Devices, int], list[Problem]]:
+    """((devices, machines), problems): what the environment and the YAML say of this machine and the others."""
+    try:
+        devices, nodes = resolve_devices(config, env, gpus), read_count(env, "NNODES", 1)
+        problems = check_devices(devices, config, gpus, note) + check_nodes(config, env, nodes)
+        return (devices, nodes), problems
+    except LaunchError as error:
+        return (Devices((), "unknown", 1), 1), error.problems
+
+
+def find_run(options: argparse.Namespace) -> Path:
+    """The run directory that --resume means: RUN_DIR, else the newest unfinished one under output_dir."""
+    if options.resume:
+        run_dir = Path(options.resume).expanduser().resolve()
+        if not (run_dir / "config.yaml").is_file():
+            raise LaunchError(f"--resume {options.resume}: {run_dir}/config.yaml does not exist; expected the directory of a run")
+        return run_dir
+    output_dir = Path(load_config(options.config, options.overrides).values.get("output_dir", "."))
+    runs = sorted(output_dir.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise LaunchError(f"--resume: there is no run under {output_dir}; start one without --resume")
+    unfinished = [path for path in runs if read_summary(path.parent).get("state") != "finished"]
+    return (unfinished or runs)[-1].parent
+
+
+# What may not change under a run that goes on: the model would not load, or the data would be another.
+FIXED_KEYS = ("model_name_or_path", "train_from_scratch", "finetuning_type", "stage", "template", "dataset", "dataset_dir",
+              "max_samples", "val_size", "cutoff_len", "packing", "seed", "data_seed")
+
+
+def check_resume(config: Config, plan: Plan, run_dir: Path) -> list[Problem]:
+    """Why the run in `run_dir` cannot go on like this: other ranks under ZeRO, another model, other data."""
+    before = load_config(run_dir / "config.yaml", {}).values
+    problems = [Problem(f"{config.where(key)}: {key}: was {before.get(key)} when the run began and cannot change now; "
+                        "start a new run for that") for key in FIXED_KEYS if before.get(key) != config.values.get(key)]
+    recorded = json.loads((run_dir / "plan.json").read_text(encoding="utf-8")).get("data", {})
+    for path, content in data_files(config).items():
+        if recorded.get(path, content) != content:
+            problems.append(Problem(f"{path}: has changed since the run began; put the old file back, or start a new run",
+                                    overrule=True))
+    good = newest_checkpoint(run_dir)
+    if good and plan.zero.used:
+        ranks = json.loads((good / MANIFEST).read_text(encoding="utf-8"))["world_size"]
+        if ranks != plan.world_size:
+            problems.append(Problem(f"{good.name} was written by {ranks} ranks, now there are {plan.world_size}: ZeRO's "
+                                    "shards fit the same number only; use as many GPUs as then"))
+    return problems
+
+
+def data_files(config: Config) -> dict[str, str]:
+    """{path: fingerprint} of the data files; the fingerprint is the size, with a hash up to 64 MiB."""
+    info, folder, files = read_dataset_info(config.values)[0], config.values.get("dataset_dir", "data"), {}
+    for name in name_list(config.values.get("dataset")) + name_list(config.values.get("eval_dataset")):
+        entry = info.get(name)
+        path = Path(str(folder), entry.get("file_name", "")) if isinstance(entry, dict) else Path()
+        if path.is_file():
+            size = path.stat().st_size
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16] if size <= 64 << 20 else ""
+            files[str(path)] = f"{size} {digest}".strip()
+    return files
+
+
+def check_output(config: Config) -> list[Problem]:
+    """output_dir must be a folder that can be written, or one that can be made."""
+    folder = Path(config.values.get("output_dir", "."))
+    while not folder.exists():
+        folder = folder.parent
+    if folder.is_dir() and os.access(folder, os.W_OK):
+        return []
+    fault = "cannot be written" if folder.is_dir() else "is a file"
+    return [Problem(f"{config.where('output_dir')}: output_dir: {folder} {fault}; choose a folder of yours")]
+
+
+def check_nodes(config: Config, env: dict[str, str], nodes: int) -> list[Problem]:
+    """What several machines, or a MASTER_PORT, need."""
+    problems = []
+    if nodes > 1:
+        problems += [f"environment variable {name}: is needed with NNODES={nodes}" for name in
+                     ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if not env.get(name)]
+        if "run_name" not in config.values:
+            problems.append(f"run_name: is needed with NNODES={nodes}, the same on each machine: "
+                            "all of them use one run directory")
+    port = env.get("MASTER_PORT", "").strip()
+    if port and not (port.isdecimal() and 0 < int(port) < 65536):
+        problems.append(f"environment variable MASTER_PORT: expected a number up to 65535, got {port!r}")
+    elif port and node_rank(env) == 0 and port_in_use(int(port)):
+        problems.append(f"environment variable MASTER_PORT: port {port} is in use on this machine; choose another")
+    return [Problem(text) for text in problems]
+
+
+def node_rank(env: dict[str, str]) -> int:
+    """This machine's number among the machines; 0 where there is one."""
+    return int(env["NODE_RANK"]) if env.get("NODE_RANK", "").isdecimal() else 0
+
+
+def port_in_use(port: int) -> bool:
+    """Whether a server of this machine listens on `port`."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return True
+    return False
+
+
+def plan_data(job: Job, command: list[str], environment: dict[str, str]) -> dict:
+    """The plan as one JSON object; null where something cannot be known. Sizes in bytes."""
+    plan = job.plan
+    return {
+        "devices": list(plan.devices.ids), "devices_reason": plan.devices.reason, "world_size": plan.world_size,
+        "global_batch_size": global_batch(plan, job.config.values), "samples": plan.steps.samples,
+        "steps_per_epoch": plan.steps.per_epoch, "total_steps": plan.steps.total,
+        "parameters": plan.model and plan.model.parameters, "memory_per_gpu": plan.memory,
+        "host_memory": plan.host_memory, "checkpoint_bytes": plan.checkpoint_bytes, "disk_bytes": plan.disk_bytes,
+        "gathered_bytes_per_step": plan.gathered, "data": data_files(job.config),
+        "problems": [problem.text for problem in job.problems], "command": command, "environment": environment,
+    }
+
+
+def commands(job: Job, run_dir: Path, env: dict[str, str]) -> tuple[list[str], dict[str, str], dict]:
+    """The torchrun command, the workers' environment, and the plan as data with what of both may be shown."""
+    command = build_torchrun_command(job.plan.devices, run_dir / "config.yaml", env)
+    worker_env = build_worker_environment(job.plan.devices, run_dir, job.config, env)
+    shown = {key: value for key, value in worker_env.items() if env.get(key) != value
+             and key not in (SECRETS_VARIABLE, STARTED_VARIABLE, *SECRET_ENVIRONMENT.values())}
+    return command, worker_env, plan_data(job, command, shown)
+
+
+def dry_run(job: Job, as_json: bool, env: dict[str, str]) -> None:
+    """Print the plan and the exact command; start nothing and write nothing."""
+    run_dir = job.run_dir or Path(job.config.values.get("output_dir", ".")) / run_name(job.config, time.time())
+    command, _, data = commands(job, run_dir, env)
+    if as_json:
+        print(json.dumps(data, indent=1))
+        return
+    show_plan(job, run_dir, env)
+    print("command     " + " ".join([*(f"{key}={shlex.quote(value)}" for key, value in data["environment"].items()),
+                                     shlex.join(command)]))
+
+
+def show_plan(job: Job, run_dir: Path, env: dict[str, str]) -> None:
+    """Print the plan, one screen."""
+    tracking = setup_experiment_tracking(job.config, run_dir, env)
+    others = ", ".join(name for name in reporters(job.config.values) if name != "swanlab")
+    lines = [*plan_lines(job.plan, job.config), ("tracking", str(tracking) if tracking else others or "none"),
+             ("run", str(run_dir))]
+    for label, text in lines:
+        say(f"{label:<12}{text}")
+
+
+def start_run(job: Job, env: dict[str, str]) -> tuple[Path, list[str], dict[str, str]]:
+    """Create the run directory (or take up the old one) with config.yaml and plan.json, and show the plan.
+
+    Returns the directory, torchrun's command and the workers' environment. Raises LaunchError.
+    """
+    run_dir = job.run_dir or (create_run_dir(job.config) if node_rank(env) == 0 else await_run_dir(job.config))
+    command, worker_env, data = commands(job, run_dir, env)
+    if node_rank(env) == 0:
+        text = launchable_config(job.config, job.plan.devices)
+        (run_dir / "plan.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        (run_dir / "config.yaml").write_text(text, encoding="utf-8")
+        show_plan(job, run_dir, env)
+    return run_dir, command, worker_env
+
+
+def await_run_dir(config: Config, seconds: int = 600) -> Path:
+    """On a machine that is not the first: wait for the run directory that the first one creates."""
+    run_dir = Path(config.values["output_dir"]) / run_name(config, time.time())
+    deadline = time.time() + seconds
+    while not (run_dir / "config.yaml").exists():
+        if time.time() > deadline:
+            raise LaunchError(f"{run_dir}: the machine with NODE_RANK=0 has not created it within {seconds} s; output_dir "
+                              "must be on a file system that all machines share, and run_name the same")
+        time.sleep(0.5)
+    return run_dir
+
+
+def lock_run(run_dir: Path) -> TextIO:
+    """Hold the run directory for this process; raises LaunchError while another launcher lives in it."""
+    file = open(run_dir / "logs" / "lock", "a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        raise LaunchError(f"{run_dir}: this run is alive (launcher pid {file.read().strip()}); stop it first, or wait") from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the launcher, or a worker where torchrun started this process; returns the exit code."""
+    try:
+        options, env = parse_arguments(sys.argv[1:] if argv is None else argv), dict(os.environ)
+        if options.tracker:
+            return run_tracker()
+        if "LOCAL_RANK" in env:
+            return run_worker(options, env)
+        job = prepare(options, env)
+        if options.dry_run:
+            dry_run(job, options.json, env)
+        refuse(job, options.force)
+        return 0 if options.dry_run else launch(job, env, options.verbose)
+    except LaunchError as error:
+        for problem in error.problems:
+            say(f"error: {problem.text}{' (--force overrules this)' if problem.overrule else ''}", sys.stderr)
+        return 2
+
+
+def refuse(job: Job, force: bool) -> None:
+    """Raise a LaunchError with all problems that --force does not overrule."""
+    stopping = [problem for problem in job.problems if not (problem.overrule and force)]
+    if stopping:
+        raise LaunchError(*stopping)
+
+
+def launch(job: Job, env: dict[str, str], verbose: bool) -> int:
+    """Start the run, watch it to its end and give the account; returns the exit code."""
+    if job.run_dir and read_summary(job.run_dir).get("state") == "finished":
+        say(f"{job.run_dir}: this run is finished; nothing to resume")
+        return 0
+    run_dir, command, worker_env = start_run(job, env)
+    first = node_rank(env) == 0
+    with lock_run(run_dir) if first else contextlib.nullcontext(), follow(run_dir / "logs" / "rank0.log", verbose):
+        clear_stale_locks(Path(worker_env["TORCH_EXTENSIONS_DIR"]))
+        code = supervise(command, worker_env, run_dir, job.config.values.get("max_restarts", 3), first)
+    if first and code != 1:
+        for line in account_lines(read_summary(run_dir), run_dir, job.config.values.get("template", "default")):
+            say(line)
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
