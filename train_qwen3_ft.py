@@ -39,7 +39,9 @@ import contextlib
 import csv
 import difflib
 import fcntl
+import gc
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -58,7 +60,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
 from typing import TextIO
 
@@ -140,6 +141,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return options
 
 
+class ConfigDumper(yaml.SafeDumper):
+    """Quotes whatever a YAML 1.1 reader or ConfigLoader would not read back as the text it is."""
+
+
 class ConfigLoader(yaml.SafeLoader):
     """A safe YAML loader with the scalars of YAML 1.2, where `no` is a word and `1e-5` a number."""
 
@@ -162,7 +167,8 @@ for _tag, _pattern, _first in (
      list("-+.0123456789")),
     ("merge", r"<<", ["<"]),
 ):
-    ConfigLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+    for _class in (ConfigLoader, ConfigDumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
 ConfigLoader.add_constructor("tag:yaml.org,2002:float", ConfigLoader.construct_number)
 
 
@@ -563,7 +569,7 @@ def count_rows(path: Path, limit: int | None) -> int | None:
         return count_lines(path, limit)
     if kind == "csv":
         with open(path, encoding="utf-8", newline="") as file:
-            rows = sum(1 for row in islice(filter(None, csv.reader(file)), None if limit is None else limit + 1))
+            rows = sum(1 for row in itertools.islice(filter(None, csv.reader(file)), None if limit is None else limit + 1))
         return max(rows - 1, 0)
     return count_parquet(path) if kind == "parquet" else None
 
@@ -571,7 +577,7 @@ def count_rows(path: Path, limit: int | None) -> int | None:
 def count_lines(path: Path, limit: int | None) -> int:
     """Lines that are not blank."""
     with open(path, "rb") as file:
-        return sum(1 for _ in islice((line for line in file if not line.isspace()), limit))
+        return sum(1 for _ in itertools.islice((line for line in file if not line.isspace()), limit))
 
 
 def count_json_array(path: Path, limit: int | None, chunk: int = 1 << 20) -> int | None:
@@ -786,7 +792,10 @@ def inspect_model(config: Config) -> tuple[Model | None, list[Problem]]:
         if looks_local and not shape and name:
             return None, [Problem(f"{where}: the folder {name} does not exist; expected a folder with a config.json, "
                                   "or a hub id such as Qwen/Qwen3-14B")]
-        return (shape and Model(count_parameters(shape), shape, "to be downloaded")), []
+        if not shape:
+            return None, []
+        size = format_bytes(2 * count_parameters(shape))
+        return Model(count_parameters(shape), shape, f"not in the local cache: {size} will be downloaded"), []
     try:
         shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -1182,23 +1191,54 @@ def derive_accumulation(config: Config, world_size: int) -> tuple[Config, list[P
     return replace(config, values={**values, "gradient_accumulation_steps": steps}), []
 
 
-def check_packages(values: dict, zero: Zero) -> list[Problem]:
+def check_packages(values: dict, zero: Zero, env: dict[str, str]) -> list[Problem]:
     """Packages that the run needs and the environment lacks, or has in a version that does not work."""
     needed = ["torch", "transformers", "llamafactory", *["deepspeed"] * zero.used]
     missing = [name for name in needed if find_spec(name) is None]
     problems = [f"package {', '.join(missing)} is not installed in {sys.prefix}; pip install -r requirements.txt"]
     problems = problems if missing else [text for name in needed if (text := version_trouble(name))]
     for name in reporters(values):
-        if name not in BACKENDS and name != "all":
+        if name not in BACKENDS:
             near = difflib.get_close_matches(name, BACKENDS, 1)
             problems.append(f"report_to: {name} is unknown" + (f"; did you mean {near[0]}?" if near else ""))
-        elif name != "all" and not any(find_spec(package) for package in BACKENDS[name]):
+        elif not any(map(find_spec, BACKENDS[name])):
             problems.append(f"report_to: {name} needs a package that is not installed; pip install {BACKENDS[name][0]}")
+    if "wandb" in reporters(values) and not wandb_login(env):
+        problems.append("report_to: wandb: no login was found and nobody is there to ask; run wandb login, or set "
+                        "WANDB_API_KEY or WANDB_MODE=offline")
     if values.get("flash_attn") == "fa2" and find_spec("flash_attn") is None:
         problems.append("flash_attn: fa2 needs the package flash-attn; install it, or use flash_attn: auto")
     if zero.used and (values.get("use_cpu") or zero.offload_optimizer) and not (shutil.which("c++") or shutil.which("g++")):
-        problems.append("deepspeed builds its CPU Adam when training starts and needs a C++ compiler; install g++")
-    return [Problem(text) for text in problems]
+        problems.append("deepspeed compiles an operator when training starts and needs a C++ compiler; install g++")
+    if zero.offload_optimizer and not values.get("use_cpu") and "DS_SKIP_CUDA_CHECK" not in env:
+        problems += filter(None, [nvcc_trouble(env)])
+    return [Problem(text, overrule="is needed" in text) for text in problems]
+
+
+def nvcc_trouble(env: dict[str, str]) -> str:
+    """Why DeepSpeed will refuse to build its CPU Adam: an nvcc of another CUDA than torch's; '' where it will not.
+
+    Without any nvcc it builds for the CPU alone, which is all that offloading needs.
+    """
+    nvcc = shutil.which("nvcc", path=os.pathsep.join([f"{env.get('CUDA_HOME', '')}/bin", env.get("PATH", "")]))
+    built = re.search(r"^cuda\b.*'(\d+)\.", source_of("torch/version.py"), re.MULTILINE) if find_spec("torch") else None
+    if not nvcc or not built:
+        return ""
+    text = subprocess.run([nvcc, "-V"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)", text)
+    if not found or found[1] == built[1]:
+        return ""
+    return (f"{nvcc} is of CUDA {found[1]}, torch was built with CUDA {built[1]}: DeepSpeed will not build its CPU Adam; "
+            "set CUDA_HOME to a matching toolkit, or DS_SKIP_CUDA_CHECK=1")
+
+
+def wandb_login(env: dict[str, str]) -> bool:
+    """Whether wandb will start without asking: offline, a key in the environment, or a saved login."""
+    if env.get("WANDB_API_KEY") or env.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return True
+    with contextlib.suppress(OSError):
+        return "wandb" in Path(env.get("NETRC") or Path.home() / ".netrc").read_text(encoding="utf-8", errors="replace")
+    return False
 
 
 def version_trouble(name: str) -> str:
@@ -1280,7 +1320,7 @@ def launchable_config(config: Config, devices: Devices) -> str:
     return (f"# Resolved from {config.source}. The same again, in a new run directory:\n"
             f"#   {count}python {SCRIPT} config.yaml\n"
             + "".join(f"# {key} was left out: give it again\n" for key in config.secrets)
-            + yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+            + yaml.dump(values, Dumper=ConfigDumper, sort_keys=False, allow_unicode=True))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1406,8 +1446,12 @@ def build_worker_environment(devices: Devices, run_dir: Path, config: Config, en
     """A copy of `env` for the workers: their devices, the run directory and the secrets."""
     worker = {**env, "FORCE_TORCHRUN": "1", RUN_DIR_VARIABLE: str(run_dir), STARTED_VARIABLE: str(time.time()),
               **device_environment(devices, env)}
-    worker.setdefault("TENSORBOARD_LOGGING_DIR", str(run_dir / "tensorboard"))
-    worker.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder()))
+    places = {"TORCH_EXTENSIONS_DIR": extensions_folder(), "TENSORBOARD_LOGGING_DIR": run_dir / "tensorboard"}
+    if "wandb" in reporters(config.values):
+        places |= {"WANDB_DIR": run_dir, "WANDB_PROJECT": project(config.values)}
+    if "mlflow" in reporters(config.values):
+        places |= {"MLFLOW_TRACKING_URI": f"file:{run_dir.parent / 'mlruns'}", "MLFLOW_EXPERIMENT_NAME": project(config.values)}
+    worker = {**{key: str(value) for key, value in places.items()}, **worker}
     for key, value in config.secrets.items():
         if key in SECRET_ENVIRONMENT:
             worker[SECRET_ENVIRONMENT[key]] = value
@@ -1419,9 +1463,15 @@ def device_environment(devices: Devices, env: dict[str, str]) -> dict[str, str]:
     """What tells torch, DeepSpeed and NCCL the devices; PCI_BUS_ID makes ids mean what nvidia-smi shows."""
     variables = {"CUDA_VISIBLE_DEVICES": ",".join(devices.ids), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     if not devices.ids:
-        return {**variables, "DS_ACCELERATOR": "cpu"}
+        # Threads that spin while they wait run fifty times slower on cores that another process uses too.
+        return {**variables, "DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": env.get("OMP_WAIT_POLICY", "PASSIVE")}
     # As llamafactory-cli does: fewer out-of-memory errors from fragmentation.
     return {**variables, "PYTORCH_CUDA_ALLOC_CONF": env.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")}
+
+
+def project(values: dict) -> str:
+    """The project's name on every tracker."""
+    return str(values.get("swanlab_project") or values.get("project") or "qwen3-ft")
 
 
 def extensions_folder() -> Path:
@@ -1492,16 +1542,16 @@ def supervise(command: list[str], env: dict[str, str], run_dir: Path, max_restar
 
     The `first` of several machines looks after the run directory.
     """
-    stop = StopRequest(run_dir)
+    stop, log = StopRequest(run_dir), run_dir / "logs" / f"torchrun{'' if first else node_rank(env)}.log"
     for start in range(max_restarts + 1):
         begun, before = time.time(), checkpoint_step(newest_checkpoint(run_dir))
         if first:
             make_ready(run_dir, before, keep_stop=start > 0)
-        status = run_torchrun(command, env, run_dir, stop)
+        status = run_torchrun(command, env, log, stop)
         if status == 0:
             return stop_code(run_dir)
         good = newest_checkpoint(run_dir)
-        say(describe_failure(run_dir, status, begun))
+        say(describe_failure(run_dir, log, status, begun))
         if checkpoint_step(good) <= before or start == max_restarts or (run_dir / "STOP").exists():
             return end_failed(run_dir, good) if first else 1
         say(f"restart {start + 1} of at most {max_restarts}: resuming from {good.name}")
@@ -1518,11 +1568,11 @@ def make_ready(run_dir: Path, step: int, keep_stop: bool) -> None:
         (run_dir / "STOP").unlink(missing_ok=True)
 
 
-def run_torchrun(command: list[str], env: dict[str, str], run_dir: Path, stop: StopRequest) -> int:
-    """One torchrun from start to end; its own messages go to logs/torchrun.log. Returns its exit status."""
-    with open(run_dir / "logs" / "torchrun.log", "ab") as log:
-        stop.process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stderr=log, start_new_session=True,
-                                        preexec_fn=partial(before_torchrun, os.getpid()))
+def run_torchrun(command: list[str], env: dict[str, str], log: Path, stop: StopRequest) -> int:
+    """One torchrun from start to end; its own messages go to `log`. Returns its exit status."""
+    with open(log, "ab") as messages:
+        stop.process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stderr=messages,
+                                        start_new_session=True, preexec_fn=partial(before_torchrun, os.getpid()))
     return stop.process.wait()
 
 
@@ -1558,24 +1608,24 @@ CAUSES = (
 )
 
 
-def describe_failure(run_dir: Path, status: int, since: float) -> str:
+def describe_failure(run_dir: Path, log: Path, status: int, since: float) -> str:
     """What went wrong: the first failing rank's own traceback, its cause where known, and where the logs are."""
     errors = [path for path in (run_dir / "logs").glob("rank*.error") if path.stat().st_mtime >= since]
     first = min(errors, key=lambda path: path.stat().st_mtime, default=None)
-    killed = killed_rank(run_dir, since)
+    killed = killed_rank(log, since)
     if killed:
         text, rank = f"rank {killed[0]} was killed by {killed[1]}", killed[0]
     elif first:
         text, rank = first.read_text(encoding="utf-8").strip(), first.stem.removeprefix("rank")
     else:
-        text, rank = last_lines(run_dir / "logs" / "torchrun.log", 15) or f"torchrun ended with status {status}", "0"
+        text, rank = last_lines(log, 15) or f"torchrun ended with status {status}", "0"
     cause = next((f"\nlikely cause: {hint}" for pattern, hint in CAUSES if re.search(pattern, text)), "")
     return f"training failed:\n{text}{cause}\nfull log: {run_dir}/logs/rank{rank}.log"
 
 
-def killed_rank(run_dir: Path, since: float) -> tuple[str, str] | None:
+def killed_rank(log: Path, since: float) -> tuple[str, str] | None:
     """(rank, signal name) where torchrun's summary of this start says that the first failure was a signal."""
-    text = (run_dir / "logs" / "torchrun.log").read_text(encoding="utf-8", errors="replace")
+    text = log.read_text(encoding="utf-8", errors="replace")
     causes = re.findall(r"Root Cause.*?time\s*: (\S+).*?rank\s*: (\d+).*?exitcode\s*: -(\d+) ", text, re.DOTALL)
     if not causes or time.mktime(time.strptime(causes[-1][0][:19].replace("_", "T"), "%Y-%m-%dT%H:%M:%S")) < since - 1:
         return None
@@ -1654,20 +1704,26 @@ def draw_curve_apart(run_dir: Path) -> None:
         subprocess.run([sys.executable, "-c", script, str(run_dir)], cwd=SCRIPT.parent, capture_output=True)
 
 
-def account_lines(summary: dict, run_dir: Path, template: str) -> list[str]:
-    """The final account for people."""
-    rows = [("state", f"{summary['state']} at step {summary['steps']} of {summary['total_steps']}"),
-            ("loss", f"{summary['first_loss']} at first, {summary['last_loss']} at last"),
-            ("time", f"{summary['seconds']:.0f} s" + (f", {summary['tokens_per_second']:.0f} tokens/s"
-                                                      if summary["tokens_per_second"] else "")),
-            ("memory", summary.get("peak_memory") and f"{format_bytes(summary['peak_memory'])} at the peak on rank 0"),
-            ("checkpoints", ", ".join(summary["checkpoints"])), ("curve", summary["curve"]),
-            ("dashboard", summary.get("dashboard")), ("model", summary["model"])]
-    if summary["model"]:
-        rows.append(("chat", f"llamafactory-cli chat --model_name_or_path {run_dir} --template {template}"))
+def give_account(run_dir: Path, config: Config, console: TextIO) -> None:
+    """Print the final account, from summary.json."""
+    summary = {"state": "unknown", **read_summary(run_dir)}
+    rate, peak = summary.get("tokens_per_second"), summary.get("peak_memory")
+    rows = [
+        ("state", f"{summary['state']} at step {summary.get('steps')} of {summary.get('total_steps')}"),
+        ("loss", f"{summary.get('first_loss')} at first, {summary.get('last_loss')} at last"),
+        ("time", f"{summary.get('seconds')} s" + (f", {rate:.0f} tokens/s" if rate else "")),
+        ("memory", peak and f"{format_bytes(peak)} at the peak on rank 0"),
+        ("checkpoints", ", ".join(summary.get("checkpoints", []))),
+        ("curve", summary.get("curve")), ("dashboard", summary.get("dashboard")), ("model", summary.get("model")),
+    ]
+    if summary.get("model"):
+        rows.append(("chat", f"llamafactory-cli chat --model_name_or_path {shlex.quote(str(run_dir))} "
+                             f"--template {config.values.get('template', 'default')}"))
     if summary["state"] == "stopped":
-        rows.append(("resume", f"python {SCRIPT} --resume {run_dir}"))
-    return [f"{label:<12}{text}" for label, text in rows if text]
+        rows.append(("resume", f"python {shlex.quote(str(SCRIPT))} --resume {shlex.quote(str(run_dir))}"))
+    for label, text in rows:
+        if text:
+            say(f"{label:<12}{text}", console)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1704,9 +1760,8 @@ def setup_experiment_tracking(config: Config, run_dir: Path, env: dict[str, str]
         mode, reason = ("online", f"API key from {key}") if key else ("local", "no API key was found")
     if mode in ("online", "cloud") and not key:
         mode, reason = "local", f"{reason}, but no API key was found"
-    project = values.get("swanlab_project") or env.get("SWANLAB_PROJ_NAME") or "qwen3-ft"
     return Tracking("online" if mode == "cloud" else mode, reason, {
-        "project": re.sub(r"[^\w.+-]|[^\x00-\x7f]", "-", project)[:100],
+        "project": re.sub(r"[^\w.+-]", "-", env.get("SWANLAB_PROJ_NAME") or project(values), flags=re.ASCII)[:100],
         "workspace": values.get("swanlab_workspace") or env.get("SWANLAB_WORKSPACE"),
         "name": values.get("swanlab_run_name") or run_dir.name,
         "log_dir": values.get("swanlab_logdir") or env.get("SWANLAB_LOG_DIR") or str(run_dir.parent / "swanlog"),
@@ -1724,20 +1779,20 @@ def find_swanlab_key(config: Config, env: dict[str, str]) -> str:
 
 
 class Tracker:
-    """SwanLab in a process of its own, fed by a thread, so that nothing it does raises into, delays or ends training.
+    """SwanLab in a process of its own, watched by threads, so that nothing it does raises into, delays or ends training.
 
-    The process is given READY seconds to begin; else, or where it fails, another one records the whole run
-    locally. finish() waits at most END seconds. A worker that dies leaves the record marked as crashed.
+    The process has READY seconds to begin; where it does not, or ends early, another one records the whole run
+    locally. finish() waits at most READY + END seconds. Where the worker dies, the record ends as crashed.
     """
 
     READY, END = 25, 25
 
     def __init__(self, tracking: Tracking, run_dir: Path, settings: dict, warn: Callable[[str], None]):
-        self.tracking, self.run_dir, self.warn = tracking, run_dir, warn
+        self.mode, self.warn, self.log_file = tracking.mode, warn, run_dir / "logs" / "swanlab.log"
         self.init = {**tracking.init, **next_segment(run_dir, tracking), "config": settings}
-        self.lines, self.sent, self.arrived = [], 0, threading.Condition()
-        self.place = ""
-        self.thread = threading.Thread(target=self.feed, daemon=True)
+        self.lines, self.arrived, self.finished = [], threading.Condition(), threading.Event()
+        self.place = self.trouble = ""
+        self.thread = threading.Thread(target=self.keep, daemon=True)
         self.thread.start()
 
     def log(self, values: dict, step: int) -> None:
@@ -1745,62 +1800,58 @@ class Tracker:
         self.put({"log": values, "step": step})
 
     def finish(self, state: str, error: str | None = None) -> str:
-        """End the record as success, aborted or crashed, within END seconds; returns where the record is."""
+        """End the record as success, aborted or crashed; returns where the record is, '' where there is none."""
         self.put({"finish": state, "error": error})
+        self.finished.set()
         self.thread.join(self.READY + self.END)
         return self.place
 
     def put(self, line: dict) -> None:
         with self.arrived:
             self.lines.append(json.dumps(line) + "\n")
-            self.arrived.notify()
+            self.arrived.notify_all()
 
-    def feed(self) -> None:
-        """The thread: start the process, hand over every line, and start anew in local mode where it fails."""
-        modes = [self.tracking.mode] + ["local"] * (self.tracking.mode not in ("local", "disabled"))
-        for mode in modes:
-            try:
-                if self.run_process(mode):
-                    return
-            except OSError as error:
-                self.trouble = str(error)
-            if mode == "online":
-                self.warn(f"SwanLab cannot be reached ({self.trouble}); the run is recorded locally. Later: "
-                          f"swanlab sync {self.init['log_dir']}/run-...-{self.init['id']}")
+    def keep(self) -> None:
+        """The thread that starts the process, and one in local mode where it fails."""
+        if not self.run_process(self.mode) and self.mode != "local":
+            self.warn(f"SwanLab cannot be reached ({self.trouble}); the run is recorded locally. Later: swanlab sync "
+                      f"{self.init['log_dir']}/run-... -i {self.init['id']}")
+            self.run_process("local")
 
     def run_process(self, mode: str) -> bool:
-        """Feed one process to the end; False where it did not begin or broke off."""
-        log = open(self.run_dir / "logs" / "swanlab.log", "ab")
-        command = [sys.executable, str(SCRIPT), "--tracker"]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
-        process.stdin.write(json.dumps({**self.init, "mode": mode}) + "\n")
-        process.stdin.flush()
+        """One process from start to end; False where it did not begin or ended early."""
+        with open(self.log_file, "ab") as log:
+            process = subprocess.Popen([sys.executable, str(SCRIPT), "--tracker"], stdin=subprocess.PIPE,
+                                       stdout=subprocess.PIPE, stderr=log, text=True)
+        threading.Thread(target=self.feed, args=(process.stdin, {**self.init, "mode": mode}), daemon=True).start()
         ready = select.select([process.stdout], [], [], self.READY)[0]
         answer = json.loads(process.stdout.readline() or "{}") if ready else {"trouble": f"no answer in {self.READY} s"}
-        if "place" not in answer:
+        self.place, self.trouble = answer.get("place", ""), answer.get("trouble", "its process ended")
+        while self.place and process.poll() is None and not self.finished.wait(1):
+            pass
+        if not self.place or not self.finished.is_set():
             process.kill()
-            self.trouble = answer.get("trouble", "it ended")
             return False
-        self.place = answer["place"]
-        for line in self.each_line():
-            process.stdin.write(line)
-            process.stdin.flush()
-        process.stdin.close()
         try:
             process.wait(self.END)
         except subprocess.TimeoutExpired:
             process.kill()
-            self.warn(f"SwanLab did not take the whole run in time; later: swanlab sync {self.place} -i {self.init['id']}")
+            self.warn("SwanLab did not take the whole run in time, but it is recorded locally. Later: swanlab sync "
+                      f"{self.place} -i {self.init['id']}")
         return True
 
-    def each_line(self) -> Iterator[str]:
-        """Every line from the first, as they arrive, until the one that finishes."""
-        position = 0
-        while position == 0 or '"finish"' not in self.lines[position - 1][:10]:
-            with self.arrived:
-                self.arrived.wait_for(lambda at=position: len(self.lines) > at)
-            yield self.lines[position]
-            position += 1
+    def feed(self, pipe: TextIO, init: dict) -> None:
+        """The thread that hands a process everything from the first line on, as it arrives."""
+        with contextlib.suppress(OSError), pipe:
+            pipe.write(json.dumps(init) + "\n")
+            pipe.flush()
+            for position in itertools.count():
+                with self.arrived:
+                    self.arrived.wait_for(lambda at=position: len(self.lines) > at)
+                pipe.write(self.lines[position])
+                pipe.flush()
+                if self.lines[position].startswith('{"finish"'):
+                    return
 
 
 def next_segment(run_dir: Path, tracking: Tracking) -> dict:
@@ -1809,8 +1860,8 @@ def next_segment(run_dir: Path, tracking: Tracking) -> dict:
     Elsewhere each start is a record of its own, so its name tells which resume it is.
     """
     path = run_dir / "logs" / "swanlab.json"
-    seen = json.loads(path.read_text()) if path.exists() else {"id": f"{run_dir.name}-{os.urandom(4).hex()}", "starts": 0}
-    seen["id"] = re.sub(r"[^\w-]|[^\x00-\x7f]", "-", seen["id"])
+    seen = json.loads(path.read_text()) if path.exists() else {
+        "id": f"{re.sub(r'[^a-zA-Z0-9]', '-', run_dir.name)}-{os.urandom(4).hex()}", "starts": 0}
     path.write_text(json.dumps({**seen, "starts": seen["starts"] + 1}))
     again = f" (resume {seen['starts']})" if seen["starts"] and tracking.mode != "online" else ""
     return {"id": seen["id"], "name": tracking.init["name"] + again}
@@ -1831,9 +1882,9 @@ def run_tracker() -> int:
                                  probe={"git": False, "runtime": False, "requirements": False, "swanlab": False})
         run = swanlab.init(**init, resume="allow", settings=quiet)
     except BaseException as error:  # whatever it is, training goes on
-        print(json.dumps({"trouble": f"{type(error).__name__}: {error}"[:300]}), file=answers)
+        say(json.dumps({"trouble": f"{type(error).__name__}: {error}"[:300]}), answers)
         os._exit(1)
-    print(json.dumps({"place": str(run.dir)}), file=answers)
+    say(json.dumps({"place": str(run.dir)}), answers)
     for line in map(json.loads, sys.stdin):
         if "finish" in line:
             run.finish(state=line["finish"], error=line["error"])
@@ -1869,6 +1920,8 @@ def build_training_args(config: Config, run_dir: Path) -> dict:
 def reporters(values: dict) -> list[str]:
     """The backends of `report_to` as a list; none is []. `use_swanlab` is LLaMA-Factory's older spelling."""
     names = [name for name in name_list(values.get("report_to")) if name != "none"]
+    if "all" in names:
+        names = [name for name, packages in BACKENDS.items() if any(map(find_spec, packages))]
     return names + ["swanlab"] * (values.get("use_swanlab") is True and "swanlab" not in names)
 
 
@@ -1879,10 +1932,11 @@ class Stopped(Exception):
 class Checkpoints:
     """Trainer callback of every rank: stop together at the end of a step, and commit each checkpoint."""
 
-    def __init__(self, run_dir: Path):
-        self.run_dir, self.stopping = run_dir, False
+    def __init__(self, run_dir: Path, training: threading.Event):
+        self.run_dir, self.training, self.stopping = run_dir, training, False
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.training.set()
         if self.agreed_to_stop(args):
             raise Stopped
 
@@ -1912,8 +1966,10 @@ class Checkpoints:
 class Reporter:
     """Trainer callback of rank 0: the console's bar or lines, and SwanLab."""
 
+    LINES = 30
+
     def __init__(self, console: TextIO, open_tracker: Callable[[], Tracker | None]):
-        self.console, self.open_tracker, self.tracker, self.bar = console, open_tracker, None, None
+        self.console, self.open_tracker, self.tracker, self.bar, self.spoke = console, open_tracker, None, None, 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.tracker = self.open_tracker()
@@ -1952,13 +2008,17 @@ class Reporter:
             self.tracker.log({name: float(value) for name, value in metrics.items() if value is not None}, state.global_step)
 
     def show(self, metrics: dict, state) -> None:
-        """The bar's text in a terminal, else one line."""
+        """The bar's text in a terminal; else a line, though of many no more than LINES in all or one a minute."""
         text = f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}"
         if self.bar is not None:
             self.bar.set_description_str(text)
             return
-        elapsed, done = time.monotonic() - self.begun[0], state.global_step - self.begun[1]
-        left = int(elapsed / max(done, 1) * (state.max_steps - state.global_step))
+        now, number = time.monotonic(), state.global_step // max(state.logging_steps, 1)
+        stride = math.ceil(state.max_steps / max(state.logging_steps, 1) / self.LINES)
+        if number % stride and self.spoke and now - self.spoke < 60:
+            return
+        self.spoke, done = now, state.global_step - self.begun[1]
+        left = int((now - self.begun[0]) / max(done, 1) * (state.max_steps - state.global_step))
         say(f"step {state.global_step}/{state.max_steps}  {text}  {metrics['tokens_per_second']:.0f} tokens/s  "
             f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left", self.console)
 
@@ -1978,13 +2038,15 @@ def as_callback(hooks: object) -> object:
 def run_worker(options: argparse.Namespace, env: dict[str, str]) -> int:
     """Train as one rank: everything it prints goes to logs/rank<R>.log, rank 0 speaks on the console."""
     agent, rank = os.getppid(), env["RANK"]
+    os.environ.setdefault(STARTED_VARIABLE, str(time.time()))
     die_with_parent(agent)
-    os.register_at_fork(before=lambda: None, after_in_child=lambda: die_with_parent(os.getppid()))
+    training = threading.Event()
+    os.register_at_fork(after_in_child=partial(settle_child, training))
     run_dir, config = join_run(options, env)
     stop_on_sigterm(run_dir, agent)
     console = redirect_output(run_dir / "logs" / f"rank{rank}.log")
     try:
-        train(config, run_dir, console, env)
+        train(config, run_dir, console, env, training)
     except BaseException:
         text = traceback.format_exc()
         print(text, file=sys.stderr, flush=True)
@@ -2000,14 +2062,15 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-def train(config: Config, run_dir: Path, console: TextIO, env: dict[str, str]) -> None:
+def train(config: Config, run_dir: Path, console: TextIO, env: dict[str, str], training: threading.Event) -> None:
     """LLaMA-Factory's run_exp with our callbacks. World rank 0 records; the first process of the first machine speaks."""
-    from llamafactory.train.tuner import run_exp
-
+    if int(env["WORLD_SIZE"]) != int(env["LOCAL_WORLD_SIZE"]) * read_count(env, "NNODES", 1) and RUN_DIR_VARIABLE in env:
+        raise RuntimeError("the machines start different numbers of processes; give each the same number of GPUs")
+    run_exp = import_trainer(config)
     records, speaks = env["RANK"] == "0", env["LOCAL_RANK"] == "0" and node_rank(env) == 0
     console = console if speaks else sys.stdout
     reporter = Reporter(console, partial(open_tracker, config, run_dir, env, console) if records else lambda: None)
-    callbacks = [Checkpoints(run_dir)] + [reporter] * (records or speaks)
+    callbacks = [Checkpoints(run_dir, training)] + [reporter] * (records or speaks)
     state = "finished"
     try:
         run_exp(build_training_args(config, run_dir), [as_callback(hooks) for hooks in callbacks])
@@ -2016,6 +2079,20 @@ def train(config: Config, run_dir: Path, console: TextIO, env: dict[str, str]) -
     reporter.close()
     if records:
         end_record(config, run_dir, state, reporter.tracker)
+    if speaks and RUN_DIR_VARIABLE not in env:  # a torchrun of the user's: no launcher will give the account
+        give_account(run_dir, config, console)
+
+
+def import_trainer(config: Config) -> Callable:
+    """Import what a rank needs without Python's cycle collector, which would take a quarter of the import time."""
+    gc.disable()
+    from llamafactory.train.tuner import run_exp
+
+    if config.values.get("deepspeed"):
+        import deepspeed  # noqa: F401  run_exp would, with the collector on
+    gc.enable()
+    gc.freeze()
+    return run_exp
 
 
 def end_record(config: Config, run_dir: Path, state: str, tracker: Tracker | None) -> None:
@@ -2032,7 +2109,24 @@ def end_record(config: Config, run_dir: Path, state: str, tracker: Tracker | Non
 def open_tracker(config: Config, run_dir: Path, env: dict[str, str], console: TextIO) -> Tracker | None:
     """Start SwanLab's process, once the data is tokenized; None where the run does not report to it."""
     tracking = setup_experiment_tracking(config, run_dir, env)
-    return Tracker(tracking, run_dir, dict(config.values), partial(say, stream=console)) if tracking else None
+    return Tracker(tracking, run_dir, describe_run(config, run_dir), partial(say, stream=console)) if tracking else None
+
+
+def describe_run(config: Config, run_dir: Path) -> dict:
+    """What a tracker shows beside the curves: the resolved configuration without secrets, the plan's numbers, the
+    GPU, the versions and the git commit of the working directory."""
+    from importlib.metadata import version
+
+    import torch
+
+    plan = json.loads((run_dir / "plan.json").read_text(encoding="utf-8"))
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {
+        **config.values,
+        "plan": {key: plan[key] for key in ("world_size", "global_batch_size", "steps_per_epoch", "total_steps", "parameters")},
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "git_commit": commit or None,
+        "versions": {name: version(name) for name in ("llamafactory", "transformers", "torch", "deepspeed", "swanlab")},
+    }
 
 
 def peak_memory() -> int:
@@ -2046,11 +2140,20 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def settle_child(training: threading.Event) -> None:
+    """In a process that a worker forks: die with it. SIGTERM ends it, as a pool of tokenizers expects; but in
+    training the children are DataLoader workers, and a scheduler's SIGTERM to everybody must not cost the save."""
+    die_with_parent(os.getppid())
+    if not training.is_set():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
 def stop_on_sigterm(run_dir: Path, agent: int) -> None:
     """Turn a SIGTERM from outside into a graceful stop; torchrun's own means that another rank died: end now.
 
     A thread waits for it, since a rank inside a collective runs no Python signal handler.
     """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def wait() -> None:
@@ -2063,18 +2166,18 @@ def stop_on_sigterm(run_dir: Path, agent: int) -> None:
 
 def join_run(options: argparse.Namespace, env: dict[str, str]) -> tuple[Path, Config]:
     """This rank's run directory and configuration: the parent's or, under a torchrun of the user's, rank 0's."""
-    if RUN_DIR_VARIABLE in env:
-        run_dir = Path(env[RUN_DIR_VARIABLE])
-        secrets = json.loads(os.environ.pop(SECRETS_VARIABLE, "{}"))
-        return run_dir, replace(load_config(run_dir / "config.yaml", {}), secrets=secrets)
-    return agree_on_run(options, env)
+    run_dir = Path(env[RUN_DIR_VARIABLE]) if RUN_DIR_VARIABLE in env else agree_on_run(options, env)
+    secrets = json.loads(os.environ.pop(SECRETS_VARIABLE, "{}"))
+    return run_dir, replace(load_config(run_dir / "config.yaml", {}), secrets=secrets)
 
 
-def agree_on_run(options: argparse.Namespace, env: dict[str, str]) -> tuple[Path, Config]:
+def agree_on_run(options: argparse.Namespace, env: dict[str, str]) -> Path:
     """Rank 0 checks, plans and creates the run directory, and tells the others through torchrun's own store."""
-    env = {**env, "NPROC_PER_NODE": env["LOCAL_WORLD_SIZE"]}
+    nodes = int(env["WORLD_SIZE"]) // int(env["LOCAL_WORLD_SIZE"])
+    env = {**env, "NPROC_PER_NODE": env["LOCAL_WORLD_SIZE"], "NNODES": str(nodes), "NODE_RANK": env["GROUP_RANK"]}
     config = load_config(options.config, options.overrides)
-    os.environ.update(device_environment(resolve_devices(config, env, query_gpus()[0]), env))
+    devices = resolve_devices(config, env, query_gpus()[0])
+    os.environ.update(device_environment(devices, env))  # before torch is imported
     from torch.distributed import PrefixStore, rendezvous
 
     store, rank, _ = next(rendezvous("env://"))
@@ -2083,12 +2186,15 @@ def agree_on_run(options: argparse.Namespace, env: dict[str, str]) -> tuple[Path
         try:
             job = prepare(options, env)
             refuse(job, options.force)
-            store.set("run_dir", str(start_run(job, env)[0]))
+            run_dir = take_run_dir(job, env)
+            write_run_files(job, run_dir, env)
+            store.set("run_dir", str(run_dir))
         except LaunchError:
             store.set("run_dir", "")
             raise
     run_dir = Path(store.get("run_dir").decode() or leave(2))
-    return run_dir, replace(load_config(run_dir / "config.yaml", {}), secrets=config.secrets)
+    os.environ.update(build_worker_environment(devices, run_dir, config, dict(os.environ)))
+    return run_dir
 
 
 def redirect_output(log: Path | None) -> TextIO:
@@ -2135,7 +2241,7 @@ def prepare(options: argparse.Namespace, env: dict[str, str]) -> Job:
     devices, nodes = machine
     zero, more = inspect_deepspeed(config)
     config, wrong = derive_accumulation(config, devices.processes * nodes)
-    problems += found + more + wrong + check_values(config, zero) + check_packages(config.values, zero)
+    problems += found + more + wrong + check_values(config, zero) + check_packages(config.values, zero, env)
     model, more = inspect_model(config)
     rows, wrong = inspect_data(config, "dataset")
     problems += more + wrong + inspect_data(config, "eval_dataset")[1] + check_output(config)
@@ -2186,7 +2292,11 @@ def check_resume(config: Config, plan: Plan, run_dir: Path) -> list[Problem]:
             problems.append(Problem(f"{path}: has changed since the run began; put the old file back, or start a new run",
                                     overrule=True))
     good = newest_checkpoint(run_dir)
-    if good and plan.zero.used:
+    if not good:
+        faults = "; ".join(f"{folder.name}: {checkpoint_fault(folder)}" for folder in list_checkpoints(run_dir))
+        problems.append(Problem(f"{run_dir}: there is no checkpoint to resume from{f' ({faults})' if faults else ''}; "
+                                "start a new run"))
+    elif plan.zero.used:
         ranks = json.loads((good / MANIFEST).read_text(encoding="utf-8"))["world_size"]
         if ranks != plan.world_size:
             problems.append(Problem(f"{good.name} was written by {ranks} ranks, now there are {plan.world_size}: ZeRO's "
@@ -2219,8 +2329,10 @@ def check_output(config: Config) -> list[Problem]:
 
 
 def check_nodes(config: Config, env: dict[str, str], nodes: int) -> list[Problem]:
-    """What several machines, or a MASTER_PORT, need."""
+    """What several machines, or a MASTER_PORT, need; nothing where a torchrun of the user's has seen to it."""
     problems = []
+    if "LOCAL_RANK" in env:
+        return problems
     if nodes > 1:
         problems += [f"environment variable {name}: is needed with NNODES={nodes}" for name in
                      ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if not env.get(name)]
@@ -2296,19 +2408,23 @@ def show_plan(job: Job, run_dir: Path, env: dict[str, str]) -> None:
         say(f"{label:<12}{text}")
 
 
-def start_run(job: Job, env: dict[str, str]) -> tuple[Path, list[str], dict[str, str]]:
-    """Create the run directory (or take up the old one) with config.yaml and plan.json, and show the plan.
+def take_run_dir(job: Job, env: dict[str, str]) -> Path:
+    """The run directory: the old one of a run that goes on, else a new one, which the first machine creates."""
+    return job.run_dir or (create_run_dir(job.config) if node_rank(env) == 0 else await_run_dir(job.config))
 
-    Returns the directory, torchrun's command and the workers' environment. Raises LaunchError.
-    """
-    run_dir = job.run_dir or (create_run_dir(job.config) if node_rank(env) == 0 else await_run_dir(job.config))
+
+def write_run_files(job: Job, run_dir: Path, env: dict[str, str]) -> tuple[list[str], dict[str, str]]:
+    """Write config.yaml and plan.json (the first machine does) and show the plan; returns torchrun's command and
+    the workers' environment."""
     command, worker_env, data = commands(job, run_dir, env)
     if node_rank(env) == 0:
-        text = launchable_config(job.config, job.plan.devices)
-        (run_dir / "plan.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        (run_dir / "config.yaml").write_text(text, encoding="utf-8")
+        try:
+            (run_dir / "plan.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+            (run_dir / "config.yaml").write_text(launchable_config(job.config, job.plan.devices), encoding="utf-8")
+        except OSError as error:
+            raise LaunchError(f"{error.filename}: cannot be written: {error.strerror.lower()}") from None
         show_plan(job, run_dir, env)
-    return run_dir, command, worker_env
+    return command, worker_env
 
 
 def await_run_dir(config: Config, seconds: int = 600) -> Path:
@@ -2354,6 +2470,8 @@ def main(argv: list[str] | None = None) -> int:
         for problem in error.problems:
             say(f"error: {problem.text}{' (--force overrules this)' if problem.overrule else ''}", sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT  # before the run began; from then on StopRequest takes Ctrl-C
 
 
 def refuse(job: Job, force: bool) -> None:
@@ -2368,14 +2486,13 @@ def launch(job: Job, env: dict[str, str], verbose: bool) -> int:
     if job.run_dir and read_summary(job.run_dir).get("state") == "finished":
         say(f"{job.run_dir}: this run is finished; nothing to resume")
         return 0
-    run_dir, command, worker_env = start_run(job, env)
-    first = node_rank(env) == 0
+    run_dir, first = take_run_dir(job, env), node_rank(env) == 0
     with lock_run(run_dir) if first else contextlib.nullcontext(), follow(run_dir / "logs" / "rank0.log", verbose):
+        command, worker_env = write_run_files(job, run_dir, env)
         clear_stale_locks(Path(worker_env["TORCH_EXTENSIONS_DIR"]))
         code = supervise(command, worker_env, run_dir, job.config.values.get("max_restarts", 3), first)
     if first and code != 1:
-        for line in account_lines(read_summary(run_dir), run_dir, job.config.values.get("template", "default")):
-            say(line)
+        give_account(run_dir, job.config, sys.stdout)
     return code
 
 

@@ -1,0 +1,51 @@
+"""The same global batch, split differently between micro-batch and gradient accumulation, under ZeRO-3 on 2 ranks.
+
+    python tests/benchmark_batch_split.py [REPEATS]        # default 3
+
+ZeRO-3 gathers all weights for every micro-batch, so fewer and larger micro-batches do the same step with less
+traffic. Prints steps a second (median), the first and last loss, and the bytes each rank gathers a step as planned.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmark_tools import SCRIPT, ZERO3, Watched, describe_machine, launcher, make_config
+
+SPLITS = ((2, 8), (4, 4), (8, 2), (16, 1))
+
+
+def main() -> None:
+    """Run every split `repeats` times in turn and print the table."""
+    repeats = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+    rates, losses, gathered = {split: [] for split in SPLITS}, {}, {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for repeat in range(repeats):
+            for micro, accumulation in SPLITS:
+                folder = Path(scratch, f"{repeat}-{micro}")
+                folder.mkdir()
+                config = make_config(folder, deepspeed=str(ZERO3), max_steps=20, per_device_train_batch_size=micro,
+                                     gradient_accumulation_steps=accumulation)
+                plan = subprocess.run([sys.executable, str(SCRIPT), str(config), "--dry-run", "--json"], check=True,
+                                      capture_output=True, env={"NPROC_PER_NODE": "2", "PATH": "/usr/bin:/bin"})
+                run = Watched(launcher(config), folder / "out", NPROC_PER_NODE="2", OMP_NUM_THREADS="1")
+                rates[micro, accumulation].append(run.rate(skip=5))
+                losses[micro, accumulation] = (run.losses[1], run.losses[max(run.losses)])
+                gathered[micro, accumulation] = json.loads(plan.stdout)["gathered_bytes_per_step"]
+    print(describe_machine())
+    print("| micro-batch x accumulation | steps/s | against 2 x 8 | first loss | last loss | gathered a step (MB) |")
+    print("|---|---|---|---|---|---|")
+    base = statistics.median(rates[SPLITS[0]])
+    for split in SPLITS:
+        rate = statistics.median(rates[split])
+        print(f"| {split[0]} x {split[1]} | {rate:.2f} | {rate / base:.2f} | {losses[split][0]:.6f} | {losses[split][1]:.6f} "
+              f"| {gathered[split] / 1e6:.1f} |")
+
+
+if __name__ == "__main__":
+    main()

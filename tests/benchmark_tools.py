@@ -1,0 +1,107 @@
+"""What the benchmark scripts share: configurations for small models, and a watcher of a run's own log."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "train_qwen3_ft.py"
+ZERO3 = ROOT / "configs" / "deepspeed" / "ds_z3_config.json"
+
+
+def make_model(folder: Path, **sizes: int) -> Path:
+    """A model folder for train_from_scratch: the demo's tokenizer with the demo's config.json, `sizes` changed."""
+    folder.mkdir(parents=True)
+    for path in (ROOT / "configs" / "demo_model").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    layers = sizes.get("num_hidden_layers", config["num_hidden_layers"])
+    config |= {**sizes, "layer_types": ["full_attention"] * layers, "max_window_layers": layers}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def make_config(folder: Path, **changes: object) -> Path:
+    """The demo's configuration with `changes`, absolute paths and a log line a step; None removes a key."""
+    values = yaml.safe_load((ROOT / "configs" / "demo_cpu.yaml").read_text(encoding="utf-8"))
+    values |= {"model_name_or_path": str(ROOT / "configs" / "demo_model"), "dataset_dir": str(ROOT / "configs" / "data"),
+               "output_dir": str(folder / "out"), "report_to": "none", "logging_steps": 1, "save_strategy": "no",
+               "plot_loss": False, **changes}
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}), encoding="utf-8")
+    return path
+
+
+class Watched:
+    """A command that trains, run to its end: when each optimizer step was logged, and the memory of the process.
+
+    `steps` is {step: seconds since the command}, `losses` {step: loss}, `peak` the most resident bytes of the
+    command's own process (not its children), `console` what it printed.
+    """
+
+    def __init__(self, command: list[str], out: Path, **environment: str):
+        self.steps, self.losses, self.peak = {}, {}, 0
+        env = {key: value for key, value in os.environ.items() if not re.match("CUDA|SWANLAB|NPROC|MASTER|NNODES", key)}
+        with tempfile.TemporaryFile("w+") as output:
+            begun = time.perf_counter()
+            process = subprocess.Popen(command, env={**env, **environment}, stdout=output, stderr=output)
+            while process.poll() is None:
+                self.look(process.pid, out, begun)
+                time.sleep(0.005)
+            self.look(process.pid, out, begun)
+            output.seek(0)
+            self.console = output.read()
+        if process.returncode:
+            raise SystemExit(f"{command}: exit code {process.returncode}\n{self.console[-3000:]}")
+
+    def look(self, pid: int, out: Path, begun: float) -> None:
+        now = time.perf_counter() - begun
+        for log in [*out.glob("trainer_log.jsonl"), *out.glob("*/trainer_log.jsonl")]:
+            for text in log.read_text(encoding="utf-8").splitlines()[len(self.steps):]:
+                line = json.loads(text) if text.endswith("}") else {}
+                if "loss" in line and line["current_steps"] not in self.steps:
+                    self.steps[line["current_steps"]] = now
+                    self.losses[line["current_steps"]] = line["loss"]
+        try:
+            with open(f"/proc/{pid}/status", encoding="ascii") as status:
+                self.peak = max([self.peak, *(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))])
+        except OSError:
+            pass
+
+    def first_step(self) -> float:
+        """Seconds from the command to the log line of the first optimizer step."""
+        return self.steps[1]
+
+    def rate(self, skip: int) -> float:
+        """Optimizer steps a second after the first `skip`."""
+        last = max(self.steps)
+        return (last - skip) / (self.steps[last] - self.steps[skip])
+
+
+def launcher(config: Path) -> list[str]:
+    """The launcher's command."""
+    return [sys.executable, str(SCRIPT), str(config)]
+
+
+def llamafactory_cli(config: Path) -> list[str]:
+    """llamafactory-cli's command; it wants FORCE_TORCHRUN=1 and NPROC_PER_NODE in the environment."""
+    return [str(Path(sys.executable).with_name("llamafactory-cli")), "train", str(config)]
+
+
+def describe_machine() -> str:
+    """Machine, date and versions, for the head of a table."""
+    with open("/proc/cpuinfo", encoding="utf-8") as info:
+        model = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), platform.machine())
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "llamafactory", "deepspeed"))
+    return f"{model}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}, Python {platform.python_version()}, {versions}"

@@ -1,0 +1,164 @@
+"""Faults planted into the workers of a run: on PYTHONPATH, Python imports this module before anything else.
+
+FAULTS is a JSON list of {"point", "step", "rank" (0), "name"}; each strikes once, which a file in FAULT_MARKERS
+remembers, so that the run that is restarted goes through. It acts in workers of torchrun only.
+"""
+
+import importlib.abc
+import importlib.util
+import json
+import os
+import re
+import signal
+import sys
+import time
+
+
+def strike_once(fault):
+    """Whether this fault has not struck yet; it has from now on."""
+    name = fault.get("name", f"{fault['point']}-{fault['step']}")
+    try:
+        os.close(os.open(os.path.join(os.environ["FAULT_MARKERS"], name), os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+def die(fault):
+    """Be killed here, unless this fault has struck already."""
+    if strike_once(fault):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_event(fault, wanted, pattern):
+    """Die just before a file of this checkpoint is opened for writing ("open") or renamed ("os.rename")."""
+    expression = re.compile(rf"checkpoint-{fault['step']}/{pattern}")
+
+    def hook(event, arguments):
+        if event == wanted and expression.search(str(arguments[0])) and (wanted != "open" or "w" in str(arguments[1])):
+            die(fault)
+
+    sys.addaudithook(hook)
+
+
+def in_rotation(fault):
+    """Die when two files of this checkpoint have been removed."""
+    left = [0]
+
+    def hook(event, arguments):
+        if event == "shutil.rmtree" and re.search(rf"checkpoint-{fault['step']}\b", str(arguments[0])):
+            left[0] = 3
+        elif event == "os.remove" and left[0]:
+            left[0] -= 1
+            if left[0] == 0:
+                die(fault)
+
+    sys.addaudithook(hook)
+
+
+class Patch(importlib.abc.MetaPathFinder):
+    """Calls `change(module)` as soon as the module `name` has been imported."""
+
+    def __init__(self, name, change):
+        self.name, self.change = name, change
+        sys.meta_path.insert(0, self)
+
+    def find_spec(self, name, path=None, target=None):
+        if name != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            self.change(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+def before(owner, method, action):
+    """Call `action(self, *args)` before each call of `owner.method`."""
+    original = getattr(owner, method)
+
+    def wrapped(self, *args, **kwargs):
+        action(self, *args)
+        return original(self, *args, **kwargs)
+
+    setattr(owner, method, wrapped)
+
+
+def after_weights(fault):
+    def action(engine, folder, *args):
+        if folder.endswith(f"checkpoint-{fault['step']}"):
+            die(fault)
+
+    Patch("deepspeed.runtime.engine", lambda module: before(module.DeepSpeedEngine, "save_checkpoint", action))
+
+
+def after_one_shard(fault):
+    """Rank 1 dies before it writes its shard, once rank 0 has written its own (and the script that lies beside it)."""
+    def action(engine, folder, tag):
+        if folder.endswith(f"checkpoint-{fault['step']}"):
+            while not os.path.exists(os.path.join(folder, "zero_to_fp32.py")):
+                time.sleep(0.01)
+            die(fault)
+
+    Patch("deepspeed.runtime.engine", lambda module: before(module.DeepSpeedEngine, "_save_zero_checkpoint", action))
+
+
+def in_step(fault, act):
+    calls = [0]
+
+    def action(trainer, *args):
+        calls[0] += 1
+        if calls[0] == fault["step"] and strike_once(fault):
+            act()
+
+    Patch("transformers.trainer", lambda module: before(module.Trainer, "training_step", action))
+
+
+def fail():
+    raise RuntimeError("planted fault: the third sample is bad")
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def slow_down(fault):
+    """Give the test time to act between two steps."""
+    Patch("transformers.trainer", lambda module: before(module.Trainer, "training_step", lambda *args: time.sleep(0.4)))
+
+
+def hold_tokenization(fault):
+    def action(self, *args):
+        time.sleep(300)
+
+    Patch("llamafactory.data.processor.supervised",
+          lambda module: before(module.SupervisedDatasetProcessor, "preprocess_dataset", action))
+
+
+POINTS = {
+    "weights": after_weights,
+    "one shard": after_one_shard,
+    "trainer state": lambda fault: at_event(fault, "open", r"trainer_state\.json"),
+    "manifest": lambda fault: at_event(fault, "open", r"manifest\.json"),
+    "manifest rename": lambda fault: at_event(fault, "os.rename", r"manifest\.json"),
+    "rotation": in_rotation,
+    "raise": lambda fault: in_step(fault, fail),
+    "kill": lambda fault: in_step(fault, kill),
+    "slow": slow_down,
+    "hold tokenization": hold_tokenization,
+}
+
+
+def plant():
+    for fault in json.loads(os.environ["FAULTS"]):
+        if str(fault.get("rank", 0)) == os.environ["RANK"]:
+            POINTS[fault["point"]](fault)
+
+
+if "LOCAL_RANK" in os.environ and "FAULTS" in os.environ:
+    plant()
