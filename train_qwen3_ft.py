@@ -56,7 +56,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
@@ -74,12 +74,12 @@ DEMO_COMMAND = f"python {SCRIPT.name} configs/demo_cpu.yaml"
 RUN_DIR_VARIABLE = "QWEN3_FT_RUN_DIR"
 SECRETS_VARIABLE = "QWEN3_FT_SECRETS"
 STARTED_VARIABLE = "QWEN3_FT_STARTED"
-SECRET_KEY = re.compile(r"(^|_)(token|api_key|secret|password|webhook_url)$")
+OVERRIDE = re.compile(r"[\w-]+=")
+SECRET_KEY = re.compile(r"(^|[_-])(token|api[_-]key|secret|password|webhook_url)$")
 # Read by the hub and tracker libraries themselves, so the value need not pass through pickled arguments.
 SECRET_ENVIRONMENT = {
     "hf_hub_token": "HF_TOKEN",
     "hub_token": "HF_TOKEN",
-    "push_to_hub_token": "HF_TOKEN",
     "swanlab_api_key": "SWANLAB_API_KEY",
 }
 INPUT_PATHS = ("deepspeed", "dataset_dir", "media_dir", "resume_from_checkpoint", "tokenized_path", "fsdp_config")
@@ -112,6 +112,7 @@ class ArgumentParser(argparse.ArgumentParser):
     """An argument parser whose errors are the launcher's."""
 
     def error(self, message: str):
+        message = re.sub(r"=\S+", "=...", message)  # a mistyped secret is not repeated
         raise LaunchError(f"{message}; see python {SCRIPT.name} --help")
 
 
@@ -129,10 +130,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--tracker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args(argv)
     words, options.words = options.words, []
-    if options.resume and re.match(r"\w+=", options.resume):  # --resume learning_rate=1e-5: no RUN_DIR was given
+    if options.resume and re.match(OVERRIDE, options.resume):  # --resume learning_rate=1e-5: no RUN_DIR was given
         words, options.resume = [options.resume, *words], ""
-    options.overrides = dict(word.split("=", 1) for word in words if re.match(r"\w+=", word))
-    paths = [word for word in words if not re.match(r"\w+=", word)]
+    options.overrides = dict(word.split("=", 1) for word in words if re.match(OVERRIDE, word))
+    paths = [word for word in words if not re.match(OVERRIDE, word)]
     if len(paths) > 1:
         raise LaunchError(f"one CONFIG.yaml is expected, got {len(paths)}: {' '.join(paths)}")
     options.config = Path(paths[0]) if paths else DEFAULT_CONFIG
@@ -197,6 +198,8 @@ def key_lines(node: yaml.Node | None, source: str) -> dict[str, int]:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise LaunchError(f"{source}:{line}: expected a key that is a word, found a {key.id}")
             if key.value in lines and key.value != "<<":
                 raise LaunchError(f"{source}:{line}: {key.value}: duplicate key, first on line {lines[key.value]}; "
                                   "keep one of them")
@@ -229,6 +232,7 @@ class Config:
     values: dict
     lines: dict[str, int] = field(default_factory=dict)
     secrets: dict[str, str] = field(default_factory=dict)
+    refused: frozenset[str] = frozenset()  # keys that had a value that could not be cast; they are not in `values`
 
     def where(self, key: str) -> str:
         """The place to mend `key`, for a message: `file.yaml:12` or `command line`."""
@@ -384,23 +388,33 @@ def read_count(env: dict[str, str], name: str, default: int) -> int:
     return int(text)
 
 
-def check_devices(devices: Devices, config: Config, gpus: list[Gpu] | None, note: str) -> list[Problem]:
-    """Problems with the chosen GPUs: there is none, or some do not exist."""
-    if config.values.get("use_cpu") is True or (gpus is None and devices.ids):
-        return []
+def matching(device: str, gpus: list[Gpu]) -> list[Gpu]:
+    """The GPUs that an id names: by number, or by the beginning of a UUID. MIG ids are not looked up."""
+    return [gpu for gpu in gpus if device == str(gpu.index) or (device.startswith("GPU-") and gpu.uuid.startswith(device))]
+
+
+def chosen_gpus(devices: Devices, gpus: list[Gpu] | None) -> list[Gpu]:
+    """What NVML knows of the GPUs that the run uses."""
+    return [gpu for device in devices.ids for gpu in matching(device, gpus or [])]
+
+
+def check_devices(devices: Devices, gpus: list[Gpu] | None, note: str) -> list[Problem]:
+    """Problems with the chosen GPUs: there is none, some do not exist, or one is named twice."""
+    demo = f" (to try the launcher on a CPU: {DEMO_COMMAND})"
     if not devices.ids:
-        seen = note or devices.reason
-        return [Problem(f"no GPU to train on: {seen}; a machine with NVIDIA GPUs is needed "
-                        f"(to try the launcher on a CPU: {DEMO_COMMAND})")]
-    there = [name for gpu in gpus for name in (str(gpu.index), gpu.uuid)]
-    missing = [device for device in devices.ids if not any(
-        name == device or (device.startswith("GPU-") and name.startswith(device)) for name in there)]
-    missing = [device for device in missing if not device.startswith("MIG-")]
-    if not missing:
+        return [Problem(f"no GPU to train on: {note or devices.reason}; a machine with NVIDIA GPUs is needed{demo}")]
+    if gpus is None:
         return []
-    found = ", ".join(f"{gpu.index} ({gpu.name})" for gpu in gpus) or f"none: {note}"
-    return [Problem(f"GPU {','.join(missing)} does not exist ({devices.reason}); this machine has {found}"
-                    + ("" if gpus else f" (to try the launcher on a CPU: {DEMO_COMMAND})"))]
+    named = {device: matching(device, gpus) for device in devices.ids if not device.startswith("MIG-")}
+    missing, found = [device for device in named if not named[device]], chosen_gpus(devices, gpus)
+    there = ", ".join(f"{gpu.index} ({gpu.name})" for gpu in gpus) or f"none: {note}"
+    problems = [f"GPU {','.join(missing)} does not exist ({devices.reason}); this machine has {there}" + demo * (not gpus)]
+    problems = problems if missing else []
+    problems += [f"GPU {device} is the beginning of several UUIDs ({devices.reason}); write more of it"
+                 for device, gpus_of in named.items() if len(gpus_of) > 1]
+    problems += [f"GPU {gpu.index} is named twice, by its number and as {gpu.uuid} ({devices.reason}); name each GPU once"
+                 for gpu in set(found) if found.count(gpu) > 1]
+    return [Problem(text) for text in problems]
 
 
 def format_bytes(count: float) -> str:
@@ -460,6 +474,8 @@ def known_fields() -> dict[str, Field]:
                 found = read_annotation(line.annotation, choices)
                 if found.choices:
                     found = replace(found, choices=found.choices + EXTRA_CHOICES.get(line.target.id, ()))
+                if line.target.id in SPLIT_KEYS:
+                    found = replace(found, kinds=found.kinds | {"list"})
                 fields[line.target.id] = found
     return fields
 
@@ -496,6 +512,11 @@ def read_annotation(node: ast.expr, choices: dict[str, tuple[str, ...]]) -> Fiel
     return Field(frozenset({name} & {"bool", "int", "float", "str", "list", "dict"}))
 
 
+# Text that LLaMA-Factory splits at commas, so that a list does as well.
+SPLIT_KEYS = {"dataset", "eval_dataset", "adapter_name_or_path", "interleave_probs", "lora_target", "oft_target",
+              "galore_target", "apollo_target", "additional_target", "freeze_trainable_modules", "freeze_extra_modules"}
+
+
 def cast(value: object, wanted: Field) -> object:
     """`value` as the type the key takes; LLaMA-Factory casts nothing that comes as a dict. Raises ValueError.
 
@@ -509,7 +530,9 @@ def cast(value: object, wanted: Field) -> object:
             return word
         raise ValueError
     kinds = wanted.kinds
-    if not kinds or type(value).__name__ in kinds or (isinstance(value, list) and "str" in kinds):
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError
+    if not kinds or type(value).__name__ in kinds:
         return value
     if isinstance(value, bool):
         raise ValueError
@@ -524,60 +547,91 @@ def cast(value: object, wanted: Field) -> object:
     raise ValueError
 
 
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """`; did you mean WORD?` of the nearest of `words`; '' where none is near."""
+    near = difflib.get_close_matches(word.lower(), words, 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 def check_keys(config: Config, fields: dict[str, Field]) -> tuple[Config, list[Problem]]:
     """The configuration with every value cast, and a problem for each key or value that cannot be."""
     problems, values = [], dict(config.values)
     for key, value in config.values.items():
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, 1)
-            problems.append(Problem(f"{config.where(key)}: {key}: unknown key"
-                                    + (f"; did you mean {near[0]}?" if near else "; LLaMA-Factory has no such key")))
+            hint = did_you_mean(key.replace("-", "_"), fields) or "; LLaMA-Factory has no such key"
+            problems.append(Problem(f"{config.where(key)}: {key}: unknown key{hint}"))
             values.pop(key)
             continue
         try:
             values[key] = cast(value, fields[key])
         except (ValueError, OverflowError):
-            near = difflib.get_close_matches(str(value), fields[key].choices, 1)
             problems.append(Problem(f"{config.where(key)}: {key}: expected {fields[key]}, got {value!r}"
-                                    + (f"; did you mean {near[0]}?" if near else "")))
+                                    + did_you_mean(str(value), fields[key].choices)))
             values.pop(key)
-    problems += [Problem(f"{config.where(key)}: {key}: unknown key") for key in config.secrets if key not in fields]
-    return replace(config, values=values), problems
+    problems += [Problem(f"{config.where(key)}: {key}: unknown key{did_you_mean(key.replace('-', '_'), fields)}")
+                 for key in config.secrets if key not in fields]
+    return replace(config, values=values, refused=frozenset(set(config.values) & set(fields) - set(values))), problems
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Plan: samples and optimizer steps
 # ---------------------------------------------------------------------------------------------------------
 
+# The defaults of LLaMA-Factory and transformers for the keys that the plan and the checks read.
+DEFAULTS = {
+    "stage": "sft", "finetuning_type": "lora", "dataset_dir": "data", "cutoff_len": 2048, "val_size": 0.0,
+    "mix_strategy": "concat", "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_train_epochs": 3.0,
+    "max_steps": -1, "logging_strategy": "steps", "logging_steps": 500, "save_strategy": "steps", "save_steps": 500,
+    "eval_strategy": "no", "output_dir": ".",
+}
+COUNTED = ("json", "jsonl", "csv", "txt", "parquet", "arrow")  # LLaMA-Factory's data files; of arrow no rows are counted
+
 
 def count_rows(path: Path, limit: int | None) -> int | None:
-    """Rows that LLaMA-Factory will read of a data file, counting no further than `limit`; None: unknown.
+    """Rows that LLaMA-Factory will read of a data file or folder, at most `limit`; None: unknown.
 
-    A JSON array over 64 MiB without a limit is not counted: that would cost more than it tells.
+    Raises ValueError where the file is not what its name says. A JSON array over 64 MiB is not counted
+    without a limit: that would cost more than it tells.
     """
     if path.is_dir():
         counts = [count_rows(file, limit) for file in sorted(path.iterdir())]
-        return None if None in counts else sum(counts)
+        return None if None in counts else capped(sum(counts), limit)
     kind = path.suffix[1:]
-    if kind in ("json", "jsonl"):
-        with open(path, "rb") as file:
-            start = file.read(256).lstrip()[:1]
-        if start == b"[":
-            return count_json_array(path, limit)
-        return count_lines(path, limit) if start == b"{" else None
     if kind == "txt":
-        return count_lines(path, limit)
+        return count_lines(path, limit, blank=True)
     if kind == "csv":
         with open(path, encoding="utf-8", newline="") as file:
-            rows = sum(1 for row in itertools.islice(filter(None, csv.reader(file)), None if limit is None else limit + 1))
-        return max(rows - 1, 0)
-    return count_parquet(path) if kind == "parquet" else None
+            return max(sum(1 for _ in itertools.islice(filter(None, csv.reader(file)), None if limit is None else limit + 1)) - 1, 0)
+    if kind == "parquet":
+        return capped(count_parquet(path), limit)
+    return count_json(path, limit) if kind in ("json", "jsonl") else None
 
 
-def count_lines(path: Path, limit: int | None) -> int:
-    """Lines that are not blank."""
+def capped(count: int | None, limit: int | None) -> int | None:
+    """`count`, but no more than `limit`; None is unknown or no limit."""
+    return count if count is None or limit is None else min(count, limit)
+
+
+def count_json(path: Path, limit: int | None) -> int | None:
+    """Rows of a JSON array or of JSON lines, whichever a .json or .jsonl file holds."""
     with open(path, "rb") as file:
-        return sum(1 for _ in itertools.islice((line for line in file if not line.isspace()), limit))
+        start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+    if start[:1] == b"[":
+        return count_json_array(path, limit)
+    if start[:1] == b"{":
+        with contextlib.suppress(ValueError):  # an object over several lines holds columns, not rows
+            json.loads(start.split(b"\n")[0]) if b"\n" in start else None
+            return count_lines(path, limit)
+        return None
+    if start:
+        raise ValueError("expected a JSON array or a JSON object a line")
+    return 0
+
+
+def count_lines(path: Path, limit: int | None, blank: bool = False) -> int:
+    """Lines of a file; blank ones only where they are rows too."""
+    with open(path, "rb") as file:
+        return sum(1 for _ in itertools.islice((line for line in file if blank or not line.isspace()), limit))
 
 
 def count_json_array(path: Path, limit: int | None, chunk: int = 1 << 20) -> int | None:
@@ -590,14 +644,14 @@ def count_json_array(path: Path, limit: int | None, chunk: int = 1 << 20) -> int
         while limit is None or count < limit:
             at = between.match(text, at).end()
             if text.startswith("]", at):
-                return count
+                break
             try:
                 at = decoder.raw_decode(text, at)[1]
                 count += 1
-            except ValueError:
+            except ValueError as error:
                 more = file.read(max(chunk, len(text)))
                 if not more:
-                    return None  # not valid JSON, or an array that does not end
+                    raise ValueError(f"not valid JSON after element {count}: {error.msg}") from None
                 text, at = text[at:] + more, 0
     return count
 
@@ -626,42 +680,47 @@ def plan_steps(rows: list[int | None], values: dict, world_size: int) -> Steps:
     batches (accelerate's BatchSamplerShard with even_batches); gradient accumulation groups them, the last
     group of an epoch may be short.
     """
+    values = DEFAULTS | values
     samples, reason = count_samples(rows, values)
-    max_steps = values.get("max_steps", -1)
     if samples is None:
-        return Steps(None, None, max_steps if max_steps > 0 else None, reason)
-    micro = values.get("per_device_train_batch_size", 8)
+        return Steps(None, None, values["max_steps"] if values["max_steps"] > 0 else None, reason)
     divide = (lambda a, b: a // b) if values.get("dataloader_drop_last") else (lambda a, b: -(-a // b))
-    batches = divide(divide(samples, micro), world_size)
-    per_epoch = max(-(-batches // values.get("gradient_accumulation_steps", 1)), 1)
-    total = max_steps if max_steps > 0 else math.ceil(values.get("num_train_epochs", 3.0) * per_epoch)
-    return Steps(samples, per_epoch, total)
+    batches = divide(divide(samples, values["per_device_train_batch_size"]), world_size)
+    per_epoch = max(-(-batches // values["gradient_accumulation_steps"]), 1)
+    by_epochs = math.ceil(values["num_train_epochs"] * per_epoch)
+    return Steps(samples, per_epoch, values["max_steps"] if values["max_steps"] > 0 else by_epochs)
 
 
 def count_samples(rows: list[int | None], values: dict) -> tuple[int | None, str]:
     """Training samples after the split, as LLaMA-Factory's split_dataset makes it, or why they are unknown."""
     if values.get("streaming"):
         return None, "the data is streamed"
-    if values.get("packing", values.get("stage") == "pt") or values.get("neat_packing"):
+    if values.get("packing", values["stage"] == "pt") or values.get("neat_packing"):
         return None, "packing joins samples"
     if values.get("tokenized_path") and Path(values["tokenized_path"]).is_dir():
         return None, "tokenized_path holds the samples"
     if None in rows or not rows:
         return None, "the rows of the data are counted when it is loaded"
-    if values.get("mix_strategy", "concat") != "concat" and len(rows) > 1:
+    if values["mix_strategy"] != "concat" and len(rows) > 1:
         return None, "interleaving draws the samples"
-    share = values.get("val_size", 0.0)
+    share = values["val_size"]
     held_out = int(share) if share > 1 else math.ceil(sum(rows) * share)
     return sum(rows) - held_out, ""
 
 
-def read_dataset_info(values: dict) -> tuple[dict, str]:
-    """dataset_info.json of dataset_dir and what is wrong with it; {} for data that is looked up on a hub."""
-    folder = values.get("dataset_dir", "data")
+def name_list(value: object) -> list[str]:
+    """`a, b` or [a, b] as a list of words; None is []."""
+    items = value if isinstance(value, list) else str(value or "").split(",")
+    return [str(item).strip() for item in items if str(item).strip()]
+
+
+def read_dataset_info(values: dict) -> tuple[dict | None, str]:
+    """(dataset_info.json of dataset_dir, what is wrong with it); None for data that is looked up on a hub."""
+    folder = values.get("dataset_dir", DEFAULTS["dataset_dir"])
     if isinstance(folder, dict):
         return folder, ""
     if folder.startswith(("ONLINE", "REMOTE:")):
-        return {}, ""
+        return None, ""
     path = Path(folder, "dataset_info.json")
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
@@ -674,62 +733,51 @@ def read_dataset_info(values: dict) -> tuple[dict, str]:
 
 def inspect_data(config: Config, key: str) -> tuple[list[int | None], list[Problem]]:
     """The rows of each data set that `key` (dataset or eval_dataset) names, and what is wrong with them."""
-    values, rows, problems = config.values, [], []
-    names = name_list(values.get(key))
-    folder = values.get("dataset_dir", "data")
-    if isinstance(folder, str) and folder.startswith(("ONLINE", "REMOTE:")):
+    names, (info, trouble) = name_list(config.values.get(key)), read_dataset_info(config.values)
+    where = f"{config.where(key)}: {key}"
+    if info is None or not names:
         return [None] * len(names), []
-    info, trouble = read_dataset_info(values)
-    if trouble and names:
-        return [], [Problem(f"{config.where(key)}: {key}: {trouble}")]
+    if trouble:
+        return [], [Problem(f"{where}: {trouble}")]
+    rows, problems = [], []
     for name in names:
-        entry = info.get(name)
-        if not isinstance(entry, dict):
-            near = difflib.get_close_matches(name, info, 1)
-            problems.append(Problem(f"{config.where(key)}: {key}: {name} is not in {folder}/dataset_info.json"
-                                    + (f"; did you mean {near[0]}?" if near else f"; it has {', '.join(info)}")))
-        elif "file_name" not in entry or any(hub in entry for hub in ("hf_hub_url", "ms_hub_url", "om_hub_url")):
-            rows.append(None)
-        elif not (path := Path(folder if isinstance(folder, str) else ".", entry["file_name"])).exists():
-            problems.append(Problem(f"{config.where(key)}: {key}: {name}: {path} does not exist; "
-                                    f"correct file_name in {folder}/dataset_info.json"))
-        else:
-            rows.append(usable_rows(path, entry.get("num_samples"), values.get("max_samples")))
+        try:
+            rows.append(inspect_data_set(name, info, config.values))
+        except (LookupError, ValueError, OSError) as error:
+            problems.append(Problem(f"{where}: {error.args[0] if isinstance(error, LookupError) else error}"))
     return rows, problems
 
 
-def usable_rows(path: Path, drawn: int | None, limit: int | None) -> int | None:
-    """Rows of one data set: `drawn` (its num_samples) replaces what the file has, `limit` (max_samples) caps it."""
-    if drawn is not None:
-        return drawn if limit is None else min(drawn, limit)
-    return count_rows(path, limit)
-
-
-def name_list(value: object) -> list[str]:
-    """`a, b` or [a, b] as a list of words; None is []."""
-    items = value if isinstance(value, list) else str(value or "").split(",")
-    return [str(item).strip() for item in items if str(item).strip()]
+def inspect_data_set(name: str, info: dict, values: dict) -> int | None:
+    """Rows of one data set, None: unknown. Raises LookupError, ValueError or OSError that says what is wrong."""
+    folder, entry = values.get("dataset_dir", DEFAULTS["dataset_dir"]), info.get(name)
+    if not isinstance(entry, dict):
+        near = difflib.get_close_matches(name, info, 1)
+        raise LookupError(f"{name} is not in {folder}/dataset_info.json"
+                          + (f"; did you mean {near[0]}?" if near else f"; it has {', '.join(info)}"))
+    if entry.get("ranking") and values.get("stage", DEFAULTS["stage"]) not in ("rm", "dpo"):
+        raise LookupError(f"{name}: holds preferences (ranking: true), which stage: dpo or rm takes")
+    if {"hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name"} & set(entry):
+        return None
+    if "file_name" not in entry:
+        raise LookupError(f"{name}: has no file_name in {folder}/dataset_info.json")
+    path, limit = Path(folder if isinstance(folder, str) else ".", entry["file_name"]), values.get("max_samples")
+    if not path.exists():
+        raise LookupError(f"{name}: {path} does not exist; correct file_name in {folder}/dataset_info.json")
+    if path.is_file() and path.suffix[1:] not in COUNTED:
+        raise LookupError(f"{name}: {path}: expected a file that ends in {', '.join(COUNTED)}")
+    try:
+        rows = capped(entry.get("num_samples"), limit) or count_rows(path, limit)
+    except ValueError as error:
+        raise LookupError(f"{name}: {path}: {error}") from None
+    if rows == 0:
+        raise LookupError(f"{name}: {path} is empty; expected at least one row")
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Plan: memory, disk and traffic
 # ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Model:
-    """What the plan needs of a model: parameters, its config.json and where that was found."""
-
-    parameters: int
-    shape: dict
-    source: str
-
-    @property
-    def largest_layer(self) -> int:
-        """Parameters of the largest weight matrix, the most that ZeRO-3 gathers for one module."""
-        widest = max(self.shape["vocab_size"], self.shape.get("intermediate_size") or 0)
-        return self.shape["hidden_size"] * widest
-
 
 # hidden, layers, heads, key-value heads, inner, tied embeddings: the config.json files of the Qwen3 releases,
 # all with head_dim 128 and a vocabulary of 151,936, so that a plan needs no download.
@@ -738,14 +786,29 @@ QWEN3_SHAPES = {
     "4B": (2560, 36, 32, 8, 9728, True), "8B": (4096, 36, 32, 8, 12288, False),
     "14B": (5120, 40, 40, 8, 17408, False), "32B": (5120, 64, 64, 8, 25600, False),
 }
+LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+SHAPE_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
+              "tie_word_embeddings")
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the plan needs of a model: the number of its parameters, and its config.json."""
+
+    parameters: int
+    shape: dict
+
+    @property
+    def largest_layer(self) -> int:
+        """Parameters of the largest weight matrix, the most that ZeRO-3 gathers for one module."""
+        return self.shape["hidden_size"] * max(self.shape["vocab_size"], self.shape.get("intermediate_size") or 0)
 
 
 def qwen3_config(name: str) -> dict | None:
     """The config.json of a released Qwen3 model by its hub id, such as Qwen/Qwen3-14B."""
     shape = QWEN3_SHAPES.get(re.sub(r"^Qwen/Qwen3-(.+?)(-Base)?$", r"\1", name))
-    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
-            "tie_word_embeddings")
-    return shape and {"model_type": "qwen3", "vocab_size": 151936, "head_dim": 128, **dict(zip(keys, shape))}
+    fixed = {"model_type": "qwen3", "vocab_size": 151936, "head_dim": 128}
+    return shape and {**fixed, **dict(zip(SHAPE_KEYS, shape, strict=True))}
 
 
 def count_parameters(config: dict) -> int | None:
@@ -755,7 +818,8 @@ def count_parameters(config: dict) -> int | None:
     and Qwen3's query and key norms, three MLP matrices for each expert with their router, two norms; a last norm.
     """
     kind = config.get("model_type")
-    if kind not in ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe") or config.get("mlp_only_layers"):
+    mixed = config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1
+    if kind not in LLAMA_LIKE or mixed:
         return None
     hidden, heads, inner = config["hidden_size"], config["num_attention_heads"], config["intermediate_size"]
     head = config.get("head_dim") or hidden // heads
@@ -781,38 +845,59 @@ def hub_folder(name: str, values: dict) -> Path | None:
     return folder if (folder / "config.json").is_file() else None
 
 
-def inspect_model(config: Config) -> tuple[Model | None, list[Problem]]:
-    """The model's shape (None: unknown), and what is missing from a local folder."""
-    name = str(config.values.get("model_name_or_path", ""))
+def inspect_model(config: Config) -> tuple[Model | None, str, list[Problem]]:
+    """(its shape, what the plan says of it, what is wrong with it); the shape is None where it is unknown."""
+    name = config.values.get("model_name_or_path", "")
     folder = Path(name) if Path(name).is_dir() else hub_folder(name, config.values)
+    if not name:
+        return None, "none", []  # check_values says that it is missing
+    if folder is None and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        shape = qwen3_config(name)
+        size = f"{format_bytes(2 * count_parameters(shape))} to " if shape else "to "
+        text = f"{name} (not in the local cache: {size}download)"
+        return (shape and Model(count_parameters(shape), shape)), text, []
     where = f"{config.where('model_name_or_path')}: model_name_or_path"
     if folder is None:
-        shape = qwen3_config(name)
-        looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
-        if looks_local and not shape and name:
-            return None, [Problem(f"{where}: the folder {name} does not exist; expected a folder with a config.json, "
-                                  "or a hub id such as Qwen/Qwen3-14B")]
-        if not shape:
-            return None, []
-        size = format_bytes(2 * count_parameters(shape))
-        return Model(count_parameters(shape), shape, f"not in the local cache: {size} will be downloaded"), []
+        return None, name, [Problem(f"{where}: the folder {name} does not exist; expected a folder with a config.json, "
+                                    "or a hub id such as Qwen/Qwen3-14B")]
     try:
-        shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return None, [Problem(f"{where}: {folder}/config.json: {getattr(error, 'strerror', None) or error}; "
-                              "a model folder has a config.json")]
-    scratch = config.values.get("train_from_scratch") is True
+        shape, parameters = read_model_folder(folder, config.values.get("train_from_scratch") is True)
+        return (Model(parameters, shape) if parameters else None), name, []
+    except (LookupError, ValueError, OSError) as error:
+        return None, name, [Problem(f"{where}: {error.args[0] if isinstance(error, LookupError) else error}")]
+
+
+def read_model_folder(folder: Path, scratch: bool) -> tuple[dict, int | None]:
+    """(config.json, parameters) of a model folder. Raises LookupError that says what is missing or broken."""
+    shape = read_json(folder / "config.json", "a model folder has a config.json")
+    lacking = [key for key in ("hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads", "intermediate_size")
+               if key not in shape]
+    if lacking and shape.get("model_type") in LLAMA_LIKE:
+        raise LookupError(f"{folder}/config.json: has no {', '.join(lacking)}")
     missing = [] if scratch else missing_weights(folder)
-    problems = [Problem(f"{where}: {folder}: {', '.join(missing)} missing; copy the weights there, or set "
-                        "train_from_scratch: true to train without any")] if missing else []
-    parameters = count_parameters(shape) or (None if scratch or missing else count_stored(folder))
-    return (Model(parameters, shape, f"from {folder}") if parameters else None), problems
+    if missing:
+        raise LookupError(f"{folder}: {', '.join(missing)} missing; copy the weights there, or set "
+                          "train_from_scratch: true to train without any")
+    return shape, (None if lacking else count_parameters(shape) or (None if scratch else count_stored(folder)))
+
+
+def read_json(path: Path, hint: str) -> dict:
+    """A JSON object. Raises LookupError that names the file and what is wrong with it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LookupError(f"{path}: {error.strerror.lower()}; {hint}") from None
+    except ValueError as error:
+        raise LookupError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise LookupError(f"{path}: expected a JSON object; {hint}")
+    return content
 
 
 def missing_weights(folder: Path) -> list[str]:
     """Weight files that a model folder should have and has not."""
     for index in folder.glob("*.index.json"):
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = sorted(set(read_json(index, "copy it again").get("weight_map", {}).values()))
         return [file for file in files if not (folder / file).is_file()]
     return [] if [*folder.glob("*.safetensors"), *folder.glob("*.bin")] else ["model.safetensors"]
 
@@ -821,9 +906,12 @@ def count_stored(folder: Path) -> int | None:
     """Parameters by the headers of the safetensors files: 8 bytes of length, then JSON with the shapes."""
     total = 0
     for path in folder.glob("*.safetensors"):
-        with open(path, "rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+        try:
+            with open(path, "rb") as file:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+        except (ValueError, KeyError, MemoryError, OverflowError):
+            raise LookupError(f"{path}: not a whole safetensors file; copy it again") from None
     return total or None
 
 
@@ -837,31 +925,29 @@ class Zero:
     used: bool = False
 
     def __str__(self) -> str:
-        moved = [word for word, on in (("optimizer", self.offload_optimizer), ("parameters", self.offload_parameters)) if on]
+        moved = ["optimizer"] * self.offload_optimizer + ["parameters"] * self.offload_parameters
         name = f"ZeRO-{self.stage}" if self.used else "DDP"
         return name + (f" with {' and '.join(moved)} in host memory" if moved else "")
 
 
 def inspect_deepspeed(config: Config) -> tuple[Zero, list[Problem]]:
     """Read the DeepSpeed configuration, a JSON file or a mapping in the YAML."""
-    given, where = config.values.get("deepspeed"), f"{config.where('deepspeed')}: deepspeed"
+    given = config.values.get("deepspeed")
     if given is None:
         return Zero(), []
+    name = given if isinstance(given, str) else "the mapping"
+    hint = 'expected {"zero_optimization": {"stage": 0 to 3, ...}, ...} as in configs/deepspeed/ds_z3_config.json'
     try:
-        content = given if isinstance(given, dict) else json.loads(Path(given).read_text(encoding="utf-8"))
-        section = content["zero_optimization"]
-        moved = {key: section.get(key, {}).get("device", "none") != "none" for key in ("offload_optimizer", "offload_param")}
-        if section["stage"] not in (0, 1, 2, 3):
-            raise KeyError
-        return Zero(section["stage"], moved["offload_optimizer"], moved["offload_param"], True), []
-    except OSError as error:
-        return Zero(), [Problem(f"{where}: {given}: {error.strerror.lower()}; expected a DeepSpeed JSON file such as "
-                                "configs/deepspeed/ds_z3_config.json")]
+        section = (given if isinstance(given, dict) else read_json(Path(given), hint))["zero_optimization"]
+        moved = [section.get(key, {}).get("device", "none") != "none" for key in ("offload_optimizer", "offload_param")]
+        if section["stage"] in (0, 1, 2, 3):
+            return Zero(section["stage"], *moved, used=True), []
+        fault = f"{name}: {hint}"
     except (KeyError, TypeError, AttributeError):
-        return Zero(), [Problem(f"{where}: {given if isinstance(given, str) else 'the mapping'}: expected "
-                                '{"zero_optimization": {"stage": 0 to 3, ...}, ...}')]
-    except ValueError as error:
-        return Zero(), [Problem(f"{where}: {given}: not valid JSON: {error}")]
+        fault = f"{name}: {hint}"
+    except LookupError as error:
+        fault = error.args[0]
+    return Zero(), [Problem(f"{config.where('deepspeed')}: deepspeed: {fault}")]
 
 
 def estimate_memory(model: Model, zero: Zero, values: dict, world_size: int, local_size: int) -> dict:
@@ -870,24 +956,26 @@ def estimate_memory(model: Model, zero: Zero, values: dict, world_size: int, loc
     Model states: DeepSpeed's estimate_zero3_model_states_mem_needs counts 18 bytes a parameter in mixed
     precision: 2 for the weights, 4 for the gradients (16-bit, and 32-bit in the step), 12 for Adam (32-bit
     weights and two moments; ZeRO, Rajbhandari et al. 2020, section 3.1); stages 1, 2 and 3 divide the
-    optimizer, the gradients and the weights by the ranks. Without DeepSpeed LLaMA-Factory keeps 32-bit
-    weights. Activations: Korthikanti et al. 2022, equation 1 without the attention scores, which flash
-    and SDPA attention do not store: 34 bytes a token and hidden unit in a layer in 16 bit; with gradient
+    optimizer, the gradients and the weights by the ranks; ZeRO-3 also holds the largest layer and its
+    gradients; host memory gets its half for buffers. Without DeepSpeed LLaMA-Factory keeps 32-bit weights.
+    Activations: Korthikanti et al. 2022, equation 1 without the attention scores, which flash and SDPA
+    attention do not store: 34 bytes a token and hidden unit in a layer in 16 bit; with gradient
     checkpointing 2 bytes of each layer and one layer in full. Logits: the 16-bit ones, a 32-bit copy and
-    its gradient. Buffers: gathered and reduced buckets, and 1 GiB for the CUDA context.
+    its gradient. Buffers: prefetched weights or DDP's buckets, and 1 GiB for the CUDA context.
     """
-    half = bool(values.get("bf16") or values.get("fp16") or values.get("pure_bf16"))
-    width = 2 if half else 4
+    values = DEFAULTS | values
+    half = precision(values) != "fp32"
+    width, count = 2 if half else 4, model.parameters
     share = [1 / world_size if zero.stage >= stage else 1 for stage in (3, 2, 1)]
-    weights = model.parameters * (2 if half and zero.used else 4) * share[0]
-    gradients = model.parameters * 4 * share[1]
-    optimizer = model.parameters * (12 if zero.used else 8) * share[2]
+    weights = count * (2 if half and zero.used else 4) * share[0]
+    gradients = count * 4 * share[1]
+    optimizer = count * (12 if zero.used else 8) * share[2]
     on_host = zero.offload_optimizer * (optimizer + gradients) + zero.offload_parameters * weights
-    tokens = values.get("per_device_train_batch_size", 8) * values.get("cutoff_len", 2048)
+    tokens = values["per_device_train_batch_size"] * values["cutoff_len"]
     hidden, layers = model.shape["hidden_size"], model.shape["num_hidden_layers"]
     layer = 17 * width * tokens * hidden
     kept = layer * layers if values.get("disable_gradient_checkpointing") else layer + width * tokens * hidden * layers
-    live = width * min(model.parameters, 10**9) if zero.stage == 3 else 0 if zero.used else gradients
+    live = width * min(count, 10**9) if zero.stage == 3 else 0 if zero.used else gradients
     parts = {
         "parameters": weights * (not zero.offload_parameters) + 4 * model.largest_layer * (zero.stage == 3),
         "gradients": gradients * (not zero.offload_optimizer),
@@ -900,25 +988,27 @@ def estimate_memory(model: Model, zero: Zero, values: dict, world_size: int, loc
     return {name: int(size) for name, size in parts.items()}
 
 
+def precision(values: dict) -> str:
+    """The training precision's name."""
+    return next((key for key in ("pure_bf16", "bf16", "fp16") if values.get(key)), "fp32")
+
+
 def estimate_checkpoint(model: Model, zero: Zero, values: dict) -> tuple[int, int]:
     """Bytes of one checkpoint and of the final model.
 
     The weights in the training precision; for resuming, DeepSpeed's 32-bit weights and Adam's two moments
     (12 bytes a parameter), or without DeepSpeed the moments alone (8).
     """
-    half = bool(values.get("bf16") or values.get("fp16") or values.get("pure_bf16"))
-    weights = model.parameters * (2 if half and zero.used else 4)
+    weights = model.parameters * (2 if precision(values) != "fp32" and zero.used else 4)
     states = 0 if values.get("save_only_model") else model.parameters * (12 if zero.used else 8)
     return weights + states, weights
 
 
 def count_saves(values: dict, steps: Steps) -> int | None:
     """How many checkpoints the run writes; None where the number of steps is unknown."""
-    strategy, every = values.get("save_strategy", "steps"), values.get("save_steps", 500)
-    if strategy == "no":
-        return 0
-    if steps.total is None:
-        return None
+    strategy, every = values["save_strategy"], values["save_steps"]
+    if strategy == "no" or steps.total is None:
+        return 0 if strategy == "no" else None
     if strategy == "epoch":
         return math.ceil(steps.total / steps.per_epoch) if steps.per_epoch else None
     return math.ceil(steps.total / max(every if every >= 1 else math.ceil(steps.total * every), 1))
@@ -927,12 +1017,9 @@ def count_saves(values: dict, steps: Steps) -> int | None:
 def estimate_disk(model: Model, zero: Zero, values: dict, steps: Steps) -> int | None:
     """Bytes the run may hold at once: the checkpoints it keeps, one being written, and the final model."""
     checkpoint, weights = estimate_checkpoint(model, zero, values)
-    saves = count_saves(values, steps)
-    limit = values.get("save_total_limit")
-    if saves is None and limit is None:
-        return None
-    kept = min(count for count in (saves, limit and limit + 1) if count is not None)
-    return kept * checkpoint + weights
+    saves, limit = count_saves(values, steps), values.get("save_total_limit")
+    kept = capped(saves, limit and limit + 1) if saves is not None else limit and limit + 1
+    return None if kept is None else kept * checkpoint + weights
 
 
 def gathered_bytes(model: Model, zero: Zero, values: dict, world_size: int) -> int:
@@ -942,9 +1029,8 @@ def gathered_bytes(model: Model, zero: Zero, values: dict, world_size: int) -> i
     """
     if zero.stage != 3:
         return 0
-    width = 2 if values.get("bf16") or values.get("fp16") else 4
-    micro_batches = values.get("gradient_accumulation_steps", 1)
-    return int(2 * model.parameters * width * micro_batches * (world_size - 1) / world_size)
+    width = 2 if precision(values) != "fp32" else 4
+    return int(2 * model.parameters * width * values["gradient_accumulation_steps"] * (world_size - 1) / world_size)
 
 
 @dataclass(frozen=True)
@@ -953,80 +1039,77 @@ class Plan:
 
     devices: Devices
     world_size: int
-    steps: Steps
     zero: Zero
+    values: dict  # the configuration over DEFAULTS
+    steps: Steps
     model: Model | None
-    memory: dict[str, int] | None  # each device's parts, without the host's
-    host_memory: int | None
     device_bytes: int | None
-    checkpoint_bytes: int | None
-    disk_bytes: int | None
     disk_free: int
-    gathered: int | None
-    suggestion: str = ""
+    memory: dict[str, int] | None = None  # each device's parts
+    host_memory: int | None = None
+    checkpoint_bytes: int | None = None
+    disk_bytes: int | None = None
+    gathered: int | None = None
 
-    def needed(self) -> int:
-        """Bytes needed on each device; 0 where unknown."""
-        return sum((self.memory or {}).values())
+    @property
+    def global_batch(self) -> int:
+        """Samples an optimizer step over all ranks."""
+        return self.values["per_device_train_batch_size"] * self.world_size * self.values["gradient_accumulation_steps"]
+
+    def needs(self, zero: Zero, world_size: int, **changes: object) -> tuple[int, int]:
+        """(bytes a device, bytes on the host) that this run would need with another ZeRO, ranks or keys."""
+        memory = estimate_memory(self.model, zero, {**self.values, **changes}, world_size, self.devices.processes)
+        host = memory.pop("host")
+        return sum(memory.values()), host
 
 
 def make_plan(config: Config, devices: Devices, zero: Zero, model: Model | None, rows: list[int | None],
-              gpus: list[Gpu] | None, nodes: int) -> Plan:
-    """Work out the plan; pure but for asking the disk and the host's memory."""
-    values, world_size = config.values, devices.processes * nodes
-    steps = plan_steps(rows, values, max(world_size, 1))
-    if values.get("finetuning_type", "lora") != "full" or values.get("fsdp") or values.get("quantization_bit"):
+              gpus: list[Gpu], nodes: int) -> Plan:
+    """Work out the plan; pure but for asking the disk and the host's memory. `gpus` are the chosen ones."""
+    values, world_size = DEFAULTS | config.values, max(devices.processes, 1) * nodes
+    if values["finetuning_type"] != "full" or values.get("fsdp") or values.get("quantization_bit"):
         model = None  # the formulas are those of full fine-tuning
-    memory = host = None
-    if model:
-        memory = estimate_memory(model, zero, values, max(world_size, 1), devices.processes)
-        host = memory.pop("host") or None
-    chosen = [gpu.total for gpu in gpus or () if str(gpu.index) in devices.ids or gpu.uuid.startswith(devices.ids)]
-    room = min(chosen, default=None) if devices.ids else host_bytes() // max(devices.processes, 1)
-    plan = Plan(devices, world_size, steps, zero, model, memory, host, room,
-                model and estimate_checkpoint(model, zero, values)[0], model and estimate_disk(model, zero, values, steps),
-                free_bytes(Path(values.get("output_dir", "."))),
-                model and gathered_bytes(model, zero, values, max(world_size, 1)))
-    return replace(plan, suggestion=suggest_split(plan, values))
+    room = min((gpu.total for gpu in gpus), default=None) if devices.ids else host_bytes() // max(devices.processes, 1)
+    steps = plan_steps(rows, values, world_size)
+    plan = Plan(devices, world_size, zero, values, steps, model, room, free_bytes(Path(values["output_dir"])))
+    if not model:
+        return plan
+    memory = estimate_memory(model, zero, values, world_size, devices.processes)
+    host = memory.pop("host")
+    return replace(plan, memory=memory, host_memory=host or None,
+                   checkpoint_bytes=estimate_checkpoint(model, zero, values)[0],
+                   disk_bytes=estimate_disk(model, zero, values, steps),
+                   gathered=gathered_bytes(model, zero, values, world_size))
 
 
-def suggest_split(plan: Plan, values: dict) -> str:
+def suggest_split(plan: Plan) -> str:
     """A larger micro-batch with less accumulation that does the same step within memory under ZeRO-3, or ''."""
-    micro, steps = values.get("per_device_train_batch_size", 8), values.get("gradient_accumulation_steps", 1)
-    if not plan.gathered or not plan.device_bytes or steps == 1:
+    micro, steps = plan.values["per_device_train_batch_size"], plan.values["gradient_accumulation_steps"]
+    if not plan.gathered or not plan.device_bytes:
         return ""
-    for factor in sorted((n for n in range(2, steps + 1) if steps % n == 0), reverse=True):
-        other = {**values, "per_device_train_batch_size": micro * factor, "gradient_accumulation_steps": steps // factor}
-        memory = estimate_memory(plan.model, plan.zero, other, plan.world_size, plan.devices.processes)
-        need = sum(memory.values()) - memory["host"]
+    for factor in (n for n in range(steps, 1, -1) if steps % n == 0):
+        need = plan.needs(plan.zero, plan.world_size, per_device_train_batch_size=micro * factor)[0]
         if need <= 0.9 * plan.device_bytes:
-            return (f"per_device_train_batch_size={micro * factor} gradient_accumulation_steps={steps // factor} is the same "
-                    f"step with {format_bytes(plan.gathered / factor)} gathered; it needs {format_bytes(need)} a device")
+            return (f"per_device_train_batch_size={micro * factor} gradient_accumulation_steps={steps // factor} is the "
+                    f"same step with {format_bytes(plan.gathered / factor)} gathered, and needs {format_bytes(need)}")
     return ""
 
 
-def nearest_that_fits(plan: Plan, values: dict) -> str:
+def nearest_that_fits(plan: Plan) -> str:
     """The smallest change that fits: a smaller micro-batch, then offload, then more devices; '' if none is found."""
-    micro, steps = values.get("per_device_train_batch_size", 8), values.get("gradient_accumulation_steps", 1)
-    offload = replace(plan.zero, stage=3, offload_optimizer=True, offload_parameters=True, used=True)
-    tries = [(size, plan.zero, plan.world_size, "") for size in (micro, *small_sizes(micro))]
-    tries += [(size, offload, plan.world_size, "deepspeed=configs/deepspeed/ds_z3_offload_config.json")
-              for size in (micro, *small_sizes(micro))]
-    tries += [(micro, plan.zero, count, f"{count} devices") for count in (2, 4, 8, 16, 32, 64) if count > plan.world_size]
-    for size, zero, world_size, what in tries:
-        memory = estimate_memory(plan.model, zero, {**values, "per_device_train_batch_size": size}, world_size,
-                                 plan.devices.processes)
-        host = memory.pop("host")
-        if sum(memory.values()) <= plan.device_bytes and host <= host_bytes():
-            split = f"per_device_train_batch_size={size} gradient_accumulation_steps={steps * micro // size}"
-            what = " ".join(filter(None, (what, split if size != micro else "")))
-            return f"; it fits with {what} ({format_bytes(sum(memory.values()))})"
+    micro, steps = plan.values["per_device_train_batch_size"], plan.values["gradient_accumulation_steps"]
+    sizes = [size for size in range(micro, 0, -1) if micro % size == 0]
+    tries = [(size, zero, plan.world_size, words) for zero, words in (
+        (plan.zero, []), (Zero(3, True, True, True), ["deepspeed=configs/deepspeed/ds_z3_offload_config.json"]))
+        for size in sizes]
+    tries += [(micro, plan.zero, count, [f"{count} devices"]) for count in (2, 4, 8, 16, 32, 64) if count > plan.world_size]
+    for size, zero, world_size, words in tries:
+        need, host = plan.needs(zero, world_size, per_device_train_batch_size=size)
+        if need <= plan.device_bytes and host <= host_bytes():
+            if size != micro:
+                words = [*words, f"per_device_train_batch_size={size}", f"gradient_accumulation_steps={steps * micro // size}"]
+            return f"; it fits with {' '.join(words)} ({format_bytes(need)})"
     return ""
-
-
-def small_sizes(micro: int) -> list[int]:
-    """The divisors of a micro-batch below itself, largest first."""
-    return [size for size in range(micro - 1, 0, -1) if micro % size == 0]
 
 
 def host_bytes() -> int:
@@ -1045,63 +1128,58 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def global_batch(plan: Plan, values: dict) -> int:
-    """Samples an optimizer step over all ranks."""
-    return values.get("per_device_train_batch_size", 8) * plan.world_size * values.get("gradient_accumulation_steps", 1)
-
-
-def plan_lines(plan: Plan, config: Config) -> list[tuple[str, str]]:
+def plan_lines(plan: Plan, model: str) -> list[tuple[str, str]]:
     """The plan for people: (label, text) a line."""
-    values = config.values
-    micro, accumulation = values.get("per_device_train_batch_size", 8), values.get("gradient_accumulation_steps", 1)
-    unit = "GPU" if plan.devices.ids else "process"
+    values, unit = plan.values, "GPU" if plan.devices.ids else "process"
     lines = [
-        ("model", f"{values['model_name_or_path']}"
-                  + (f": {plan.model.parameters / 1e9:.3g} B parameters, {plan.model.source}" if plan.model else "")),
-        ("method", f"{values.get('stage', 'sft')}, {values.get('finetuning_type', 'lora')}, {plan.zero}, {precision(values)}"),
+        ("model", model + (f": {plan.model.parameters / 1e9:.3g} B parameters" if plan.model else "")),
+        ("method", f"{values['stage']}, {values['finetuning_type']}, {plan.zero}, {precision(values)}"),
         ("devices", str(plan.devices)),
-        ("batch", f"{micro} per device x {plan.world_size} {unit}{'es' if unit == 'process' else 's'} x {accumulation} "
-                  f"accumulation = {global_batch(plan, values)} samples a step"),
-        ("steps", describe_steps(plan, values)),
+        ("batch", f"{values['per_device_train_batch_size']} per device x {plural(plan.world_size, unit)} x "
+                  f"{values['gradient_accumulation_steps']} accumulation = {plan.global_batch} samples a step"),
+        ("steps", describe_steps(plan)),
         ("when", describe_when(values)),
     ]
     if plan.memory:
-        parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in plan.memory.items())
         room = f" of {format_bytes(plan.device_bytes)}" if plan.device_bytes else ""
-        lines.append(("memory", f"{format_bytes(plan.needed())}{room} a {unit}: {parts}"))
+        lines.append(("memory", f"{format_bytes(sum(plan.memory.values()))}{room} a {unit}: " + ", ".join(
+            f"{name} {format_bytes(size)}" for name, size in plan.memory.items())))
         if plan.host_memory:
             lines.append(("host", f"{format_bytes(plan.host_memory)} of {format_bytes(host_bytes())} for offloading"))
         need = f", at most {format_bytes(plan.disk_bytes)} at once" if plan.disk_bytes else ""
-        lines.append(("disk", f"{format_bytes(plan.checkpoint_bytes)} a checkpoint{need} of {format_bytes(plan.disk_free)} free"))
+        lines.append(("disk", f"{format_bytes(plan.checkpoint_bytes)} a checkpoint{need}, of "
+                              f"{format_bytes(plan.disk_free)} free"))
     if plan.gathered:
         lines.append(("traffic", f"ZeRO-3 gathers {format_bytes(plan.gathered)} a step on each {unit}"))
-    return lines + ([("faster", plan.suggestion)] if plan.suggestion else [])
+        lines += [("faster", suggestion)] if (suggestion := suggest_split(plan)) else []
+    if (plan.steps.samples or 0) >= 100_000 and "tokenized_path" not in values:
+        lines.append(("data", "tokenized_path=FOLDER would keep the tokenized data for the next run"))
+    return lines
 
 
-def precision(values: dict) -> str:
-    """The training precision's name."""
-    return next((key for key in ("pure_bf16", "bf16", "fp16") if values.get(key)), "fp32")
+def plural(count: int, unit: str) -> str:
+    """`1 GPU`, `2 GPUs`, `2 processes`."""
+    return f"{count} {unit}" + ("" if count == 1 else "es" if unit.endswith("s") else "s")
 
 
-def describe_steps(plan: Plan, values: dict) -> str:
+def describe_steps(plan: Plan) -> str:
     """Samples, steps an epoch and in all, or why they are unknown."""
-    steps, epochs = plan.steps, values.get("num_train_epochs", 3.0)
+    steps, values = plan.steps, plan.values
     if steps.samples is None:
         return f"{steps.total or 'unknown'} in all ({steps.reason})"
-    many = f"max_steps: {steps.total}" if values.get("max_steps", -1) > 0 else f"x {epochs:g} epochs = {steps.total}"
-    return f"{steps.samples} samples: {steps.per_epoch} steps an epoch, {many}"
+    epochs = f"x {plural(1, 'epoch') if values['num_train_epochs'] == 1 else format(values['num_train_epochs'], 'g') + ' epochs'}"
+    many = f"max_steps: {steps.total}" if values["max_steps"] > 0 else f"{epochs} = {steps.total}"
+    return f"{plural(steps.samples, 'sample')}: {plural(steps.per_epoch, 'step')} an epoch, {many}"
 
 
 def describe_when(values: dict) -> str:
     """When it logs, saves and evaluates."""
-    def every(what: str, strategy: str, steps: object) -> str:
-        unit = f"{steps:g} steps" if isinstance(steps, (int, float)) else f"{steps} steps"
-        return f"{what} every {unit if strategy == 'steps' else strategy}" if strategy != "no" else f"never {what}"
+    def every(what: str, key: str) -> str:
+        strategy, steps = values[f"{key}_strategy"], values.get(f"{key}_steps", values["logging_steps"])
+        often = f"{steps:g} of all steps" if steps < 1 else f"{plural(int(steps), 'step')}"
+        return f"never {what}" if strategy == "no" else f"{what} every {often if strategy == 'steps' else strategy}"
 
-    logging = values.get("logging_steps", 500)
-    return ", ".join((every("logs", values.get("logging_strategy", "steps"), logging),
-                      every("saves", values.get("save_strategy", "steps"), values.get("save_steps", 500)),
-                      every("evaluates", values.get("eval_strategy", "no"), values.get("eval_steps", logging))))
+    return ", ".join((every("logs", "logging"), every("saves", "save"), every("evaluates", "eval")))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1109,127 +1187,155 @@ def describe_when(values: dict) -> str:
 # ---------------------------------------------------------------------------------------------------------
 
 AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "cutoff_len",
-                "max_samples", "global_batch_size", "preprocessing_num_workers", "preprocessing_batch_size", "ddp_timeout",
-                "save_total_limit", "buffer_size")
+                "max_samples", "global_batch_size", "preprocessing_num_workers", "preprocessing_batch_size",
+                "ddp_timeout", "save_total_limit", "buffer_size")
 MORE_THAN_ZERO = ("num_train_epochs", "logging_steps", "save_steps", "eval_steps")
 NOT_NEGATIVE = ("learning_rate", "weight_decay", "warmup_ratio", "warmup_steps", "max_grad_norm", "val_size",
                 "dataloader_num_workers", "max_restarts", "label_smoothing_factor", "neftune_noise_alpha")
+SHARE_OR_WHOLE = ("logging_steps", "save_steps", "eval_steps", "warmup_steps")
+# The packages behind each backend of report_to.
 BACKENDS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "mlflow": ("mlflow",),
             "swanlab": ("swanlab",), "comet_ml": ("comet_ml",), "clearml": ("clearml",), "neptune": ("neptune",),
             "codecarbon": ("codecarbon",), "dvclive": ("dvclive",), "dagshub": ("dagshub",), "flyte": ("flytekit",),
             "trackio": ("trackio",), "azure_ml": ("azureml",)}
-
 # From .. up to but not including: what LLaMA-Factory 0.9.5 works with. transformers 5.6 breaks flash attention.
 WORKING_VERSIONS = {"torch": ((2, 4), (2, 12)), "transformers": ((4, 55), (5, 6)), "llamafactory": ((0, 9, 5), (0, 9, 6)),
                     "deepspeed": ((0, 10), (0, 18, 5))}
 
 
+def check_ranges(config: Config) -> list[Problem]:
+    """Numbers that cannot be: with one of them there is nothing to plan."""
+    rules = ((AT_LEAST_ONE, lambda x: x >= 1, "1 or more"), (MORE_THAN_ZERO, lambda x: x > 0, "more than 0"),
+             (NOT_NEGATIVE, lambda x: x >= 0, "0 or more"), (("warmup_ratio",), lambda x: x <= 1, "a share up to 1"),
+             (SHARE_OR_WHOLE, lambda x: x < 1 or x == int(x), "a whole number, or a share below 1"),
+             (("val_size",), lambda x: x < 1 or x == int(x) > 1, "a share below 1, or a whole number above 1"),
+             (("max_steps",), lambda x: x, "-1 (as many as the epochs have) or 1 or more"))
+    return [Problem(f"{config.where(key)}: {key}: expected {wanted}, got {config.values[key]}") for keys, fits, wanted in rules
+            for key in keys if isinstance(config.values.get(key), (int, float)) and not fits(config.values[key])]
+
+
 def check_values(config: Config, zero: Zero) -> list[Problem]:
-    """Values that cannot be, alone or together; LLaMA-Factory would refuse them after it has loaded torch."""
-    values, where = config.values, config.where
-    problems = [f"{key}: is missing; {hint}" for key, hint in (
+    """What is missing, and values that exclude each other; LLaMA-Factory would refuse them after loading torch."""
+    missing = [f"{config.source}: {key}: is missing; {hint}" for key, hint in (
         ("model_name_or_path", "name a model, such as Qwen/Qwen3-14B"),
         ("output_dir", "name the folder that is to hold the runs"),
-    ) if not values.get(key)]
-    problems = [f"{config.source}: {text}" for text in problems]
-    for keys, fits, wanted in ((AT_LEAST_ONE, lambda x: x >= 1, "1 or more"), (MORE_THAN_ZERO, lambda x: x > 0, "more than 0"),
-                               (NOT_NEGATIVE, lambda x: x >= 0, "0 or more")):
-        problems += [f"{where(key)}: {key}: expected {wanted}, got {values[key]}" for key in keys
-                     if isinstance(values.get(key), (int, float)) and not fits(values[key])]
-    problems += [f"{where(key)}: {key}: {text}" for key, wrong, text in contradictions(values, zero) if wrong]
-    return [Problem(text) for text in problems]
+    ) if not config.values.get(key) and key not in config.refused]
+    wrong = [f"{config.where(key)}: {key}: {text}" for key, is_wrong, text in contradictions(config.values, zero)
+             if is_wrong and key not in config.refused]
+    names, template = known_templates(), config.values.get("template")
+    if template and names and template not in names:
+        wrong.append(f"{config.where('template')}: template: {template!r} is unknown to LLaMA-Factory"
+                     + did_you_mean(template, names))
+    return [Problem(text) for text in missing + wrong]
 
 
-def contradictions(values: dict, zero: Zero) -> list[tuple[str, bool, str]]:
+def known_templates() -> list[str]:
+    """The chat templates of the installed LLaMA-Factory; [] where it is missing."""
+    with contextlib.suppress(OSError):
+        return re.findall(r'^    name="([^"]+)"', source_of("llamafactory/data/template.py"), re.MULTILINE)
+    return []
+
+
+def contradictions(values: dict, zero: Zero) -> list[tuple[str, object, str]]:
     """(key, whether it is wrong, what to do) for each rule between keys."""
-    get = values.get
-    evaluates = bool(get("do_eval")) or get("eval_strategy", "no") != "no"
-    has_eval_data = bool(get("eval_dataset")) or get("val_size", 0) > 0
-    half = [key for key in ("bf16", "fp16", "pure_bf16") if get(key)]
-    best = get("load_best_model_at_end")
+    given, get = values.get, (DEFAULTS | values).get
+    evaluates = given("do_eval") or get("eval_strategy") != "no"
+    half = [key for key in ("bf16", "fp16", "pure_bf16") if given(key)]
+    best, resume = given("load_best_model_at_end"), given("resume_from_checkpoint")
+    same = get("eval_strategy") == get("save_strategy")
+    between = same and get("save_strategy") == "steps" and get("save_steps") % (given("eval_steps", get("logging_steps")) or 1)
     return [
-        ("do_train", not get("do_train"), "nothing would be trained; set do_train: true"),
-        ("dataset", bool(get("do_train")) and not get("dataset") and not get("tokenized_path"),
+        ("do_train", not given("do_train"), "nothing would be trained; set do_train: true"),
+        ("dataset", given("do_train") and not given("dataset") and not given("tokenized_path"),
          "no data to train on; name a data set of dataset_info.json"),
         (half[-1] if half else "", len(half) > 1, f"{' and '.join(half)} exclude each other; keep one"),
-        ("fp16", bool(get("use_cpu") and get("fp16")), "not for a CPU; use bf16, or neither"),
-        ("pure_bf16", bool(get("pure_bf16")) and zero.stage == 3, "not with ZeRO-3; use bf16: true"),
-        ("predict_with_generate", bool(get("predict_with_generate")) and zero.stage == 3,
+        ("fp16", given("use_cpu") and given("fp16"), "not for a CPU; use bf16, or neither"),
+        ("pure_bf16", given("pure_bf16") and zero.stage == 3, "not with ZeRO-3; use bf16: true"),
+        ("predict_with_generate", given("predict_with_generate") and zero.stage == 3,
          "not with ZeRO-3; use ZeRO-2, or generate after training"),
-        ("eval_strategy" if "eval_strategy" in values else "do_eval", evaluates and not has_eval_data,
-         "there is nothing to evaluate on; set eval_dataset or val_size, or turn evaluation off"),
-        ("val_size", bool(get("eval_dataset")) and get("val_size", 0) > 0, "given together with eval_dataset; keep one"),
-        ("save_total_limit", get("save_total_limit") == 1 and not get("save_only_model"),
+        ("eval_strategy" if "eval_strategy" in values else "do_eval", evaluates and not given("eval_dataset")
+         and not get("val_size"), "there is nothing to evaluate on; set eval_dataset or val_size, or turn evaluation off"),
+        ("val_size", given("eval_dataset") and get("val_size") > 0, "given together with eval_dataset; keep one"),
+        ("save_total_limit", given("save_total_limit") == 1 and not given("save_only_model"),
          "1 deletes the last whole checkpoint before the next one is safe on disk; use 2 or more"),
-        ("streaming", bool(get("streaming")) and get("max_steps", -1) <= 0, "streamed data has no length; set max_steps"),
-        ("max_samples", bool(get("streaming")) and "max_samples" in values, "not with streaming: true; use max_steps"),
-        ("max_steps", get("max_steps", -1) == 0, "expected -1 (by epochs) or 1 or more, got 0"),
-        ("deepspeed", bool(get("deepspeed")) and bool(get("fsdp")), "given together with fsdp; keep one"),
-        ("quantization_bit", bool(get("quantization_bit")) and get("finetuning_type", "lora") == "full",
+        ("streaming", given("streaming") and get("max_steps") <= 0, "streamed data has no length; set max_steps"),
+        ("max_samples", given("streaming") and "max_samples" in values, "not with streaming: true; use max_steps"),
+        ("val_size", given("streaming") and 0 < get("val_size") < 1, "not a share with streaming: true; use a number"),
+        ("deepspeed", given("deepspeed") and given("fsdp"), "given together with fsdp; keep one"),
+        ("quantization_bit", given("quantization_bit") and get("finetuning_type") == "full",
          "a quantized model takes LoRA only; remove it, or set finetuning_type: lora"),
-        ("load_best_model_at_end", bool(best) and get("eval_strategy", "no") != get("save_strategy", "steps"),
-         "needs the same save_strategy and eval_strategy"),
+        ("load_best_model_at_end", best and not same, "needs the same save_strategy and eval_strategy"),
+        ("load_best_model_at_end", best and between, "save_steps must be a multiple of eval_steps"),
+        ("reward_model", get("stage") == "ppo" and not given("reward_model"), "is missing; stage: ppo needs one"),
+        ("resume_from_checkpoint", isinstance(resume, str) and not Path(resume).is_dir(),
+         f"{resume} does not exist; expected a checkpoint folder"),
     ]
 
 
 def derive_accumulation(config: Config, world_size: int) -> tuple[Config, list[Problem]]:
     """Turn `global_batch_size` (samples an optimizer step) into gradient_accumulation_steps for these ranks."""
-    values, wanted = config.values, config.values.get("global_batch_size")
-    if not isinstance(wanted, int) or wanted < 1:
+    wanted, micro = config.values.get("global_batch_size"), (DEFAULTS | config.values)["per_device_train_batch_size"]
+    if wanted is None:
         return config, []
-    at_once = max(values.get("per_device_train_batch_size", 8), 1) * max(world_size, 1)
-    where = f"{config.where('global_batch_size')}: global_batch_size"
-    arithmetic = f"{values.get('per_device_train_batch_size', 8)} per device x {world_size} processes = {at_once}"
+    at_once, where = micro * max(world_size, 1), f"{config.where('global_batch_size')}: global_batch_size"
+    arithmetic = f"{micro} per device x {plural(world_size, 'process')} = {at_once}"
     if wanted % at_once:
         near = [size for size in (wanted // at_once * at_once, -(-wanted // at_once) * at_once) if size]
         return config, [Problem(f"{where}: {wanted} cannot be split into micro-batches of {arithmetic}; "
                                 f"the nearest that can: {' and '.join(map(str, near))}")]
-    steps, given = wanted // at_once, values.get("gradient_accumulation_steps")
+    steps, given = wanted // at_once, config.values.get("gradient_accumulation_steps")
     if given not in (None, steps):
         return config, [Problem(f"{where}: {wanted} means gradient_accumulation_steps {steps} ({arithmetic}), but "
                                 f"{config.where('gradient_accumulation_steps')} says {given}; remove one of the two")]
-    return replace(config, values={**values, "gradient_accumulation_steps": steps}), []
+    return replace(config, values={**config.values, "gradient_accumulation_steps": steps}), []
 
 
-def check_packages(values: dict, zero: Zero, env: dict[str, str]) -> list[Problem]:
-    """Packages that the run needs and the environment lacks, or has in a version that does not work."""
+def check_packages(config: Config, zero: Zero, env: dict[str, str]) -> list[Problem]:
+    """Packages and tools that the run needs and the machine lacks, or has in a version that does not work."""
+    values, where = config.values, config.where
     needed = ["torch", "transformers", "llamafactory", *["deepspeed"] * zero.used]
     missing = [name for name in needed if find_spec(name) is None]
     problems = [f"package {', '.join(missing)} is not installed in {sys.prefix}; pip install -r requirements.txt"]
-    problems = problems if missing else [text for name in needed if (text := version_trouble(name))]
+    problems = problems if missing else []
     for name in reporters(values):
         if name not in BACKENDS:
-            near = difflib.get_close_matches(name, BACKENDS, 1)
-            problems.append(f"report_to: {name} is unknown" + (f"; did you mean {near[0]}?" if near else ""))
+            problems.append(f"{where('report_to')}: report_to: {name} is unknown{did_you_mean(name, BACKENDS)}")
         elif not any(map(find_spec, BACKENDS[name])):
-            problems.append(f"report_to: {name} needs a package that is not installed; pip install {BACKENDS[name][0]}")
+            problems.append(f"{where('report_to')}: report_to: {name} needs a package that is not installed; "
+                            f"pip install {BACKENDS[name][0]}")
     if "wandb" in reporters(values) and not wandb_login(env):
-        problems.append("report_to: wandb: no login was found and nobody is there to ask; run wandb login, or set "
-                        "WANDB_API_KEY or WANDB_MODE=offline")
+        problems.append(f"{where('report_to')}: report_to: wandb: no login was found and nobody is there to ask; run "
+                        "wandb login, or set WANDB_API_KEY or WANDB_MODE=offline")
     if values.get("flash_attn") == "fa2" and find_spec("flash_attn") is None:
-        problems.append("flash_attn: fa2 needs the package flash-attn; install it, or use flash_attn: auto")
-    if zero.used and (values.get("use_cpu") or zero.offload_optimizer) and not (shutil.which("c++") or shutil.which("g++")):
-        problems.append("deepspeed compiles an operator when training starts and needs a C++ compiler; install g++")
-    if zero.offload_optimizer and not values.get("use_cpu") and "DS_SKIP_CUDA_CHECK" not in env:
-        problems += filter(None, [nvcc_trouble(env)])
-    return [Problem(text, overrule="is needed" in text) for text in problems]
+        problems.append(f"{where('flash_attn')}: flash_attn: fa2 needs the package flash-attn; install it, or use flash_attn: auto")
+    if zero.used and (values.get("use_cpu") or zero.offload_optimizer):
+        problems += compiler_troubles(env, cuda=not values.get("use_cpu"))
+    versions = [Problem(text, overrule=True) for name in needed if not missing and (text := version_trouble(name))]
+    return [Problem(text) for text in problems] + versions
 
 
-def nvcc_trouble(env: dict[str, str]) -> str:
-    """Why DeepSpeed will refuse to build its CPU Adam: an nvcc of another CUDA than torch's; '' where it will not.
+def compiler_troubles(env: dict[str, str], cuda: bool) -> list[str]:
+    """What keeps DeepSpeed from compiling its operator when training starts: no C++ compiler, no nvcc of torch's CUDA.
 
-    Without any nvcc it builds for the CPU alone, which is all that offloading needs.
+    torch looks for nvcc in CUDA_HOME, on PATH and in /usr/local/cuda; DeepSpeed wants it to be of torch's major version.
     """
-    nvcc = shutil.which("nvcc", path=os.pathsep.join([f"{env.get('CUDA_HOME', '')}/bin", env.get("PATH", "")]))
+    path = env.get("PATH", "")
+    troubles = []
+    if not shutil.which(env.get("CXX", "c++"), path=path) and not shutil.which("g++", path=path):
+        troubles.append("deepspeed compiles an operator when training starts and needs a C++ compiler; install g++")
     built = re.search(r"^cuda\b.*'(\d+)\.", source_of("torch/version.py"), re.MULTILINE) if find_spec("torch") else None
-    if not nvcc or not built:
-        return ""
-    text = subprocess.run([nvcc, "-V"], capture_output=True, text=True).stdout
-    found = re.search(r"release (\d+)", text)
-    if not found or found[1] == built[1]:
-        return ""
-    return (f"{nvcc} is of CUDA {found[1]}, torch was built with CUDA {built[1]}: DeepSpeed will not build its CPU Adam; "
-            "set CUDA_HOME to a matching toolkit, or DS_SKIP_CUDA_CHECK=1")
+    if not cuda or not built or "DS_SKIP_CUDA_CHECK" in env:
+        return troubles
+    home = env.get("CUDA_HOME") or env.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else f"{path}:/usr/local/cuda/bin")
+    if not nvcc:
+        return [*troubles, f"deepspeed compiles its CPU Adam with nvcc, which is not there; install the CUDA {built[1]} "
+                           "toolkit and set CUDA_HOME to it"]
+    found = re.search(r"release (\d+)", subprocess.run([nvcc, "-V"], capture_output=True, text=True).stdout)
+    if found and found[1] != built[1]:
+        troubles.append(f"{nvcc} is of CUDA {found[1]}, torch was built with CUDA {built[1]}: deepspeed will not compile "
+                        "its CPU Adam; set CUDA_HOME to a matching toolkit, or DS_SKIP_CUDA_CHECK=1")
+    return troubles
 
 
 def wandb_login(env: dict[str, str]) -> bool:
@@ -1249,33 +1355,36 @@ def version_trouble(name: str) -> str:
         found = version(name)
     except PackageNotFoundError:
         return ""  # a source checkout on the path: nothing to judge by
-    numbers = tuple(int(part) for part in re.findall(r"\d+", found)[:3])
     low, high = WORKING_VERSIONS[name]
-    if low <= numbers < high:
+    if low <= tuple(int(part) for part in re.findall(r"\d+", found)[:3]) < high:
         return ""
     wanted = f">={'.'.join(map(str, low))},<{'.'.join(map(str, high))}"
     return f"{name} {found} is installed, {name}{wanted} is needed; pip install -r requirements.txt"
 
 
-def check_resources(plan: Plan, config: Config, gpus: list[Gpu] | None) -> list[Problem]:
-    """What would not fit: device memory, host memory, disk. The user may know better: --force overrules."""
-    problems = []
-    need, have = plan.needed(), plan.device_bytes
-    if have and need > have:
-        what = "memory" if plan.devices.ids else "host memory"
-        problems.append(f"{what}: {format_bytes(need)} is needed on each device, {format_bytes(have)} is there"
-                        f"{nearest_that_fits(plan, config.values)}")
+def check_plan(plan: Plan, config: Config, gpus: list[Gpu]) -> list[Problem]:
+    """What would not fit: samples, device memory, host memory, disk; and GPUs that others use.
+
+    The user may know better than an estimate: --force overrules all but the samples.
+    """
+    problems, need = [], sum((plan.memory or {}).values())
+    if plan.device_bytes and need > plan.device_bytes:
+        problems.append(f"{'memory' if plan.devices.ids else 'host memory'}: {format_bytes(need)} is needed on each device, "
+                        f"{format_bytes(plan.device_bytes)} is there{nearest_that_fits(plan)}")
     if plan.host_memory and plan.host_memory > host_bytes():
         problems.append(f"host memory: offloading needs {format_bytes(plan.host_memory)}, this machine has "
                         f"{format_bytes(host_bytes())}; use more GPUs without offload, or a smaller model")
     if plan.disk_bytes and plan.disk_bytes > plan.disk_free:
         problems.append(f"{config.where('output_dir')}: output_dir: disk: {format_bytes(plan.disk_bytes)} is needed, "
                         f"{format_bytes(plan.disk_free)} is free; lower save_total_limit or use another output_dir")
-    for gpu in gpus or ():
-        if (str(gpu.index) in plan.devices.ids or gpu.uuid in plan.devices.ids) and gpu.used > 1 << 30:
-            problems.append(f"GPU {gpu.index} is busy: {format_bytes(gpu.used)} in use"
-                            + (f" by {', '.join(gpu.users)}" if gpu.users else "") + "; choose another, or wait")
-    return [Problem(text, overrule=True) for text in problems]
+    problems += [f"GPU {gpu.index} is busy: {format_bytes(gpu.used)} in use"
+                 + (f" by {', '.join(gpu.users)}" if gpu.users else "") + "; choose another, or wait"
+                 for gpu in gpus if gpu.used > 1 << 30]
+    estimates = [Problem(text, overrule=True) for text in problems]
+    if plan.steps.samples is not None and plan.steps.samples < 1:
+        estimates.append(Problem(f"{config.where('val_size')}: val_size: {plan.values['val_size']} leaves no sample to "
+                                 "train on; use less"))
+    return estimates
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -2219,11 +2328,13 @@ def redirect_output(log: Path | None) -> TextIO:
 class Job:
     """A run that could start: its configuration with every value cast, its plan, and what speaks against it.
 
-    `run_dir` is the directory of the run that is resumed; None: a new one will be created.
+    `plan` is None where a value is so wrong that there is nothing to plan; `model` is what the plan says of the
+    model; `run_dir` is the directory of the run that is resumed, None where a new one will be created.
     """
 
     config: Config
-    plan: Plan
+    plan: Plan | None
+    model: str
     problems: list[Problem]
     run_dir: Path | None = None
 
@@ -2236,29 +2347,34 @@ def prepare(options: argparse.Namespace, env: dict[str, str]) -> Job:
         config = replace(config, values={**config.values, "output_dir": str(run_dir.parent), "run_name": run_dir.name})
     fields = known_fields()
     config, problems = check_keys(config, fields) if fields else (config, [])
-    gpus, note = ([], "") if config.values.get("use_cpu") else query_gpus()
-    machine, found = resolve_machine(config, env, gpus, note)
-    devices, nodes = machine
+    out_of_range = check_ranges(config)
+    problems, broken = problems + out_of_range, bool(out_of_range)
+    devices, nodes, gpus, found = inspect_machine(config, env)
     zero, more = inspect_deepspeed(config)
-    config, wrong = derive_accumulation(config, devices.processes * nodes)
-    problems += found + more + wrong + check_values(config, zero) + check_packages(config.values, zero, env)
-    model, more = inspect_model(config)
-    rows, wrong = inspect_data(config, "dataset")
-    problems += more + wrong + inspect_data(config, "eval_dataset")[1] + check_output(config)
-    plan = make_plan(config, devices, zero, model, rows, gpus, nodes)
-    problems += check_resume(config, plan, run_dir) if run_dir else []
-    return Job(config, plan, problems + ([] if found else check_resources(plan, config, gpus)), run_dir)
+    config, wrong = (config, []) if broken else derive_accumulation(config, devices.processes * nodes)
+    problems += found + more + wrong + check_packages(config, zero, env) + check_output(config)
+    problems += check_values(config, zero)
+    model, name, wrong = inspect_model(config)
+    rows, more = inspect_data(config, "dataset")
+    problems += wrong + more + inspect_data(config, "eval_dataset")[1]
+    plan = None if broken else make_plan(config, devices, zero, model, rows, gpus, nodes)
+    problems += check_plan(plan, config, gpus) if plan and not found else []
+    problems += check_resume(config, plan, run_dir) if plan and run_dir else []
+    return Job(config, plan, name, problems, run_dir)
 
 
-def resolve_machine(config: Config, env: dict[str, str], gpus: list[Gpu] | None,
-                    note: str) -> tuple[tuple[Devices, int], list[Problem]]:
-    """((devices, machines), problems): what the environment and the YAML say of this machine and the others."""
+def inspect_machine(config: Config, env: dict[str, str]) -> tuple[Devices, int, list[Gpu], list[Problem]]:
+    """(devices, number of machines, what NVML knows of the devices, problems)."""
+    on_cpu = config.values.get("use_cpu") is True
+    gpus, note = ([], "") if on_cpu else query_gpus()
     try:
         devices, nodes = resolve_devices(config, env, gpus), read_count(env, "NNODES", 1)
-        problems = check_devices(devices, config, gpus, note) + check_nodes(config, env, nodes)
-        return (devices, nodes), problems
+        problems = ([] if on_cpu else check_devices(devices, gpus, note)) + check_nodes(config, env, nodes)
     except LaunchError as error:
-        return (Devices((), "unknown", 1), 1), error.problems
+        return Devices((), "unknown", 1), 1, [], error.problems
+    if gpus is None:
+        devices = replace(devices, reason=f"{devices.reason}; {note}")
+    return devices, nodes, chosen_gpus(devices, gpus), problems
 
 
 def find_run(options: argparse.Namespace) -> Path:
@@ -2276,6 +2392,8 @@ def find_run(options: argparse.Namespace) -> Path:
     return (unfinished or runs)[-1].parent
 
 
+PLAN_KEYS = ("devices", "devices_reason", "world_size", "global_batch_size", "samples", "steps_per_epoch", "total_steps",
+             "parameters", "memory_per_gpu", "host_memory", "checkpoint_bytes", "disk_bytes", "gathered_bytes_per_step", "data")
 # What may not change under a run that goes on: the model would not load, or the data would be another.
 FIXED_KEYS = ("model_name_or_path", "train_from_scratch", "finetuning_type", "stage", "template", "dataset", "dataset_dir",
               "max_samples", "val_size", "cutoff_len", "packing", "seed", "data_seed")
@@ -2306,7 +2424,7 @@ def check_resume(config: Config, plan: Plan, run_dir: Path) -> list[Problem]:
 
 def data_files(config: Config) -> dict[str, str]:
     """{path: fingerprint} of the data files; the fingerprint is the size, with a hash up to 64 MiB."""
-    info, folder, files = read_dataset_info(config.values)[0], config.values.get("dataset_dir", "data"), {}
+    info, folder, files = read_dataset_info(config.values)[0] or {}, config.values.get("dataset_dir", "data"), {}
     for name in name_list(config.values.get("dataset")) + name_list(config.values.get("eval_dataset")):
         entry = info.get(name)
         path = Path(str(folder), entry.get("file_name", "")) if isinstance(entry, dict) else Path()
@@ -2336,6 +2454,8 @@ def check_nodes(config: Config, env: dict[str, str], nodes: int) -> list[Problem
     if nodes > 1:
         problems += [f"environment variable {name}: is needed with NNODES={nodes}" for name in
                      ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if not env.get(name)]
+        if env.get("NODE_RANK") and not (env["NODE_RANK"].isdecimal() and int(env["NODE_RANK"]) < nodes):
+            problems.append(f"environment variable NODE_RANK: expected a number below NNODES={nodes}, got {env['NODE_RANK']!r}")
         if "run_name" not in config.values:
             problems.append(f"run_name: is needed with NNODES={nodes}, the same on each machine: "
                             "all of them use one run directory")
@@ -2363,18 +2483,18 @@ def port_in_use(port: int) -> bool:
     return False
 
 
-def plan_data(job: Job, command: list[str], environment: dict[str, str]) -> dict:
+def plan_data(job: Job, command: list[str] | None, environment: dict[str, str]) -> dict:
     """The plan as one JSON object; null where something cannot be known. Sizes in bytes."""
     plan = job.plan
-    return {
+    known = {} if plan is None else {
         "devices": list(plan.devices.ids), "devices_reason": plan.devices.reason, "world_size": plan.world_size,
-        "global_batch_size": global_batch(plan, job.config.values), "samples": plan.steps.samples,
-        "steps_per_epoch": plan.steps.per_epoch, "total_steps": plan.steps.total,
-        "parameters": plan.model and plan.model.parameters, "memory_per_gpu": plan.memory,
-        "host_memory": plan.host_memory, "checkpoint_bytes": plan.checkpoint_bytes, "disk_bytes": plan.disk_bytes,
-        "gathered_bytes_per_step": plan.gathered, "data": data_files(job.config),
-        "problems": [problem.text for problem in job.problems], "command": command, "environment": environment,
+        "global_batch_size": plan.global_batch, "samples": plan.steps.samples, "steps_per_epoch": plan.steps.per_epoch,
+        "total_steps": plan.steps.total, "parameters": plan.model and plan.model.parameters,
+        "memory_per_gpu": plan.memory, "host_memory": plan.host_memory, "checkpoint_bytes": plan.checkpoint_bytes,
+        "disk_bytes": plan.disk_bytes, "gathered_bytes_per_step": plan.gathered, "data": data_files(job.config),
     }
+    return {**dict.fromkeys(PLAN_KEYS), **known, "problems": [problem.text for problem in job.problems],
+            "command": command, "environment": environment}
 
 
 def commands(job: Job, run_dir: Path, env: dict[str, str]) -> tuple[list[str], dict[str, str], dict]:
@@ -2388,7 +2508,14 @@ def commands(job: Job, run_dir: Path, env: dict[str, str]) -> tuple[list[str], d
 
 def dry_run(job: Job, as_json: bool, env: dict[str, str]) -> None:
     """Print the plan and the exact command; start nothing and write nothing."""
-    run_dir = job.run_dir or Path(job.config.values.get("output_dir", ".")) / run_name(job.config, time.time())
+    if job.plan is None:
+        print(json.dumps(plan_data(job, None, {}), indent=1) if as_json else "no plan: see the errors")
+        return
+    try:
+        run_dir = job.run_dir or Path(job.plan.values["output_dir"]) / run_name(job.config, time.time())
+    except LaunchError as error:
+        job.problems.extend(error.problems)
+        run_dir = Path(job.plan.values["output_dir"])
     command, _, data = commands(job, run_dir, env)
     if as_json:
         print(json.dumps(data, indent=1))
@@ -2402,7 +2529,7 @@ def show_plan(job: Job, run_dir: Path, env: dict[str, str]) -> None:
     """Print the plan, one screen."""
     tracking = setup_experiment_tracking(job.config, run_dir, env)
     others = ", ".join(name for name in reporters(job.config.values) if name != "swanlab")
-    lines = [*plan_lines(job.plan, job.config), ("tracking", str(tracking) if tracking else others or "none"),
+    lines = [*plan_lines(job.plan, job.model), ("tracking", ", ".join(filter(None, [tracking and str(tracking), others])) or "none"),
              ("run", str(run_dir))]
     for label, text in lines:
         say(f"{label:<12}{text}")

@@ -1,13 +1,18 @@
 """The launcher as a real process for the fault tests: started, watched, killed, and every process of it found."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import pty
 import re
+import select
 import signal
 import subprocess
 import sys
+import termios
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -19,8 +24,6 @@ from conftest import FOREIGN, ROOT, SCRIPT
 FAULTS = Path(__file__).resolve().parent / "faults"
 ZERO = str(ROOT / "configs" / "deepspeed" / "ds_z3_config.json")
 DEMO = ROOT / "configs"
-if not (DEMO / "demo_model" / "config.json").exists():
-    DEMO = Path("/root/w/t2/draft")
 PATIENCE = 240  # seconds: a slow machine is no failure
 TAG = "FAULT_TEST_TAG"
 # 40 samples on 2 ranks: 20 steps.
@@ -80,11 +83,40 @@ def ignore_hangup() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
+def take_terminal() -> None:
+    """Make stdin the terminal that controls this session."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+class Terminal:
+    """A terminal whose text goes to a file; closing it is what closing its window does."""
+
+    def __init__(self, path: Path):
+        self.master, self.slave = pty.openpty()
+        self.path, self.closing = path, threading.Event()
+        self.thread = threading.Thread(target=self.copy)
+        self.thread.start()
+
+    def copy(self) -> None:
+        with open(self.path, "ab", buffering=0) as file:
+            while not self.closing.is_set():
+                if select.select([self.master], [], [], 0.05)[0]:
+                    file.write(os.read(self.master, 4096).replace(b"\r\n", b"\n"))
+
+    def close(self) -> None:
+        if not self.closing.is_set():
+            self.closing.set()
+            self.thread.join()
+            os.close(self.slave)
+            os.close(self.master)
+
+
 class Run:
     """The launcher, started on `arguments` in a session of its own; everything it starts carries a tag."""
 
     def __init__(self, folder: Path, *arguments: object, ranks: int = 2, faults: list[dict] | None = None,
-                 env: dict[str, str] | None = None, nohup: bool = False, command: list[str] | None = None):
+                 env: dict[str, str] | None = None, nohup: bool = False, terminal: bool = False,
+                 command: list[str] | None = None):
         self.folder, self.tag, self.begun = folder, uuid.uuid4().hex, time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
         markers = folder / "markers"
@@ -94,11 +126,14 @@ class Run:
         if faults:
             full |= {"PYTHONPATH": str(FAULTS), "FAULTS": json.dumps(faults), "FAULT_MARKERS": str(markers)}
         self.console_path = folder / f"console-{self.tag[:6]}.txt"
-        with open(self.console_path, "wb") as console:
+        self.terminal = Terminal(self.console_path) if terminal else None
+        with open(self.console_path, "ab") as file:
+            console = self.terminal.slave if terminal else file
             self.process = subprocess.Popen(
-                [*(command or [sys.executable, str(SCRIPT)]), *map(str, arguments)], stdin=subprocess.DEVNULL,
-                stdout=console, stderr=subprocess.STDOUT, cwd=folder, start_new_session=True, env=full,
-                preexec_fn=ignore_hangup if nohup else None)
+                [*(command or [sys.executable, str(SCRIPT)]), *map(str, arguments)],
+                stdin=console if terminal else subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT, cwd=folder,
+                start_new_session=True, env=full,
+                preexec_fn=ignore_hangup if nohup else take_terminal if terminal else None)
 
     def __enter__(self) -> "Run":
         return self
@@ -108,6 +143,8 @@ class Run:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
+        if self.terminal:
+            self.terminal.close()
 
     @property
     def console(self) -> str:

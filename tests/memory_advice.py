@@ -24,7 +24,7 @@ def best(strategy: Zero, sizes: tuple[str, ...], count: int, room: int) -> str:
     """`14B, batch 2 (61.0 GiB)` of the first model that fits, with the host memory that offloading takes."""
     for size in sizes:
         shape = qwen3_config(f"Qwen/Qwen3-{size}")
-        model = Model(count_parameters(shape), shape, "")
+        model = Model(count_parameters(shape), shape)
         for batch in (16, 8, 4, 2, 1):
             values = {"bf16": True, "per_device_train_batch_size": batch, "cutoff_len": 2048}
             memory = estimate_memory(model, strategy, values, count, count)

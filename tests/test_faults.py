@@ -107,12 +107,11 @@ def test_each_report_of_a_kill_names_the_rank_that_was_killed(killed_in_saves: R
     assert list(map(int, named)) == [rank for _, rank in IN_SAVES.values()]
 
 
-def test_with_one_kept_checkpoint_a_kill_before_the_manifest_loses_only_the_new_one(scratch: Path, reference: Path):
-    config = write_config(scratch / "one kept", save_total_limit=1)
-    done = run(scratch / "one kept", config, faults=[{"point": "manifest", "step": 4}])
-    assert "resuming from checkpoint-2" in done.console, done.console
-    assert (done.process.returncode, committed(done.run_dir)) == (0, [STEPS])
-    assert weights(done.run_dir) == weights(reference)
+def test_a_kill_in_a_rotation_and_one_in_a_later_save_leave_a_trusted_checkpoint(scratch: Path):
+    faults = [{"point": "rotation", "step": 2}, {"point": "manifest", "step": 6}, {"point": "manifest", "step": 10}]
+    done = run(scratch / "rotation", write_config(scratch / "rotation", max_restarts=1), faults=faults)
+    assert "restart 1 of at most 1" in done.console and done.process.returncode == 1, done.console
+    assert newest_checkpoint(done.run_dir), sorted(path.name for path in done.run_dir.iterdir())
 
 
 def tear(path: Path, how: str) -> None:
@@ -404,6 +403,34 @@ def test_a_run_that_was_stopped_and_resumed_ends_with_identical_weights(stopped:
     assert losses(stopped.last.run_dir) == losses(reference)
 
 
+def test_a_stop_before_the_first_step_promises_no_resume(tmp_path: Path):
+    with Run(tmp_path, write_config(tmp_path)) as alive:
+        until(lambda: alive.worker(1), "the workers")
+        alive.process.terminate()
+        assert alive.wait() == 143, alive.console
+        assert not committed(alive.run_dir) and "--resume" not in alive.console, alive.console
+
+
+@pytest.fixture(scope="module")
+def window_closed(scratch: Path) -> SimpleNamespace:
+    """A run in a terminal whose window is closed after the first step."""
+    folder = scratch / "window"
+    with Run(folder, write_config(folder, save_steps=100), faults=[{"point": "slow"}], terminal=True) as alive:
+        alive.reach(1)
+        alive.terminal.close()
+        status = alive.wait()
+        return SimpleNamespace(status=status, left=alive.left_after(10), committed=committed(alive.run_dir),
+                               step=alive.last_step())
+
+
+def test_closing_the_terminal_is_a_stop_with_a_checkpoint(window_closed: SimpleNamespace):
+    assert (window_closed.status, window_closed.committed) == (129, [window_closed.step])
+
+
+def test_closing_the_terminal_leaves_no_process(window_closed: SimpleNamespace):
+    assert window_closed.left == []
+
+
 @pytest.fixture(scope="module")
 def impatient(scratch: Path) -> SimpleNamespace:
     """A run that cannot reach the end of a step, and three times Ctrl-C."""
@@ -464,6 +491,13 @@ def test_a_kill_in_tokenization_leaves_no_process(tmp_path: Path, victim: str):
         assert kill_and_look(alive, victim) == []
 
 
+@pytest.mark.parametrize("victim", ["launcher", "torchrun"])
+def test_a_kill_while_the_workers_start_leaves_no_process(tmp_path: Path, victim: str):
+    with Run(tmp_path, write_config(tmp_path)) as alive:
+        until(lambda: alive.worker(1), "the workers")
+        assert kill_and_look(alive, victim) == []
+
+
 # ---------------------------------------------------------------------------------------------------------
 # A full disk
 # ---------------------------------------------------------------------------------------------------------
@@ -486,21 +520,30 @@ def full_disk(scratch: Path) -> Iterator[SimpleNamespace]:
     try:
         full = run(folder, write_config(folder, save_total_limit=4), "--force")
         kept = [path.name for path in full.run_dir.glob("checkpoint-*") if not checkpoint_fault(path)]
+        described = [(full.run_dir / name).read_bytes() for name in ("config.yaml", "plan.json")]
+        still_full = run(folder, "--resume", full.run_dir, "--force", "logging_steps=1")
+        after = [(full.run_dir / name).read_bytes() for name in ("config.yaml", "plan.json")]
         mount("-o", "remount,size=400m", out)
-        yield SimpleNamespace(full=full, kept=kept, resumed=run(folder, "--resume", full.run_dir))
+        yield SimpleNamespace(full=full, kept=kept, still_full=still_full, unharmed=described == after,
+                              resumed=run(folder, "--resume", full.run_dir))
     finally:
         subprocess.run(["umount", str(out)])
 
 
 def test_a_full_disk_ends_the_run_and_names_the_cause(full_disk: SimpleNamespace):
-    assert full_disk.full.process.returncode == 1
-    assert re.search("No space left on device", full_disk.full.console), full_disk.full.console
-    assert "the disk is full: make room" in full_disk.full.console
+    assert full_disk.full.process.returncode == 1, full_disk.full.console
+    assert "the disk is full: make room" in full_disk.full.console, full_disk.full.console
 
 
 def test_a_full_disk_does_not_upset_the_launcher_itself(full_disk: SimpleNamespace):
-    assert ", in main" not in full_disk.full.console
-    assert f"--resume {full_disk.full.run_dir}" in full_disk.full.console
+    assert ", in main" not in full_disk.full.console, full_disk.full.console
+    assert f"--resume {full_disk.full.run_dir}" in full_disk.full.console.replace("'", "")
+
+
+def test_a_resume_on_a_disk_that_is_still_full_fails_in_one_line_and_harms_nothing(full_disk: SimpleNamespace):
+    console = full_disk.still_full.console
+    assert full_disk.still_full.process.returncode in (1, 2) and "Traceback" not in console, console
+    assert full_disk.unharmed
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoints_intact(full_disk: SimpleNamespace):

@@ -215,6 +215,12 @@ def test_dry_run_refuses_as_a_launch_does(launcher, write_config, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("key", ["model_name_or_path", "output_dir", "dataset", "stage", "finetuning_type", "template"])
+def test_dry_run_of_an_unfinished_file_shows_the_plan_all_the_same(here, write_config, key):
+    done = here(write_config(**{key: None}), "--dry-run")
+    assert re.search(r"^devices ", done.stdout, re.MULTILINE)
+
+
 def test_launch_as_a_process_refuses_and_leaves_nothing(launcher, write_config, tmp_path):
     done = launcher(write_config(learning_rat=1e-5))
     assert (done.returncode, done.stdout) == (2, "")
@@ -304,7 +310,7 @@ BAD_FILES = [
                  r"model_name_or_path: .*index\.json", id="index-broken"),
     pytest.param(change_model(lambda model: [write_json(model / "config.json", {**TINY_MODEL, "model_type": "other"}),
                                              (model / "model.safetensors").write_bytes(b"\x00" * 4)]),
-                 r"model_name_or_path: .*model\.safetensors", id="weights-cut-off"),
+                 r"model_name_or_path: .*\.safetensors", id="weights-cut-off"),
     pytest.param(make_file("m", model_name_or_path="m"), r"model_name_or_path: .*/m\b.*folder", id="model-is-a-file"),
     pytest.param(deepspeed_file(b"{"), r"deepspeed: .*ds\.json: not valid JSON", id="deepspeed-broken"),
     pytest.param(deepspeed_file(b"\xff\xfe"), r"deepspeed: .*ds\.json: not valid JSON", id="deepspeed-not-text"),
@@ -404,7 +410,7 @@ def launch_without(launcher: Callable, tmp_path: Path) -> Callable[..., SimpleNa
     pytest.param("swanlab", {"use_swanlab": True}, r"swanlab needs a package.*pip install swanlab", id="use-swanlab"),
     pytest.param("deepspeed", {"deepspeed": ZERO3}, r"package deepspeed is not installed.*requirements\.txt",
                  id="deepspeed"),
-    pytest.param("flash_attn", {"flash_attn": "fa2"}, r"flash_attn: fa2 needs .*flash-attn.*flash_attn: auto",
+    pytest.param("flash_attn", {"flash_attn": "fa2"}, r"flash_attn: fa2 needs .*flash[-_]attn.*auto",
                  id="flash-attn"),
     pytest.param("torch", {}, r"package torch is not installed.*requirements\.txt", id="torch"),
     pytest.param("torch,transformers,llamafactory", {}, r"package torch, transformers, llamafactory is not installed",

@@ -132,6 +132,22 @@ def slow_down(fault):
     Patch("transformers.trainer", lambda module: before(module.Trainer, "training_step", lambda *args: time.sleep(0.4)))
 
 
+def clock(fault):
+    """Write down when each training step was done."""
+    def change(module):
+        original = module.Trainer.training_step
+
+        def wrapped(*args, **kwargs):
+            result = original(*args, **kwargs)
+            with open(os.path.join(os.environ["FAULT_MARKERS"], "clock"), "a") as file:
+                file.write(f"{time.time()}\n")
+            return result
+
+        module.Trainer.training_step = wrapped
+
+    Patch("transformers.trainer", change)
+
+
 def hold_tokenization(fault):
     def action(self, *args):
         time.sleep(300)
@@ -150,6 +166,7 @@ POINTS = {
     "raise": lambda fault: in_step(fault, fail),
     "kill": lambda fault: in_step(fault, kill),
     "slow": slow_down,
+    "clock": clock,
     "hold tokenization": hold_tokenization,
 }
 
