@@ -135,7 +135,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     options.overrides = dict(word.split("=", 1) for word in words if re.match(OVERRIDE, word))
     paths = [word for word in words if not re.match(OVERRIDE, word)]
     if len(paths) > 1:
-        raise LaunchError(f"one CONFIG.yaml is expected, got {len(paths)}: {' '.join(paths)}")
+        hint = "; write key=value without spaces" if "=" in paths else ""
+        shown = re.sub(r"=\S+", "=...", " ".join(paths))
+        raise LaunchError(f"one CONFIG.yaml is expected, got {len(paths)}: {shown}{hint}")
     options.config = Path(paths[0]) if paths else DEFAULT_CONFIG
     if options.json and not options.dry_run:
         raise LaunchError("--json goes with --dry-run")
@@ -246,7 +248,7 @@ def load_config(path: Path, overrides: dict[str, str]) -> Config:
     """
     values, lines = parse_yaml(read_text(path), str(path))
     if not isinstance(values, dict) or not values:
-        found = "it is empty" if values is None else f"found a {type(values).__name__}"
+        found = "it is empty" if not values else f"found a {'list' if isinstance(values, list) else 'plain text'}"
         raise LaunchError(f"{path}:1: expected lines of `key: value` at the top level, {found}")
     odd = [key for key in values if not isinstance(key, str)]
     if odd:
@@ -317,7 +319,7 @@ def query_gpus() -> tuple[list[Gpu] | None, str]:
     try:
         import pynvml
     except ImportError:
-        return None, "GPUs were not checked: the NVML package nvidia-ml-py is not installed"
+        return None, "not checked, since nvidia-ml-py is not installed"
     try:
         pynvml.nvmlInit()
         return [read_gpu(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount())], ""
@@ -402,7 +404,8 @@ def check_devices(devices: Devices, gpus: list[Gpu] | None, note: str) -> list[P
     """Problems with the chosen GPUs: there is none, some do not exist, or one is named twice."""
     demo = f" (to try the launcher on a CPU: {DEMO_COMMAND})"
     if not devices.ids:
-        return [Problem(f"no GPU to train on: {note or devices.reason}; a machine with NVIDIA GPUs is needed{demo}")]
+        hint = "name them in cuda_visible_devices" if gpus is None else "a machine with NVIDIA GPUs is needed"
+        return [Problem(f"no GPU to train on: {note or devices.reason}; {hint}{demo}")]
     if gpus is None:
         return []
     named = {device: matching(device, gpus) for device in devices.ids if not device.startswith("MIG-")}
@@ -1102,7 +1105,7 @@ def nearest_that_fits(plan: Plan) -> str:
     tries = [(size, zero, plan.world_size, words) for zero, words in (
         (plan.zero, []), (Zero(3, True, True, True), ["deepspeed=configs/deepspeed/ds_z3_offload_config.json"]))
         for size in sizes]
-    tries += [(micro, plan.zero, count, [f"{count} devices"]) for count in (2, 4, 8, 16, 32, 64) if count > plan.world_size]
+    tries += [(micro, plan.zero, count, [f"{count} devices"]) for count in range(plan.world_size + 1, 65)]
     for size, zero, world_size, words in tries:
         need, host = plan.needs(zero, world_size, per_device_train_batch_size=size)
         if need <= plan.device_bytes and host <= host_bytes():
@@ -1132,7 +1135,7 @@ def plan_lines(plan: Plan, model: str) -> list[tuple[str, str]]:
     """The plan for people: (label, text) a line."""
     values, unit = plan.values, "GPU" if plan.devices.ids else "process"
     lines = [
-        ("model", model + (f": {plan.model.parameters / 1e9:.3g} B parameters" if plan.model else "")),
+        ("model", model + (f": {format_count(plan.model.parameters)} parameters" if plan.model else "")),
         ("method", f"{values['stage']}, {values['finetuning_type']}, {plan.zero}, {precision(values)}"),
         ("devices", str(plan.devices)),
         ("batch", f"{values['per_device_train_batch_size']} per device x {plural(plan.world_size, unit)} x "
@@ -1155,6 +1158,11 @@ def plan_lines(plan: Plan, model: str) -> list[tuple[str, str]]:
     if (plan.steps.samples or 0) >= 100_000 and "tokenized_path" not in values:
         lines.append(("data", "tokenized_path=FOLDER would keep the tokenized data for the next run"))
     return lines
+
+
+def format_count(count: int) -> str:
+    """14.8 B, 1.07 M."""
+    return f"{count / 1e9:.3g} B" if count >= 1e8 else f"{count / 1e6:.3g} M"
 
 
 def plural(count: int, unit: str) -> str:
@@ -1317,13 +1325,14 @@ def check_packages(config: Config, zero: Zero, env: dict[str, str]) -> list[Prob
 def compiler_troubles(env: dict[str, str], cuda: bool) -> list[str]:
     """What keeps DeepSpeed from compiling its operator when training starts: no C++ compiler, no nvcc of torch's CUDA.
 
-    torch looks for nvcc in CUDA_HOME, on PATH and in /usr/local/cuda; DeepSpeed wants it to be of torch's major version.
+    torch looks for nvcc in CUDA_HOME, on PATH and in /usr/local/cuda. DeepSpeed wants it to be of torch's CUDA
+    version, or before CUDA 13 of the same major version.
     """
     path = env.get("PATH", "")
     troubles = []
-    if not shutil.which(env.get("CXX", "c++"), path=path) and not shutil.which("g++", path=path):
+    if not shutil.which(env.get("CXX", "c++"), path=path):
         troubles.append("deepspeed compiles an operator when training starts and needs a C++ compiler; install g++")
-    built = re.search(r"^cuda\b.*'(\d+)\.", source_of("torch/version.py"), re.MULTILINE) if find_spec("torch") else None
+    built = re.search(r"^cuda\b.*'((\d+)\.\d+)", source_of("torch/version.py"), re.MULTILINE) if find_spec("torch") else None
     if not cuda or not built or "DS_SKIP_CUDA_CHECK" in env:
         return troubles
     home = env.get("CUDA_HOME") or env.get("CUDA_PATH")
@@ -1331,8 +1340,8 @@ def compiler_troubles(env: dict[str, str], cuda: bool) -> list[str]:
     if not nvcc:
         return [*troubles, f"deepspeed compiles its CPU Adam with nvcc, which is not there; install the CUDA {built[1]} "
                            "toolkit and set CUDA_HOME to it"]
-    found = re.search(r"release (\d+)", subprocess.run([nvcc, "-V"], capture_output=True, text=True).stdout)
-    if found and found[1] != built[1]:
+    found = re.search(r"release ((\d+)\.\d+)", subprocess.run([nvcc, "-V"], capture_output=True, text=True).stdout)
+    if found and found[1] != built[1] and (found[2] != built[2] or int(built[2]) > 12):
         troubles.append(f"{nvcc} is of CUDA {found[1]}, torch was built with CUDA {built[1]}: deepspeed will not compile "
                         "its CPU Adam; set CUDA_HOME to a matching toolkit, or DS_SKIP_CUDA_CHECK=1")
     return troubles
@@ -1800,7 +1809,7 @@ def draw_curve(run_dir: Path) -> None:
     for key, label in (("loss", "training loss"), ("eval_loss", "evaluation loss")):
         points = [(line["current_steps"], line[key]) for line in read_log(run_dir) if key in line]
         if points:
-            axes.plot(*zip(*points), label=label, marker="." if len(points) < 50 else None)
+            axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 50 else None)
     axes.set(xlabel="optimizer step", ylabel="loss", title=run_dir.name)
     axes.legend()
     figure.savefig(run_dir / "training_loss.png", dpi=120)
@@ -2107,7 +2116,7 @@ class Reporter:
     def speed(self, args, state) -> dict[str, float]:
         """Samples and tokens a second of the whole job since the last log."""
         now = (time.monotonic(), state.global_step, state.num_input_tokens_seen)
-        seconds, steps, tokens = (new - old for new, old in zip(now, self.mark))
+        seconds, steps, tokens = (new - old for new, old in zip(now, self.mark, strict=True))
         self.mark = now
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         return {"samples_per_second": steps * batch / seconds, "tokens_per_second": tokens / seconds}
