@@ -121,11 +121,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(prog=SCRIPT.name, description=__doc__, usage=argparse.SUPPRESS,
                             formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("words", nargs="*", metavar="CONFIG.yaml, key=value", help=argparse.SUPPRESS)
-    parser.add_argument("--dry-run", action="store_true", help="print the plan, all problems and the command; start nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print plan, problems and command; start nothing")
     parser.add_argument("--json", action="store_true", help="with --dry-run: the plan as one JSON object")
     parser.add_argument("--resume", nargs="?", const="", metavar="RUN_DIR",
                         help="go on with RUN_DIR, or with the newest unfinished run under output_dir")
-    parser.add_argument("--force", action="store_true", help="start in spite of memory, disk, version or busy-GPU problems")
+    parser.add_argument("--force", action="store_true", help="start in spite of an estimate, a busy GPU or a version")
     parser.add_argument("--verbose", action="store_true", help="show all that rank 0 prints")
     parser.add_argument("--tracker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args(argv)
@@ -368,7 +368,8 @@ def resolve_devices(config: Config, env: dict[str, str], gpus: list[Gpu] | None)
         ids = parse_device_ids(env["CUDA_VISIBLE_DEVICES"], "environment variable CUDA_VISIBLE_DEVICES")
         other = "" if asked is None else ",".join(parse_device_ids(asked, f"{config.where('cuda_visible_devices')}: "
                                                                           "cuda_visible_devices"))
-        wins = f", which wins over the config's {other or 'none'}" if asked is not None and other != ",".join(ids) else ""
+        differs = asked is not None and other != ",".join(ids)
+        wins = f", which wins over the config's {other or 'none'}" if differs else ""
         reason = f"from CUDA_VISIBLE_DEVICES{wins}"
     elif asked is not None:
         ids = parse_device_ids(asked, f"{config.where('cuda_visible_devices')}: cuda_visible_devices")
@@ -392,7 +393,8 @@ def read_count(env: dict[str, str], name: str, default: int) -> int:
 
 def matching(device: str, gpus: list[Gpu]) -> list[Gpu]:
     """The GPUs that an id names: by number, or by the beginning of a UUID. MIG ids are not looked up."""
-    return [gpu for gpu in gpus if device == str(gpu.index) or (device.startswith("GPU-") and gpu.uuid.startswith(device))]
+    return [gpu for gpu in gpus
+            if device == str(gpu.index) or (device.startswith("GPU-") and gpu.uuid.startswith(device))]
 
 
 def chosen_gpus(devices: Devices, gpus: list[Gpu] | None) -> list[Gpu]:
@@ -411,11 +413,11 @@ def check_devices(devices: Devices, gpus: list[Gpu] | None, note: str) -> list[P
     named = {device: matching(device, gpus) for device in devices.ids if not device.startswith("MIG-")}
     missing, found = [device for device in named if not named[device]], chosen_gpus(devices, gpus)
     there = ", ".join(f"{gpu.index} ({gpu.name})" for gpu in gpus) or f"none: {note}"
-    problems = [f"GPU {','.join(missing)} does not exist ({devices.reason}); this machine has {there}" + demo * (not gpus)]
-    problems = problems if missing else []
+    problems = [f"GPU {','.join(missing)} does not exist ({devices.reason}); this machine has {there}"
+                + demo * (not gpus)] if missing else []
     problems += [f"GPU {device} is the beginning of several UUIDs ({devices.reason}); write more of it"
                  for device, gpus_of in named.items() if len(gpus_of) > 1]
-    problems += [f"GPU {gpu.index} is named twice, by its number and as {gpu.uuid} ({devices.reason}); name each GPU once"
+    problems += [f"GPU {gpu.index} is named twice, also as {gpu.uuid} ({devices.reason}); name each GPU once"
                  for gpu in set(found) if found.count(gpu) > 1]
     return [Problem(text) for text in problems]
 
@@ -583,11 +585,11 @@ def check_keys(config: Config, fields: dict[str, Field]) -> tuple[Config, list[P
 # The defaults of LLaMA-Factory and transformers for the keys that the plan and the checks read.
 DEFAULTS = {
     "stage": "sft", "finetuning_type": "lora", "dataset_dir": "data", "cutoff_len": 2048, "val_size": 0.0,
-    "mix_strategy": "concat", "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_train_epochs": 3.0,
-    "max_steps": -1, "logging_strategy": "steps", "logging_steps": 500, "save_strategy": "steps", "save_steps": 500,
-    "eval_strategy": "no", "output_dir": ".",
+    "mix_strategy": "concat", "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1,
+    "num_train_epochs": 3.0, "max_steps": -1, "logging_strategy": "steps", "logging_steps": 500,
+    "save_strategy": "steps", "save_steps": 500, "eval_strategy": "no", "output_dir": ".",
 }
-COUNTED = ("json", "jsonl", "csv", "txt", "parquet", "arrow")  # LLaMA-Factory's data files; of arrow no rows are counted
+DATA_FILES = ("json", "jsonl", "csv", "txt", "parquet", "arrow")
 
 
 def count_rows(path: Path, limit: int | None) -> int | None:
@@ -604,7 +606,8 @@ def count_rows(path: Path, limit: int | None) -> int | None:
         return count_lines(path, limit, blank=True)
     if kind == "csv":
         with open(path, encoding="utf-8", newline="") as file:
-            return max(sum(1 for _ in itertools.islice(filter(None, csv.reader(file)), None if limit is None else limit + 1)) - 1, 0)
+            records = itertools.islice(filter(None, csv.reader(file)), None if limit is None else limit + 1)
+            return max(sum(1 for _ in records) - 1, 0)
     if kind == "parquet":
         return capped(count_parquet(path), limit)
     return count_json(path, limit) if kind in ("json", "jsonl") else None
@@ -767,8 +770,8 @@ def inspect_data_set(name: str, info: dict, values: dict) -> int | None:
     path, limit = Path(folder if isinstance(folder, str) else ".", entry["file_name"]), values.get("max_samples")
     if not path.exists():
         raise LookupError(f"{name}: {path} does not exist; correct file_name in {folder}/dataset_info.json")
-    if path.is_file() and path.suffix[1:] not in COUNTED:
-        raise LookupError(f"{name}: {path}: expected a file that ends in {', '.join(COUNTED)}")
+    if path.is_file() and path.suffix[1:] not in DATA_FILES:
+        raise LookupError(f"{name}: {path}: expected a file that ends in {', '.join(DATA_FILES)}")
     try:
         rows = capped(entry.get("num_samples"), limit) or count_rows(path, limit)
     except ValueError as error:
@@ -873,8 +876,7 @@ def inspect_model(config: Config) -> tuple[Model | None, str, list[Problem]]:
 def read_model_folder(folder: Path, scratch: bool) -> tuple[dict, int | None]:
     """(config.json, parameters) of a model folder. Raises LookupError that says what is missing or broken."""
     shape = read_json(folder / "config.json", "a model folder has a config.json")
-    lacking = [key for key in ("hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads", "intermediate_size")
-               if key not in shape]
+    lacking = [key for key in ("vocab_size", *SHAPE_KEYS[:3], "intermediate_size") if key not in shape]
     if lacking and shape.get("model_type") in LLAMA_LIKE:
         raise LookupError(f"{folder}/config.json: has no {', '.join(lacking)}")
     missing = [] if scratch else missing_weights(folder)
@@ -1093,8 +1095,8 @@ def suggest_split(plan: Plan) -> str:
     for factor in (n for n in range(steps, 1, -1) if steps % n == 0):
         need = plan.needs(plan.zero, plan.world_size, per_device_train_batch_size=micro * factor)[0]
         if need <= 0.9 * plan.device_bytes:
-            return (f"per_device_train_batch_size={micro * factor} gradient_accumulation_steps={steps // factor} is the "
-                    f"same step with {format_bytes(plan.gathered / factor)} gathered, and needs {format_bytes(need)}")
+            return (f"per_device_train_batch_size={micro * factor} gradient_accumulation_steps={steps // factor} is "
+                    f"the same step with {format_bytes(plan.gathered / factor)} gathered, in {format_bytes(need)}")
     return ""
 
 
@@ -1110,7 +1112,8 @@ def nearest_that_fits(plan: Plan) -> str:
         need, host = plan.needs(zero, world_size, per_device_train_batch_size=size)
         if need <= plan.device_bytes and host <= host_bytes():
             if size != micro:
-                words = [*words, f"per_device_train_batch_size={size}", f"gradient_accumulation_steps={steps * micro // size}"]
+                words = [*words, f"per_device_train_batch_size={size}",
+                         f"gradient_accumulation_steps={steps * micro // size}"]
             return f"; it fits with {' '.join(words)} ({format_bytes(need)})"
     return ""
 
@@ -1165,9 +1168,10 @@ def format_count(count: int) -> str:
     return f"{count / 1e9:.3g} B" if count >= 1e8 else f"{count / 1e6:.3g} M"
 
 
-def plural(count: int, unit: str) -> str:
-    """`1 GPU`, `2 GPUs`, `2 processes`."""
-    return f"{count} {unit}" + ("" if count == 1 else "es" if unit.endswith("s") else "s")
+def plural(count: float, unit: str) -> str:
+    """`1 GPU`, `2 GPUs`, `2 processes`, `0.5 epochs`."""
+    number = f"{count:g}" if isinstance(count, float) else str(count)
+    return f"{number} {unit}" + ("" if count == 1 else "es" if unit.endswith("s") else "s")
 
 
 def describe_steps(plan: Plan) -> str:
@@ -1175,8 +1179,9 @@ def describe_steps(plan: Plan) -> str:
     steps, values = plan.steps, plan.values
     if steps.samples is None:
         return f"{steps.total or 'unknown'} in all ({steps.reason})"
-    epochs = f"x {plural(1, 'epoch') if values['num_train_epochs'] == 1 else format(values['num_train_epochs'], 'g') + ' epochs'}"
-    many = f"max_steps: {steps.total}" if values["max_steps"] > 0 else f"{epochs} = {steps.total}"
+    many = f"max_steps: {steps.total}"
+    if values["max_steps"] <= 0:
+        many = f"x {plural(values['num_train_epochs'], 'epoch')} = {steps.total}"
     return f"{plural(steps.samples, 'sample')}: {plural(steps.per_epoch, 'step')} an epoch, {many}"
 
 
@@ -1194,9 +1199,9 @@ def describe_when(values: dict) -> str:
 # Preflight: every problem at once
 # ---------------------------------------------------------------------------------------------------------
 
-AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "cutoff_len",
-                "max_samples", "global_batch_size", "preprocessing_num_workers", "preprocessing_batch_size",
-                "ddp_timeout", "save_total_limit", "buffer_size")
+AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+                "cutoff_len", "max_samples", "global_batch_size", "preprocessing_num_workers", "ddp_timeout",
+                "preprocessing_batch_size", "save_total_limit", "buffer_size")
 MORE_THAN_ZERO = ("num_train_epochs", "logging_steps", "save_steps", "eval_steps")
 NOT_NEGATIVE = ("learning_rate", "weight_decay", "warmup_ratio", "warmup_steps", "max_grad_norm", "val_size",
                 "dataloader_num_workers", "max_restarts", "label_smoothing_factor", "neftune_noise_alpha")
@@ -1207,8 +1212,8 @@ BACKENDS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",),
             "codecarbon": ("codecarbon",), "dvclive": ("dvclive",), "dagshub": ("dagshub",), "flyte": ("flytekit",),
             "trackio": ("trackio",), "azure_ml": ("azureml",)}
 # From .. up to but not including: what LLaMA-Factory 0.9.5 works with. transformers 5.6 breaks flash attention.
-WORKING_VERSIONS = {"torch": ((2, 4), (2, 12)), "transformers": ((4, 55), (5, 6)), "llamafactory": ((0, 9, 5), (0, 9, 6)),
-                    "deepspeed": ((0, 10), (0, 18, 5))}
+WORKING_VERSIONS = {"torch": ((2, 4), (2, 12)), "transformers": ((4, 55), (5, 6)),
+                    "llamafactory": ((0, 9, 5), (0, 9, 6)), "deepspeed": ((0, 10), (0, 18, 5))}
 
 
 def check_ranges(config: Config) -> list[Problem]:
@@ -1218,8 +1223,9 @@ def check_ranges(config: Config) -> list[Problem]:
              (SHARE_OR_WHOLE, lambda x: x < 1 or x == int(x), "a whole number, or a share below 1"),
              (("val_size",), lambda x: x < 1 or x == int(x) > 1, "a share below 1, or a whole number above 1"),
              (("max_steps",), lambda x: x, "-1 (as many as the epochs have) or 1 or more"))
-    return [Problem(f"{config.where(key)}: {key}: expected {wanted}, got {config.values[key]}") for keys, fits, wanted in rules
-            for key in keys if isinstance(config.values.get(key), (int, float)) and not fits(config.values[key])]
+    return [Problem(f"{config.where(key)}: {key}: expected {wanted}, got {config.values[key]}")
+            for keys, fits, wanted in rules for key in keys
+            if isinstance(config.values.get(key), (int, float)) and not fits(config.values[key])]
 
 
 def check_values(config: Config, zero: Zero) -> list[Problem]:
@@ -1251,7 +1257,8 @@ def contradictions(values: dict, zero: Zero) -> list[tuple[str, object, str]]:
     half = [key for key in ("bf16", "fp16", "pure_bf16") if given(key)]
     best, resume = given("load_best_model_at_end"), given("resume_from_checkpoint")
     same = get("eval_strategy") == get("save_strategy")
-    between = same and get("save_strategy") == "steps" and get("save_steps") % (given("eval_steps", get("logging_steps")) or 1)
+    every = given("eval_steps", get("logging_steps")) or 1
+    between = same and get("save_strategy") == "steps" and get("save_steps") % every
     return [
         ("do_train", not given("do_train"), "nothing would be trained; set do_train: true"),
         ("dataset", given("do_train") and not given("dataset") and not given("tokenized_path"),
@@ -1261,8 +1268,9 @@ def contradictions(values: dict, zero: Zero) -> list[tuple[str, object, str]]:
         ("pure_bf16", given("pure_bf16") and zero.stage == 3, "not with ZeRO-3; use bf16: true"),
         ("predict_with_generate", given("predict_with_generate") and zero.stage == 3,
          "not with ZeRO-3; use ZeRO-2, or generate after training"),
-        ("eval_strategy" if "eval_strategy" in values else "do_eval", evaluates and not given("eval_dataset")
-         and not get("val_size"), "there is nothing to evaluate on; set eval_dataset or val_size, or turn evaluation off"),
+        ("eval_strategy" if "eval_strategy" in values else "do_eval",
+         evaluates and not given("eval_dataset") and not get("val_size"),
+         "there is nothing to evaluate on; set eval_dataset or val_size, or turn evaluation off"),
         ("val_size", given("eval_dataset") and get("val_size") > 0, "given together with eval_dataset; keep one"),
         ("save_total_limit", given("save_total_limit") == 1 and not given("save_only_model"),
          "1 deletes the last whole checkpoint before the next one is safe on disk; use 2 or more"),
@@ -1315,7 +1323,8 @@ def check_packages(config: Config, zero: Zero, env: dict[str, str]) -> list[Prob
         problems.append(f"{where('report_to')}: report_to: wandb: no login was found and nobody is there to ask; run "
                         "wandb login, or set WANDB_API_KEY or WANDB_MODE=offline")
     if values.get("flash_attn") == "fa2" and find_spec("flash_attn") is None:
-        problems.append(f"{where('flash_attn')}: flash_attn: fa2 needs the package flash-attn; install it, or use flash_attn: auto")
+        problems.append(f"{where('flash_attn')}: flash_attn: fa2 needs the package flash-attn; install it, or use "
+                        "flash_attn: auto")
     if zero.used and (values.get("use_cpu") or zero.offload_optimizer):
         problems += compiler_troubles(env, cuda=not values.get("use_cpu"))
     versions = [Problem(text, overrule=True) for name in needed if not missing and (text := version_trouble(name))]
@@ -1332,18 +1341,20 @@ def compiler_troubles(env: dict[str, str], cuda: bool) -> list[str]:
     troubles = []
     if not shutil.which(env.get("CXX", "c++"), path=path):
         troubles.append("deepspeed compiles an operator when training starts and needs a C++ compiler; install g++")
-    built = re.search(r"^cuda\b.*'((\d+)\.\d+)", source_of("torch/version.py"), re.MULTILINE) if find_spec("torch") else None
-    if not cuda or not built or "DS_SKIP_CUDA_CHECK" in env:
+    if not cuda or "DS_SKIP_CUDA_CHECK" in env or find_spec("torch") is None:
+        return troubles
+    built = re.search(r"^cuda\b.*'((\d+)\.\d+)", source_of("torch/version.py"), re.MULTILINE)
+    if not built:
         return troubles
     home = env.get("CUDA_HOME") or env.get("CUDA_PATH")
     nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else f"{path}:/usr/local/cuda/bin")
     if not nvcc:
-        return [*troubles, f"deepspeed compiles its CPU Adam with nvcc, which is not there; install the CUDA {built[1]} "
-                           "toolkit and set CUDA_HOME to it"]
+        return [*troubles, "deepspeed compiles its CPU Adam with nvcc, which is not there; install the CUDA "
+                           f"{built[1]} toolkit and set CUDA_HOME to it"]
     found = re.search(r"release ((\d+)\.\d+)", subprocess.run([nvcc, "-V"], capture_output=True, text=True).stdout)
     if found and found[1] != built[1] and (found[2] != built[2] or int(built[2]) > 12):
-        troubles.append(f"{nvcc} is of CUDA {found[1]}, torch was built with CUDA {built[1]}: deepspeed will not compile "
-                        "its CPU Adam; set CUDA_HOME to a matching toolkit, or DS_SKIP_CUDA_CHECK=1")
+        troubles.append(f"{nvcc} is of CUDA {found[1]}, torch was built with CUDA {built[1]}: deepspeed will not "
+                        "compile its CPU Adam; set CUDA_HOME to a matching toolkit, or DS_SKIP_CUDA_CHECK=1")
     return troubles
 
 
@@ -1378,8 +1389,8 @@ def check_plan(plan: Plan, config: Config, gpus: list[Gpu]) -> list[Problem]:
     """
     problems, need = [], sum((plan.memory or {}).values())
     if plan.device_bytes and need > plan.device_bytes:
-        problems.append(f"{'memory' if plan.devices.ids else 'host memory'}: {format_bytes(need)} is needed on each device, "
-                        f"{format_bytes(plan.device_bytes)} is there{nearest_that_fits(plan)}")
+        problems.append(f"{'memory' if plan.devices.ids else 'host memory'}: {format_bytes(need)} is needed on each "
+                        f"device, {format_bytes(plan.device_bytes)} is there{nearest_that_fits(plan)}")
     if plan.host_memory and plan.host_memory > host_bytes():
         problems.append(f"host memory: offloading needs {format_bytes(plan.host_memory)}, this machine has "
                         f"{format_bytes(host_bytes())}; use more GPUs without offload, or a smaller model")
@@ -1550,7 +1561,8 @@ def build_torchrun_command(devices: Devices, config_path: Path, env: dict[str, s
     and wait 15 minutes for one that is down. torchrun handles no signal but SIGQUIT: on SIGTERM it would
     give a checkpoint 30 seconds and then kill it.
     """
-    nodes, address = read_count(env, "NNODES", 1), f"{env.get('MASTER_ADDR', '127.0.0.1')}:{env.get('MASTER_PORT', '0')}"
+    nodes = read_count(env, "NNODES", 1)
+    address = f"{env.get('MASTER_ADDR', '127.0.0.1')}:{env.get('MASTER_PORT', '0')}"
     rendezvous = ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", address,
                   "--rdzv-id", config_path.parent.name]
     if nodes > 1:
@@ -1568,12 +1580,14 @@ def build_worker_environment(devices: Devices, run_dir: Path, config: Config, en
     if "wandb" in reporters(config.values):
         places |= {"WANDB_DIR": run_dir, "WANDB_PROJECT": project(config.values)}
     if "mlflow" in reporters(config.values):
-        places |= {"MLFLOW_TRACKING_URI": f"file:{run_dir.parent / 'mlruns'}", "MLFLOW_EXPERIMENT_NAME": project(config.values)}
+        places |= {"MLFLOW_TRACKING_URI": f"file:{run_dir.parent / 'mlruns'}",
+                   "MLFLOW_EXPERIMENT_NAME": project(config.values)}
     worker = {**{key: str(value) for key, value in places.items()}, **worker}
     for key, value in config.secrets.items():
         if key in SECRET_ENVIRONMENT:
             worker[SECRET_ENVIRONMENT[key]] = value
-    worker[SECRETS_VARIABLE] = json.dumps({key: value for key, value in config.secrets.items() if key not in SECRET_ENVIRONMENT})
+    others = {key: value for key, value in config.secrets.items() if key not in SECRET_ENVIRONMENT}
+    worker[SECRETS_VARIABLE] = json.dumps(others)
     return worker
 
 
@@ -1596,7 +1610,8 @@ def extensions_folder() -> Path:
     """Where DeepSpeed's compiled operators go: one folder a torch version, which torch itself does not separate."""
     from importlib.metadata import version
 
-    return Path.home() / ".cache" / "torch_extensions" / f"torch-{version('torch')}-py{sys.version_info.major}{sys.version_info.minor}"
+    python = f"py{sys.version_info.major}{sys.version_info.minor}"
+    return Path.home() / ".cache" / "torch_extensions" / f"torch-{version('torch')}-{python}"
 
 
 def clear_stale_locks(folder: Path) -> None:
@@ -1642,7 +1657,8 @@ class StopRequest:
         self.presses += number == signal.SIGINT
         if not (self.run_dir / "STOP").exists():
             request_stop(self.run_dir, number)
-            say(f"{signal.Signals(number).name}: stopping at the end of this step, after a checkpoint; it may take a while")
+            say(f"{signal.Signals(number).name}: stopping at the end of this step, after a checkpoint, which may take "
+                "a while")
         elif self.presses == 2:
             say("still stopping; press Ctrl-C once more to kill the run now, without a checkpoint")
         elif self.presses > 2 and self.process:
@@ -1781,7 +1797,8 @@ def write_summary(run_dir: Path, state: str, **more: object) -> dict:
     started = float(os.environ.get(STARTED_VARIABLE, time.time()))
     summary = {
         "state": state, "model": str(run_dir) if state == "finished" else None,
-        "steps": max(last.get("current_steps", 0), checkpoint_step(newest_checkpoint(run_dir))), "total_steps": last.get("total_steps"),
+        "steps": max(last.get("current_steps", 0), checkpoint_step(newest_checkpoint(run_dir))),
+        "total_steps": last.get("total_steps"),
         "first_loss": losses[0] if losses else None, "last_loss": losses[-1] if losses else None,
         "seconds": round(time.time() - started, 1), "tokens_per_second": last.get("throughput"),
         "checkpoints": [path.name for path in list_checkpoints(run_dir) if not checkpoint_fault(path)],
@@ -1887,7 +1904,7 @@ def setup_experiment_tracking(config: Config, run_dir: Path, env: dict[str, str]
 
 
 def find_swanlab_key(config: Config, env: dict[str, str]) -> str:
-    """Where an API key for SwanLab is found, without reading it out: YAML, environment or saved login; '' if nowhere."""
+    """Where an API key for SwanLab is, without reading it out: YAML, environment or saved login; '' if nowhere."""
     if config.secrets.get("swanlab_api_key"):
         return "swanlab_api_key"
     if env.get("SWANLAB_API_KEY", "").strip():
@@ -1897,7 +1914,7 @@ def find_swanlab_key(config: Config, env: dict[str, str]) -> str:
 
 
 class Tracker:
-    """SwanLab in a process of its own, watched by threads, so that nothing it does raises into, delays or ends training.
+    """SwanLab in a process of its own, watched by threads, so that it cannot raise into, delay or end training.
 
     The process has READY seconds to begin; where it does not, or ends early, another one records the whole run
     locally. finish() waits at most READY + END seconds. Where the worker dies, the record ends as crashed.
@@ -2023,7 +2040,8 @@ def build_training_args(config: Config, run_dir: Path) -> dict:
     newest good checkpoint."""
     args = {key: value for key, value in config.values.items() if key not in LAUNCHER_FIELDS}
     args = {key: value for key, value in args.items() if not key.startswith("swanlab_") and key != "use_swanlab"}
-    args |= {key: value for key, value in config.secrets.items() if key not in SECRET_ENVIRONMENT and "swanlab" not in key}
+    args |= {key: value for key, value in config.secrets.items()
+             if key not in SECRET_ENVIRONMENT and "swanlab" not in key}
     args |= {"output_dir": str(run_dir), "run_name": run_dir.name}
     if args.get("deepspeed"):  # with use_cpu transformers would not initialize DeepSpeed; no GPU is visible anyway
         args.pop("use_cpu", None)
@@ -2096,7 +2114,8 @@ class Reporter:
         if self.console.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, file=self.console, unit="step", leave=False)
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, file=self.console, unit="step",
+                            leave=False)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar is not None:
@@ -2110,8 +2129,8 @@ class Reporter:
             self.track({f"train/{name}": value for name, value in metrics.items()}, state)
         elif "eval_loss" in logs:
             say(f"step {state.global_step}/{state.max_steps}  evaluation loss {logs['eval_loss']:.4f}", self.console)
-            self.track({f"eval/{name.removeprefix('eval_')}": value for name, value in logs.items() if name.startswith("eval_")},
-                       state)
+            evaluation = {name.replace("_", "/", 1): value for name, value in logs.items() if name.startswith("eval_")}
+            self.track(evaluation, state)
 
     def speed(self, args, state) -> dict[str, float]:
         """Samples and tokens a second of the whole job since the last log."""
@@ -2123,7 +2142,8 @@ class Reporter:
 
     def track(self, metrics: dict, state) -> None:
         if self.tracker:
-            self.tracker.log({name: float(value) for name, value in metrics.items() if value is not None}, state.global_step)
+            numbers = {name: float(value) for name, value in metrics.items() if value is not None}
+            self.tracker.log(numbers, state.global_step)
 
     def show(self, metrics: dict, state) -> None:
         """The bar's text in a terminal; else a line, though of many no more than LINES in all or one a minute."""
@@ -2181,8 +2201,9 @@ def leave(code: int) -> None:
 
 
 def train(config: Config, run_dir: Path, console: TextIO, env: dict[str, str], training: threading.Event) -> None:
-    """LLaMA-Factory's run_exp with our callbacks. World rank 0 records; the first process of the first machine speaks."""
-    if int(env["WORLD_SIZE"]) != int(env["LOCAL_WORLD_SIZE"]) * read_count(env, "NNODES", 1) and RUN_DIR_VARIABLE in env:
+    """LLaMA-Factory's run_exp with our callbacks. Rank 0 records; the first process of the first machine speaks."""
+    expected = int(env["LOCAL_WORLD_SIZE"]) * read_count(env, "NNODES", 1)
+    if RUN_DIR_VARIABLE in env and int(env["WORLD_SIZE"]) != expected:
         raise RuntimeError("the machines start different numbers of processes; give each the same number of GPUs")
     run_exp = import_trainer(config)
     records, speaks = env["RANK"] == "0", env["LOCAL_RANK"] == "0" and node_rank(env) == 0
@@ -2241,7 +2262,7 @@ def describe_run(config: Config, run_dir: Path) -> dict:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
         **config.values,
-        "plan": {key: plan[key] for key in ("world_size", "global_batch_size", "steps_per_epoch", "total_steps", "parameters")},
+        "plan": {key: plan[key] for key in PLAN_KEYS[2:8]},
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "git_commit": commit or None,
         "versions": {name: version(name) for name in ("llamafactory", "transformers", "torch", "deepspeed", "swanlab")},
     }
@@ -2391,7 +2412,8 @@ def find_run(options: argparse.Namespace) -> Path:
     if options.resume:
         run_dir = Path(options.resume).expanduser().resolve()
         if not (run_dir / "config.yaml").is_file():
-            raise LaunchError(f"--resume {options.resume}: {run_dir}/config.yaml does not exist; expected the directory of a run")
+            raise LaunchError(f"--resume {options.resume}: {run_dir}/config.yaml does not exist; expected the "
+                              "directory of a run")
         return run_dir
     output_dir = Path(load_config(options.config, options.overrides).values.get("output_dir", "."))
     runs = sorted(output_dir.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
@@ -2401,11 +2423,12 @@ def find_run(options: argparse.Namespace) -> Path:
     return (unfinished or runs)[-1].parent
 
 
-PLAN_KEYS = ("devices", "devices_reason", "world_size", "global_batch_size", "samples", "steps_per_epoch", "total_steps",
-             "parameters", "memory_per_gpu", "host_memory", "checkpoint_bytes", "disk_bytes", "gathered_bytes_per_step", "data")
+PLAN_KEYS = ("devices", "devices_reason", "world_size", "global_batch_size", "samples", "steps_per_epoch",
+             "total_steps", "parameters", "memory_per_gpu", "host_memory", "checkpoint_bytes", "disk_bytes",
+             "gathered_bytes_per_step", "data")
 # What may not change under a run that goes on: the model would not load, or the data would be another.
-FIXED_KEYS = ("model_name_or_path", "train_from_scratch", "finetuning_type", "stage", "template", "dataset", "dataset_dir",
-              "max_samples", "val_size", "cutoff_len", "packing", "seed", "data_seed")
+FIXED_KEYS = ("model_name_or_path", "train_from_scratch", "finetuning_type", "stage", "template", "dataset",
+              "dataset_dir", "max_samples", "val_size", "cutoff_len", "packing", "seed", "data_seed")
 
 
 def check_resume(config: Config, plan: Plan, run_dir: Path) -> list[Problem]:
@@ -2416,8 +2439,8 @@ def check_resume(config: Config, plan: Plan, run_dir: Path) -> list[Problem]:
     recorded = json.loads((run_dir / "plan.json").read_text(encoding="utf-8")).get("data", {})
     for path, content in data_files(config).items():
         if recorded.get(path, content) != content:
-            problems.append(Problem(f"{path}: has changed since the run began; put the old file back, or start a new run",
-                                    overrule=True))
+            problems.append(Problem(f"{path}: has changed since the run began; put the old file back, or start a new "
+                                    "run", overrule=True))
     good = newest_checkpoint(run_dir)
     if not good:
         faults = "; ".join(f"{folder.name}: {checkpoint_fault(folder)}" for folder in list_checkpoints(run_dir))
@@ -2426,8 +2449,8 @@ def check_resume(config: Config, plan: Plan, run_dir: Path) -> list[Problem]:
     elif plan.zero.used:
         ranks = json.loads((good / MANIFEST).read_text(encoding="utf-8"))["world_size"]
         if ranks != plan.world_size:
-            problems.append(Problem(f"{good.name} was written by {ranks} ranks, now there are {plan.world_size}: ZeRO's "
-                                    "shards fit the same number only; use as many GPUs as then"))
+            problems.append(Problem(f"{good.name} was written by {ranks} ranks, now there are {plan.world_size}: "
+                                    "ZeRO's shards fit the same number only; use as many GPUs as then"))
     return problems
 
 
@@ -2464,7 +2487,8 @@ def check_nodes(config: Config, env: dict[str, str], nodes: int) -> list[Problem
         problems += [f"environment variable {name}: is needed with NNODES={nodes}" for name in
                      ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if not env.get(name)]
         if env.get("NODE_RANK") and not (env["NODE_RANK"].isdecimal() and int(env["NODE_RANK"]) < nodes):
-            problems.append(f"environment variable NODE_RANK: expected a number below NNODES={nodes}, got {env['NODE_RANK']!r}")
+            problems.append(f"environment variable NODE_RANK: expected a number below NNODES={nodes}, got "
+                            f"{env['NODE_RANK']!r}")
         if "run_name" not in config.values:
             problems.append(f"run_name: is needed with NNODES={nodes}, the same on each machine: "
                             "all of them use one run directory")
@@ -2537,9 +2561,8 @@ def dry_run(job: Job, as_json: bool, env: dict[str, str]) -> None:
 def show_plan(job: Job, run_dir: Path, env: dict[str, str]) -> None:
     """Print the plan, one screen."""
     tracking = setup_experiment_tracking(job.config, run_dir, env)
-    others = ", ".join(name for name in reporters(job.config.values) if name != "swanlab")
-    lines = [*plan_lines(job.plan, job.model), ("tracking", ", ".join(filter(None, [tracking and str(tracking), others])) or "none"),
-             ("run", str(run_dir))]
+    trackers = [str(tracking)] * bool(tracking) + [name for name in reporters(job.config.values) if name != "swanlab"]
+    lines = [*plan_lines(job.plan, job.model), ("tracking", ", ".join(trackers) or "none"), ("run", str(run_dir))]
     for label, text in lines:
         say(f"{label:<12}{text}")
 
@@ -2569,8 +2592,8 @@ def await_run_dir(config: Config, seconds: int = 600) -> Path:
     deadline = time.time() + seconds
     while not (run_dir / "config.yaml").exists():
         if time.time() > deadline:
-            raise LaunchError(f"{run_dir}: the machine with NODE_RANK=0 has not created it within {seconds} s; output_dir "
-                              "must be on a file system that all machines share, and run_name the same")
+            raise LaunchError(f"{run_dir}: the machine with NODE_RANK=0 has not created it within {seconds} s; "
+                              "output_dir must be on a file system that all machines share, and run_name the same")
         time.sleep(0.5)
     return run_dir
 
@@ -2582,7 +2605,8 @@ def lock_run(run_dir: Path) -> TextIO:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.seek(0)
-        raise LaunchError(f"{run_dir}: this run is alive (launcher pid {file.read().strip()}); stop it first, or wait") from None
+        raise LaunchError(f"{run_dir}: this run is alive (launcher pid {file.read().strip()}); stop it first, "
+                          "or wait") from None
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
