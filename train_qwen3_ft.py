@@ -1852,8 +1852,9 @@ def give_account(run_dir: Path, config: Config, console: TextIO) -> None:
         ("curve", summary.get("curve")), ("dashboard", summary.get("dashboard")), ("model", summary.get("model")),
     ]
     if summary.get("model"):
+        thinking = " --enable_thinking false" * (config.values.get("enable_thinking") is False)
         rows.append(("chat", f"llamafactory-cli chat --model_name_or_path {shlex.quote(str(run_dir))} "
-                             f"--template {config.values.get('template', 'default')}"))
+                             f"--template {config.values.get('template', 'default')}{thinking}"))
     if summary["state"] == "stopped":
         rows.append(("resume", f"python {shlex.quote(str(SCRIPT))} --resume {shlex.quote(str(run_dir))}"))
     for label, text in rows:
