@@ -74,6 +74,7 @@ DEMO_COMMAND = f"python {SCRIPT.name} configs/demo_cpu.yaml"
 RUN_DIR_VARIABLE = "QWEN3_FT_RUN_DIR"
 SECRETS_VARIABLE = "QWEN3_FT_SECRETS"
 STARTED_VARIABLE = "QWEN3_FT_STARTED"
+LAUNCHER_VARIABLE = "QWEN3_FT_LAUNCHER"
 OVERRIDE = re.compile(r"[\w-]+=")
 SECRET_KEY = re.compile(r"(^|[_-])(token|api[_-]key|secret|password|webhook_url)$")
 # Read by the hub and tracker libraries themselves, so the value need not pass through pickled arguments.
@@ -1272,8 +1273,6 @@ def contradictions(values: dict, zero: Zero) -> list[tuple[str, object, str]]:
          evaluates and not given("eval_dataset") and not get("val_size"),
          "there is nothing to evaluate on; set eval_dataset or val_size, or turn evaluation off"),
         ("val_size", given("eval_dataset") and get("val_size") > 0, "given together with eval_dataset; keep one"),
-        ("save_total_limit", given("save_total_limit") == 1 and not given("save_only_model"),
-         "1 deletes the last whole checkpoint before the next one is safe on disk; use 2 or more"),
         ("streaming", given("streaming") and get("max_steps") <= 0, "streamed data has no length; set max_steps"),
         ("max_samples", given("streaming") and "max_samples" in values, "not with streaming: true; use max_steps"),
         ("val_size", given("streaming") and 0 < get("val_size") < 1, "not a share with streaming: true; use a number"),
@@ -1523,6 +1522,15 @@ def set_aside_torn(run_dir: Path) -> list[str]:
     return lines
 
 
+def rotate_checkpoints(run_dir: Path, keep: int | None, best: str) -> None:
+    """Remove the oldest checkpoints, so that `keep` remain (None or 0: all); the newest and the `best` always do."""
+    newest, *older = list_checkpoints(run_dir)
+    older.sort(key=lambda path: path.name == best, reverse=True)  # the best counts first
+    for folder in older[max(keep - 1, best in [path.name for path in older]):] if keep and keep > 0 else []:
+        (folder / MANIFEST).unlink(missing_ok=True)  # half removed, it cannot be trusted
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def free_name(path: Path) -> Path:
     """`path`, or `path` with the first number behind it that is not taken."""
     names = (path.with_name(f"{path.name}{f'.{n}' if n else ''}") for n in range(1000))
@@ -1617,7 +1625,10 @@ def extensions_folder() -> Path:
 def clear_stale_locks(folder: Path) -> None:
     """Remove build locks that no process holds open: torch would wait for them for ever."""
     for lock in folder.glob("*/lock"):
-        held = {os.path.realpath(link) for link in Path("/proc").glob("[0-9]*/fd/*")}
+        held = set()
+        for link in Path("/proc").glob("[0-9]*/fd/*"):
+            with contextlib.suppress(OSError):  # another user's process, or one that has just ended
+                held.add(os.readlink(link))
         if str(lock.resolve()) not in held:
             lock.unlink(missing_ok=True)
 
@@ -1631,6 +1642,20 @@ def die_with_parent(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def outlive_parent() -> None:
+    """Take die_with_parent back."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, 0)
+
+
+def parent_of(pid: int) -> int:
+    """The parent of a process; 0 where it is gone."""
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
+
+
 def before_torchrun(parent: int) -> None:
     """In torchrun's process before it starts: die with the launcher, and leave stopping to the STOP file."""
     die_with_parent(parent)
@@ -1640,7 +1665,8 @@ def before_torchrun(parent: int) -> None:
 
 def request_stop(run_dir: Path, number: int) -> None:
     """Create the STOP file, which every rank looks for at the end of a step; it names the signal."""
-    (run_dir / "STOP").write_text(signal.Signals(number).name, encoding="utf-8")
+    with contextlib.suppress(OSError):  # on a full disk the file is created nevertheless
+        (run_dir / "STOP").write_text(signal.Signals(number).name, encoding="utf-8")
 
 
 class StopRequest:
@@ -1667,8 +1693,12 @@ class StopRequest:
 
 def say(text: str, stream: TextIO | None = None) -> None:
     """Print a line for the user; a closed terminal must not end the run."""
-    with contextlib.suppress(OSError, ValueError):
-        print(text, file=stream or sys.stdout, flush=True)
+    stream = stream or sys.stdout
+    try:
+        print(text, file=stream, flush=True)
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):  # what is left in the buffer must not fail again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def supervise(command: list[str], env: dict[str, str], run_dir: Path, max_restarts: int, first: bool) -> int:
@@ -1676,35 +1706,38 @@ def supervise(command: list[str], env: dict[str, str], run_dir: Path, max_restar
 
     The `first` of several machines looks after the run directory.
     """
+    if first:
+        (run_dir / "STOP").unlink(missing_ok=True)  # an old one; from here on it is ours
     stop, log = StopRequest(run_dir), run_dir / "logs" / f"torchrun{'' if first else node_rank(env)}.log"
     for start in range(max_restarts + 1):
         begun, before = time.time(), checkpoint_step(newest_checkpoint(run_dir))
         if first:
-            make_ready(run_dir, before, keep_stop=start > 0)
+            make_ready(run_dir, before)
+        said = log.stat().st_size if log.exists() else 0
         status = run_torchrun(command, env, log, stop)
         if status == 0:
             return stop_code(run_dir)
         good = newest_checkpoint(run_dir)
-        say(describe_failure(run_dir, log, status, begun))
-        if checkpoint_step(good) <= before or start == max_restarts or (run_dir / "STOP").exists():
+        say(describe_failure(run_dir, read_from(log, said), status, begun))
+        hopeless = disk_is_full(run_dir) or (run_dir / "STOP").exists()
+        if checkpoint_step(good) <= before or start == max_restarts or hopeless:
             return end_failed(run_dir, good) if first else 1
         say(f"restart {start + 1} of at most {max_restarts}: resuming from {good.name}")
     return 1
 
 
-def make_ready(run_dir: Path, step: int, keep_stop: bool) -> None:
-    """Before a start: nothing torn in the way, no log line beyond `step`, no old STOP file, no old summary."""
+def make_ready(run_dir: Path, step: int) -> None:
+    """Before a start: nothing torn in the way, no log line beyond `step`, no old summary."""
     for line in set_aside_torn(run_dir):
         say(line)
     rewind_log(run_dir, step)
     (run_dir / "summary.json").unlink(missing_ok=True)
-    if not keep_stop:
-        (run_dir / "STOP").unlink(missing_ok=True)
 
 
 def run_torchrun(command: list[str], env: dict[str, str], log: Path, stop: StopRequest) -> int:
     """One torchrun from start to end; its own messages go to `log`. Returns its exit status."""
     with open(log, "ab") as messages:
+        env = {**env, LAUNCHER_VARIABLE: str(os.getpid())}
         stop.process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stderr=messages,
                                         start_new_session=True, preexec_fn=partial(before_torchrun, os.getpid()))
     return stop.process.wait()
@@ -1742,41 +1775,52 @@ CAUSES = (
 )
 
 
-def describe_failure(run_dir: Path, log: Path, status: int, since: float) -> str:
-    """What went wrong: the first failing rank's own traceback, its cause where known, and where the logs are."""
+def describe_failure(run_dir: Path, messages: str, status: int, since: float) -> str:
+    """What went wrong: the first failing rank's own traceback, its cause where known, and where the logs are.
+
+    `messages` is what torchrun has said in this start.
+    """
     errors = [path for path in (run_dir / "logs").glob("rank*.error") if path.stat().st_mtime >= since]
     first = min(errors, key=lambda path: path.stat().st_mtime, default=None)
-    killed = killed_rank(log, since)
+    killed = killed_rank(messages)
     if killed:
         text, rank = f"rank {killed[0]} was killed by {killed[1]}", killed[0]
     elif first:
         text, rank = first.read_text(encoding="utf-8").strip(), first.stem.removeprefix("rank")
     else:
-        text, rank = last_lines(log, 15) or f"torchrun ended with status {status}", "0"
+        text, rank = "\n".join(messages.splitlines()[-15:]) or f"torchrun ended with status {status}", "0"
+    if disk_is_full(run_dir):
+        text += f"\nNo space left on device: {run_dir}"
     cause = next((f"\nlikely cause: {hint}" for pattern, hint in CAUSES if re.search(pattern, text)), "")
     return f"training failed:\n{text}{cause}\nfull log: {run_dir}/logs/rank{rank}.log"
 
 
-def killed_rank(log: Path, since: float) -> tuple[str, str] | None:
-    """(rank, signal name) where torchrun's summary of this start says that the first failure was a signal."""
-    text = log.read_text(encoding="utf-8", errors="replace")
-    causes = re.findall(r"Root Cause.*?time\s*: (\S+).*?rank\s*: (\d+).*?exitcode\s*: -(\d+) ", text, re.DOTALL)
-    if not causes or time.mktime(time.strptime(causes[-1][0][:19].replace("_", "T"), "%Y-%m-%dT%H:%M:%S")) < since - 1:
-        return None
-    return causes[-1][1], signal.Signals(int(causes[-1][2])).name
+def killed_rank(messages: str) -> tuple[str, str] | None:
+    """(rank, signal name) where torchrun says that a rank was killed, other than by its own SIGTERM.
+
+    Another rank's error is then a consequence, even where torchrun saw it first.
+    """
+    found = re.search(r"rank +: (\d+) [^\n]*\n *exitcode +: -(?!15 )(\d+) ", messages)
+    return (found[1], signal.Signals(int(found[2])).name) if found else None
 
 
-def last_lines(path: Path, count: int) -> str:
-    """The last lines of a text file; '' where it cannot be read."""
-    with contextlib.suppress(OSError):
-        return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-count:])
-    return ""
+def disk_is_full(folder: Path) -> bool:
+    """Whether hardly a byte is free; PyTorch does not tell why a file could not be written."""
+    return shutil.disk_usage(folder).free < 16 << 20
+
+
+def read_from(path: Path, position: int) -> str:
+    """The text of a file from a byte on."""
+    with open(path, "rb") as file:
+        file.seek(position)
+        return file.read().decode("utf-8", errors="replace")
 
 
 def end_failed(run_dir: Path, good: Path | None) -> int:
     """Write the account of a failed run, say what is left of it, and return exit code 1."""
-    write_summary(run_dir, "failed")
-    draw_curve_apart(run_dir)
+    with contextlib.suppress(OSError):
+        write_summary(run_dir, "failed")
+        draw_curve_apart(run_dir)
     if good:
         say(f"last good checkpoint: {good}\nresume with: python {SCRIPT} --resume {run_dir}")
     else:
@@ -1855,7 +1899,7 @@ def give_account(run_dir: Path, config: Config, console: TextIO) -> None:
         thinking = " --enable_thinking false" * (config.values.get("enable_thinking") is False)
         rows.append(("chat", f"llamafactory-cli chat --model_name_or_path {shlex.quote(str(run_dir))} "
                              f"--template {config.values.get('template', 'default')}{thinking}"))
-    if summary["state"] == "stopped":
+    if summary["state"] == "stopped" and summary.get("checkpoints"):
         rows.append(("resume", f"python {shlex.quote(str(SCRIPT))} --resume {shlex.quote(str(run_dir))}"))
     for label, text in rows:
         if text:
@@ -2011,6 +2055,7 @@ def run_tracker() -> int:
     answers = redirect_output(None)
     init = json.loads(sys.stdin.readline())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent(os.getppid())  # without a network it would wait for longer than a dead run may leave anything
     try:
         import swanlab
 
@@ -2020,6 +2065,7 @@ def run_tracker() -> int:
     except BaseException as error:  # whatever it is, training goes on
         say(json.dumps({"trouble": f"{type(error).__name__}: {error}"[:300]}), answers)
         os._exit(1)
+    outlive_parent()  # to mark the record as crashed
     say(json.dumps({"place": str(run.dir)}), answers)
     for line in map(json.loads, sys.stdin):
         if "finish" in line:
@@ -2070,10 +2116,12 @@ class Checkpoints:
     """Trainer callback of every rank: stop together at the end of a step, and commit each checkpoint."""
 
     def __init__(self, run_dir: Path, training: threading.Event):
-        self.run_dir, self.training, self.stopping = run_dir, training, False
+        self.run_dir, self.training, self.stopping, self.keep = run_dir, training, False, None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.training.set()
+        # The trainer would remove old checkpoints before the new one is committed.
+        self.keep, args.save_total_limit = args.save_total_limit, None
         if self.agreed_to_stop(args):
             raise Stopped
 
@@ -2096,6 +2144,8 @@ class Checkpoints:
         if state.is_world_process_zero:
             folder = self.run_dir / f"checkpoint-{state.global_step}"
             commit_checkpoint(folder, args.world_size, not args.save_only_model)
+            best = Path(state.best_model_checkpoint or "").name
+            rotate_checkpoints(self.run_dir, self.keep, best)
         if self.stopping:
             raise Stopped
 
@@ -2179,6 +2229,8 @@ def run_worker(options: argparse.Namespace, env: dict[str, str]) -> int:
     agent, rank = os.getppid(), env["RANK"]
     os.environ.setdefault(STARTED_VARIABLE, str(time.time()))
     die_with_parent(agent)
+    if LAUNCHER_VARIABLE in env and parent_of(agent) != int(env[LAUNCHER_VARIABLE]):
+        leave(1)  # torchrun died before this process could ask to die with it
     training = threading.Event()
     os.register_at_fork(after_in_child=partial(settle_child, training))
     run_dir, config = join_run(options, env)
@@ -2187,17 +2239,28 @@ def run_worker(options: argparse.Namespace, env: dict[str, str]) -> int:
     try:
         train(config, run_dir, console, env, training)
     except BaseException:
-        text = traceback.format_exc()
-        print(text, file=sys.stderr, flush=True)
-        (run_dir / "logs" / f"rank{rank}.error").write_text(text, encoding="utf-8")
+        record_error(run_dir, rank, traceback.format_exc(), console)
         leave(1)
     leave(0)
 
 
+def record_error(run_dir: Path, rank: str, text: str, console: TextIO) -> None:
+    """Leave a rank's traceback in its log and, for the launcher, in rank<R>.error; on a full disk on the console."""
+    say(text, sys.stderr)
+    path = run_dir / "logs" / f"rank{rank}.error"
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError:
+        say(f"rank {rank}: {text}", console)
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
 def leave(code: int) -> None:
     """End this process now: no thread or hook of a library may keep a finished rank."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
     os._exit(code)
 
 
@@ -2579,12 +2642,19 @@ def write_run_files(job: Job, run_dir: Path, env: dict[str, str]) -> tuple[list[
     command, worker_env, data = commands(job, run_dir, env)
     if node_rank(env) == 0:
         try:
-            (run_dir / "plan.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-            (run_dir / "config.yaml").write_text(launchable_config(job.config, job.plan.devices), encoding="utf-8")
+            write_whole(run_dir / "plan.json", json.dumps(data, indent=1) + "\n")
+            write_whole(run_dir / "config.yaml", launchable_config(job.config, job.plan.devices))
         except OSError as error:
             raise LaunchError(f"{error.filename}: cannot be written: {error.strerror.lower()}") from None
         show_plan(job, run_dir, env)
     return command, worker_env
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file wholly or, where that fails, leave the old one as it was."""
+    draft = path.with_name(f"{path.name}.draft")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
 
 
 def await_run_dir(config: Config, seconds: int = 600) -> Path:
@@ -2608,9 +2678,9 @@ def lock_run(run_dir: Path) -> TextIO:
         file.seek(0)
         raise LaunchError(f"{run_dir}: this run is alive (launcher pid {file.read().strip()}); stop it first, "
                           "or wait") from None
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
+    with contextlib.suppress(OSError):  # a full disk; the pid is for a message only
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), str(os.getpid()).encode())
     return file
 
 

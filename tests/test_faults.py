@@ -114,6 +114,13 @@ def test_a_kill_in_a_rotation_and_one_in_a_later_save_leave_a_trusted_checkpoint
     assert newest_checkpoint(done.run_dir), sorted(path.name for path in done.run_dir.iterdir())
 
 
+def test_a_run_that_keeps_one_checkpoint_has_it_until_the_next_is_committed(scratch: Path):
+    config = write_config(scratch / "one", save_total_limit=1, num_train_epochs=0.5)
+    done = run(scratch / "one", config, faults=[{"point": "manifest", "step": 6}])
+    assert "resuming from checkpoint-4" in done.console and done.process.returncode == 0, done.console
+    assert committed(done.run_dir) == [10]
+
+
 def tear(path: Path, how: str) -> None:
     """Delete a file, or cut it to half or to nothing, without touching a hard link to it elsewhere."""
     content = path.read_bytes()
@@ -167,7 +174,7 @@ def failed(scratch: Path) -> SimpleNamespace:
     config = write_config(folder, max_restarts=1, dataset_dir=str(folder / "data"))
     faults = [{"point": "kill", "step": 4, "rank": 1, "name": name} for name in ("first", "second")]
     with Run(folder, config, faults=faults) as alive:
-        alive.reach(1)
+        until(lambda: committed(alive.run_dir), "the first checkpoint")
         run_dir = alive.run_dir
         before = (run_dir / "config.yaml").read_bytes()
         second = run(folder, "--resume", run_dir, "learning_rate=0.5")

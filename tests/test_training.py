@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -31,7 +32,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The README's first command: the whole demo, on as many threads as the machine has cores."""
     folder = tmp_path_factory.mktemp("demo")
     return start(folder, ROOT / "configs" / "demo_cpu.yaml", f"output_dir={folder}/out", seconds=15 * MINUTES,
-                 env={"OMP_NUM_THREADS": ""})
+                 env={"OMP_NUM_THREADS": str(os.cpu_count())})
 
 
 @pytest.fixture(scope="module")
