@@ -247,6 +247,7 @@ def load_config(path: Path, overrides: dict[str, str]) -> Config:
 
     A key whose value is empty or null counts as not given. Raises LaunchError.
     """
+    path = path if path.exists() else find_input(str(path), Path.cwd()) or path
     values, lines = parse_yaml(read_text(path), str(path))
     if not isinstance(values, dict) or not values:
         found = "it is empty" if not values else f"found a {'list' if isinstance(values, list) else 'plain text'}"
@@ -262,14 +263,16 @@ def load_config(path: Path, overrides: dict[str, str]) -> Config:
     return Config(str(path), resolve_paths(values, Path.cwd()), lines, secrets)
 
 
+def find_input(text: str, cwd: Path) -> Path | None:
+    """Where an input path is: under the working directory, else under the script's folder; None: in neither."""
+    return next((base / text for base in (cwd, SCRIPT.parent) if (base / text).exists()), None)
+
+
 def resolve_paths(values: dict, cwd: Path) -> dict:
     """Absolute paths: inputs from the working directory, else the script's folder; outputs from `cwd`.
 
     A model that is no folder in either place stays as it is: it is a hub id.
     """
-    def find(text: str) -> Path | None:
-        return next((base / text for base in (cwd, SCRIPT.parent) if (base / text).exists()), None)
-
     resolved = dict(values)
     for key in (*INPUT_PATHS, *MODEL_PATHS, *OUTPUT_PATHS):
         if not isinstance(values.get(key), str) or values[key].startswith(("ONLINE", "REMOTE:")):
@@ -278,7 +281,7 @@ def resolve_paths(values: dict, cwd: Path) -> dict:
         if key in OUTPUT_PATHS:
             resolved[key] = str(cwd / text)
         else:
-            resolved[key] = str(find(text) or (text if key in MODEL_PATHS else cwd / text))
+            resolved[key] = str(find_input(text, cwd) or (text if key in MODEL_PATHS else cwd / text))
     return resolved
 
 
@@ -2096,6 +2099,8 @@ def build_training_args(config: Config, run_dir: Path) -> dict:
     args.setdefault("disable_tqdm", True)  # the console has a bar of ours; the logs need none
     args.setdefault("include_num_input_tokens_seen", "non_padding")  # for tokens per second
     args.setdefault("ddp_timeout", 7200)  # ranks wait for rank 0's tokenization; 30 minutes is short for that
+    if args.get("streaming"):  # accelerate's default would join rank 0's batches, which differ in length
+        args.setdefault("accelerator_config", {"dispatch_batches": False})
     checkpoint = newest_checkpoint(run_dir)
     return {**args, "resume_from_checkpoint": str(checkpoint)} if checkpoint else args
 
