@@ -43,8 +43,9 @@ def main() -> None:
     base = statistics.median(rates[SPLITS[0]])
     for split in SPLITS:
         rate = statistics.median(rates[split])
-        print(f"| {split[0]} x {split[1]} | {rate:.2f} | {rate / base:.2f} | {losses[split][0]:.6f} | {losses[split][1]:.6f} "
-              f"| {gathered[split] / 1e6:.1f} |")
+        first, last = losses[split]
+        print(f"| {split[0]} x {split[1]} | {rate:.2f} | {rate / base:.2f} | {first:.6f} | {last:.6f} | "
+              f"{gathered[split] / 1e6:.1f} |")
 
 
 if __name__ == "__main__":

@@ -35,11 +35,12 @@ def make_model(folder: Path, **sizes: int) -> Path:
 def make_config(folder: Path, **changes: object) -> Path:
     """The demo's configuration with `changes`, absolute paths and a log line a step; None removes a key."""
     values = yaml.safe_load((ROOT / "configs" / "demo_cpu.yaml").read_text(encoding="utf-8"))
-    values |= {"model_name_or_path": str(ROOT / "configs" / "demo_model"), "dataset_dir": str(ROOT / "configs" / "data"),
-               "output_dir": str(folder / "out"), "report_to": "none", "logging_steps": 1, "save_strategy": "no",
-               "plot_loss": False, **changes}
+    values |= {"model_name_or_path": str(ROOT / "configs" / "demo_model"),
+               "dataset_dir": str(ROOT / "configs" / "data"), "output_dir": str(folder / "out"),
+               "report_to": "none", "logging_steps": 1, "save_strategy": "no", "plot_loss": False, **changes}
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}), encoding="utf-8")
+    values = {key: value for key, value in values.items() if value is not None}
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
     return path
 
 
@@ -55,7 +56,8 @@ class Watched:
         env = {key: value for key, value in os.environ.items() if not re.match("CUDA|SWANLAB|NPROC|MASTER|NNODES", key)}
         with tempfile.TemporaryFile("w+") as output:
             begun = time.perf_counter()
-            process = subprocess.Popen(command, env={**env, **environment}, stdout=output, stderr=output)
+            env |= {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}", **environment}  # where torchrun is
+            process = subprocess.Popen(command, env=env, stdout=output, stderr=output)
             while process.poll() is None:
                 self.look(process.pid, out, begun)
                 time.sleep(0.005)
@@ -75,7 +77,8 @@ class Watched:
                     self.losses[line["current_steps"]] = line["loss"]
         try:
             with open(f"/proc/{pid}/status", encoding="ascii") as status:
-                self.peak = max([self.peak, *(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))])
+                peaks = [int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM")]
+                self.peak = max([self.peak, *peaks])
         except OSError:
             pass
 
@@ -103,5 +106,6 @@ def describe_machine() -> str:
     """Machine, date and versions, for the head of a table."""
     with open("/proc/cpuinfo", encoding="utf-8") as info:
         model = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), platform.machine())
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "llamafactory", "deepspeed"))
-    return f"{model}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}, Python {platform.python_version()}, {versions}"
+    packages = ("torch", "transformers", "llamafactory", "deepspeed")
+    versions = ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)])
+    return f"{model}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}, {versions}"

@@ -43,7 +43,7 @@ def read_record(folder: Path) -> dict:
 def read_dashboard(folder: Path) -> dict:
     """The name and status that `swanlab watch` shows for a run of local mode."""
     with sqlite3.connect(f"file:{folder.parent / 'runs.swanlab'}?mode=ro", uri=True) as database:
-        name, status = database.execute("select name, status from experiment where run_id = ?", (folder.name,)).fetchone()
+        [(name, status)] = database.execute("select name, status from experiment where run_id = ?", (folder.name,))
     return {"name": name, "status": {0: "running", 1: "finished", -1: "crashed"}[status]}
 
 

@@ -88,18 +88,19 @@ class SwanLabService:
         if found := re.fullmatch(r"/project/\w+/[^/]+/runs/([^/]+)(/\w+)?", path):
             return self.change_run(found[1], found[2], method, body)
         if found := re.fullmatch(r"/house/metrics/summaries/[^/]+/([^/]+)", path):
-            points = self.runs[found[1]]["scalars"]
-            return 200, {"scalar": [{"key": key, "step": max(steps)} for key, steps in points.items()], "media": [], "log": []}
+            last = [{"key": key, "step": max(steps)} for key, steps in self.runs[found[1]]["scalars"].items()]
+            return 200, {"scalar": last, "media": [], "log": []}
         if path == "/house/metrics" and body["type"] == "scalar":
+            scalars = self.runs[body["experimentId"]]["scalars"]
             for point in body["metrics"]:
-                self.runs[body["experimentId"]]["scalars"].setdefault(point["key"], {})[int(point["index"])] = point["data"]
+                scalars.setdefault(point["key"], {})[int(point["index"])] = point["data"]
         return 200, {}
 
     def open_run(self, body: dict) -> tuple[int, dict]:
         """A new run, or one that goes on."""
         known = body["cuid"] in self.runs
-        run = self.runs.setdefault(body["cuid"], {"name": body.get("name"), "createdAt": body["createdAt"], "scalars": {},
-                                                  "profile": {}})
+        new = {"name": body.get("name"), "createdAt": body["createdAt"], "scalars": {}, "profile": {}}
+        run = self.runs.setdefault(body["cuid"], new)
         run["state"] = "RUNNING"
         return (200 if known else 201), {"cuid": body["cuid"], "slug": body["cuid"], "name": run["name"],
                                          "createdAt": run["createdAt"]}

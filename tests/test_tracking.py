@@ -189,8 +189,8 @@ def test_a_terminal_shows_a_live_bar(tmp_path: Path) -> None:
     config = write_config(tmp_path, **{**SETTINGS, "report_to": "none"})
     leader, follower = pty.openpty()
     env = {key: value for key, value in os.environ.items() if not FOREIGN.match(key)}
-    process = subprocess.Popen([sys.executable, str(SCRIPT), str(config)], stdin=follower, stdout=follower, stderr=follower,
-                               env={**env, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+    process = subprocess.Popen([sys.executable, str(SCRIPT), str(config)], stdin=follower, stdout=follower,
+                               stderr=follower, env={**env, "OMP_NUM_THREADS": "1"}, start_new_session=True)
     os.close(follower)
     shown, deadline = b"", time.monotonic() + 240
     while time.monotonic() < deadline:

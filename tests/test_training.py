@@ -80,8 +80,8 @@ def test_the_demo_model_translates_held_out_code(demo: Run) -> None:
 
 def test_the_final_account_names_what_the_user_needs(demo: Run) -> None:
     account = demo.console[demo.console.rindex("\nstate "):]
-    for wanted in (f"finished at step {read_summary(demo)['steps']}", "tokens/s", "peak", "checkpoint-", "training_loss.png",
-                   "swanlab watch ", "llamafactory-cli chat "):
+    for wanted in (f"finished at step {read_summary(demo)['steps']}", "tokens/s", "peak", "checkpoint-",
+                   "training_loss.png", "swanlab watch ", "llamafactory-cli chat "):
         assert wanted in account
 
 
@@ -178,7 +178,8 @@ def test_tensorboard_and_wandb_offline_pass_through(tmp_path: Path) -> None:
 
 
 def test_streamed_data_trains_for_max_steps(tmp_path: Path) -> None:
-    done = start(tmp_path, write_config(tmp_path, streaming=True, max_samples=None, max_steps=3, deepspeed=None), ranks=2)
+    config = write_config(tmp_path, streaming=True, max_samples=None, max_steps=3, deepspeed=None)
+    done = start(tmp_path, config, ranks=2)
     assert "3 in all (the data is streamed)" in done.console
     assert read_summary(done)["steps"] == 3
 
@@ -197,7 +198,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from pyarrow import Table, parquet
 
     folder = tmp_path_factory.mktemp("data")
-    rows = [{"instruction": f"question {n}", "input": "with, a comma\nand a line", "output": f"SELECT {n};"} for n in range(23)]
+    rows = [{"instruction": f"question {n}", "input": "with, a comma\nand a line", "output": f"SELECT {n};"}
+            for n in range(23)]
     write_json(folder / "a.json", rows)
     (folder / "b.jsonl").write_text("\n\n".join(json.dumps(row) for row in rows[:17]) + "\n\n", encoding="utf-8")
     with open(folder / "c.csv", "w", encoding="utf-8", newline="") as file:
@@ -208,7 +210,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_json(folder / "e.json", [{"conversations": [{"from": "human", "value": f"question {n}"},
                                                       {"from": "gpt", "value": f"SELECT {n};"}]} for n in range(9)])
     write_json(folder / "dataset_info.json", {
-        **{name: {"file_name": file} for name, file in (("a", "a.json"), ("b", "b.jsonl"), ("c", "c.csv"), ("d", "d.parquet"))},
+        **{file[0]: {"file_name": file} for file in ("a.json", "b.jsonl", "c.csv", "d.parquet")},
         "e": {"file_name": "e.json", "formatting": "sharegpt"}, "drawn": {"file_name": "a.json", "num_samples": 31}})
     return folder
 
@@ -231,9 +233,10 @@ COMBINATIONS = [
 ]
 
 
-@pytest.mark.parametrize(("ranks", "changes"), COMBINATIONS, ids=[f"{n}-{ranks}" for n, (ranks, _) in enumerate(COMBINATIONS)])
+@pytest.mark.parametrize(("ranks", "changes"), COMBINATIONS, ids=map(str, range(len(COMBINATIONS))))
 def test_the_planned_steps_are_the_trainers_total(ranks: int, changes: dict, data: Path, tmp_path: Path) -> None:
-    settings = {"per_device_train_batch_size": 2, "max_samples": None, "num_train_epochs": 1, "deepspeed": None, **changes}
+    settings = {"per_device_train_batch_size": 2, "max_samples": None, "num_train_epochs": 1, "deepspeed": None,
+                **changes}
     config = write_config(tmp_path, dataset_dir=str(data), save_strategy="no", logging_steps=1, **settings)
     done = start(tmp_path, config, ranks=ranks)
     planned = json.loads((done.run_dir / "plan.json").read_text())["total_steps"]
@@ -258,8 +261,8 @@ SECRETS = {"swanlab_api_key": "yaml-secret-1", "hf_hub_token": "yaml-secret-2", 
 
 def test_no_secret_reaches_a_file_or_the_console(tmp_path: Path) -> None:
     config = write_config(tmp_path, max_steps=2, report_to="swanlab", swanlab_mode="local", deepspeed=None, **SECRETS)
-    done = start(tmp_path, config, "hub_token=override-secret-4", "om_hub_token=override-secret-5", "--verbose",
-                 env={"SWANLAB_API_KEY": "environment-secret-6", "WANDB_API_KEY": "environment-secret-7"})
+    start(tmp_path, config, "hub_token=override-secret-4", "om_hub_token=override-secret-5", "--verbose",
+          env={"SWANLAB_API_KEY": "environment-secret-6", "WANDB_API_KEY": "environment-secret-7"})
     planted = subprocess.run(["grep", "-rlaE", "(yaml|override|environment)-secret-[0-9]", str(tmp_path)],
                              capture_output=True, text=True).stdout.split()
     assert planted == [str(config)]

@@ -1,0 +1,69 @@
+"""The plan's model-state memory against what two ranks under ZeRO-3 really hold on a CPU.
+
+    python tests/benchmark_memory.py
+
+Trains a Qwen3 of 113 M parameters and the 1 M demo model for a few steps each, with one short sample a step, so that
+activations do not count, and compares the growth of a rank's resident memory from the small to the large model with
+the growth of the planned parts parameters + gradients + optimizer. What both hold (Python, torch, DeepSpeed) cancels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmark_tools import ROOT, SCRIPT, ZERO3, describe_machine, launcher, make_config, make_model
+
+STATES = ("parameters", "gradients", "optimizer")
+
+
+def resident(tag: str) -> dict[str, int]:
+    """{rank: resident bytes} of the ranks that carry `tag` in their environment."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, KeyError, ValueError):
+            env = dict(item.split("=", 1) for item in (process / "environ").read_text().split("\0") if "=" in item)
+            if env.get("MEMORY_TAG") == tag and "RANK" in env:
+                found[env["RANK"]] = int((process / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return found
+
+
+def measure(folder: Path, model: Path) -> tuple[int, int]:
+    """(planned, held) bytes: the plan's model states of a rank, and all that rank 1 holds in the middle of the run."""
+    folder.mkdir()
+    config = make_config(folder, model_name_or_path=str(model), deepspeed=str(ZERO3), max_steps=12, cutoff_len=16,
+                         per_device_train_batch_size=1, gradient_accumulation_steps=1)
+    env = {**os.environ, "NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1", "MEMORY_TAG": folder.name}
+    plan = subprocess.run([sys.executable, str(SCRIPT), str(config), "--dry-run", "--json"], env=env, check=True,
+                          capture_output=True)
+    process = subprocess.Popen(launcher(config), env=env, stdout=subprocess.DEVNULL)
+    held = 0
+    while process.poll() is None:
+        logs = list((folder / "out").glob("*/trainer_log.jsonl"))
+        if logs and 6 <= len(logs[0].read_text().splitlines()) <= 11:
+            held = max(held, resident(folder.name).get("1", 0))
+        time.sleep(0.02)
+    memory = json.loads(plan.stdout)["memory_per_gpu"]
+    return sum(memory[name] for name in STATES), held
+
+
+def main() -> None:
+    """Measure both models and print the comparison."""
+    with tempfile.TemporaryDirectory() as scratch:
+        large = make_model(Path(scratch, "model"), hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+                           num_attention_heads=12, num_key_value_heads=6, head_dim=64)
+        small_plan, small_held = measure(Path(scratch, "small"), ROOT / "configs" / "demo_model")
+        large_plan, large_held = measure(Path(scratch, "large"), large)
+    planned, held = large_plan - small_plan, large_held - small_held
+    print(describe_machine())
+    print(f"planned {planned / 2**20:.0f} MiB, held {held / 2**20:.0f} MiB a rank; planned / held {planned / held:.3f}")
+
+
+if __name__ == "__main__":
+    main()
