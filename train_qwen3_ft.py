@@ -1578,9 +1578,20 @@ def build_torchrun_command(devices: Devices, config_path: Path, env: dict[str, s
                   "--rdzv-id", config_path.parent.name]
     if nodes > 1:
         host = int(node_rank(env) == 0)
-        rendezvous += ["--rdzv-conf", f"is_host={host},join_timeout=900,read_timeout=900"]
+        rendezvous += ["--rdzv-conf", f"is_host={host},join_timeout=900,read_timeout=900",
+                       "--local-addr", own_address(env.get("MASTER_ADDR", "127.0.0.1"))]
     return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(devices.processes), *rendezvous,
             "--signals-to-handle", "SIGQUIT", str(SCRIPT), str(config_path)]
+
+
+def own_address(other: str) -> str:
+    """The address by which `other` reaches this machine; a host name need not resolve there. Sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((other, 9))
+            return probe.getsockname()[0]
+        except OSError:
+            return socket.gethostname()
 
 
 def build_worker_environment(devices: Devices, run_dir: Path, config: Config, env: dict[str, str]) -> dict[str, str]:
@@ -2184,6 +2195,8 @@ class Reporter:
             self.show(metrics, state)
             self.track({f"train/{name}": value for name, value in metrics.items()}, state)
         elif "eval_loss" in logs:
+            if self.bar is not None:
+                self.bar.clear()
             say(f"step {state.global_step}/{state.max_steps}  evaluation loss {logs['eval_loss']:.4f}", self.console)
             evaluation = {name.replace("_", "/", 1): value for name, value in logs.items() if name.startswith("eval_")}
             self.track(evaluation, state)

@@ -5,6 +5,8 @@
 Trains a Qwen3 of 113 M parameters and the 1 M demo model for a few steps each, with one short sample a step, so that
 activations do not count, and compares the growth of a rank's resident memory from the small to the large model with
 the growth of the planned parts parameters + gradients + optimizer. What both hold (Python, torch, DeepSpeed) cancels.
+The C library is told to give freed tensors back at once, and the least that a rank holds is taken, since gathered
+weights and the tensors of a step come and go; the plan counts those as buffers and activations.
 """
 
 from __future__ import annotations
@@ -35,22 +37,23 @@ def resident(tag: str) -> dict[str, int]:
 
 
 def measure(folder: Path, model: Path) -> tuple[int, int]:
-    """(planned, held) bytes: the plan's model states of a rank, and all that rank 1 holds in the middle of the run."""
+    """(planned, held) bytes: the plan's parts of a rank, and the least that rank 1 holds in the middle of the run."""
     folder.mkdir()
     config = make_config(folder, model_name_or_path=str(model), deepspeed=str(ZERO3), max_steps=12, cutoff_len=16,
                          per_device_train_batch_size=1, gradient_accumulation_steps=1)
-    env = {**os.environ, "NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1", "MEMORY_TAG": folder.name}
+    env = {**os.environ, "NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1", "MEMORY_TAG": folder.name,
+           "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     plan = subprocess.run([sys.executable, str(SCRIPT), str(config), "--dry-run", "--json"], env=env, check=True,
                           capture_output=True)
     process = subprocess.Popen(launcher(config), env=env, stdout=subprocess.DEVNULL)
-    held = 0
+    held = []
     while process.poll() is None:
         logs = list((folder / "out").glob("*/trainer_log.jsonl"))
         if logs and 6 <= len(logs[0].read_text().splitlines()) <= 11:
-            held = max(held, resident(folder.name).get("1", 0))
+            held += [size for rank, size in resident(folder.name).items() if rank == "1"]
         time.sleep(0.02)
     memory = json.loads(plan.stdout)["memory_per_gpu"]
-    return sum(memory[name] for name in STATES), held
+    return sum(memory[name] for name in STATES), min(held)
 
 
 def main() -> None:
