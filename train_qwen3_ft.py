@@ -465,7 +465,8 @@ FIELD_SOURCES = (
 )
 CHOICE_SOURCES = ("transformers/trainer_utils.py", "transformers/training_args.py", "llamafactory/extras/constants.py")
 # Enumerations that the launcher widens: SwanLab's modes of today beside LLaMA-Factory's two.
-EXTRA_CHOICES = {"swanlab_mode": ("online", "offline", "disabled")}
+SWANLAB_MODES = ("online", "cloud", "local", "offline", "disabled")
+EXTRA_CHOICES = {"swanlab_mode": SWANLAB_MODES}
 
 
 def known_fields() -> dict[str, Field]:
@@ -1321,6 +1322,9 @@ def check_packages(config: Config, zero: Zero, env: dict[str, str]) -> list[Prob
         elif not any(map(find_spec, BACKENDS[name])):
             problems.append(f"{where('report_to')}: report_to: {name} needs a package that is not installed; "
                             f"pip install {BACKENDS[name][0]}")
+    mode = env.get("SWANLAB_MODE") or "local"
+    if "swanlab" in reporters(values) and mode not in SWANLAB_MODES:
+        problems.append(f"environment variable SWANLAB_MODE: expected one of {', '.join(SWANLAB_MODES)}, got {mode!r}")
     if "wandb" in reporters(values) and not wandb_login(env):
         problems.append(f"{where('report_to')}: report_to: wandb: no login was found and nobody is there to ask; run "
                         "wandb login, or set WANDB_API_KEY or WANDB_MODE=offline")
@@ -1369,13 +1373,19 @@ def wandb_login(env: dict[str, str]) -> bool:
     return False
 
 
-def version_trouble(name: str) -> str:
-    """Why the installed version of a package does not work with the pinned LLaMA-Factory; '' where it does."""
+def installed_version(name: str) -> str:
+    """The version of an installed package; '' where there is none."""
     from importlib.metadata import PackageNotFoundError, version
 
-    try:
-        found = version(name)
-    except PackageNotFoundError:
+    with contextlib.suppress(PackageNotFoundError):
+        return version(name)
+    return ""
+
+
+def version_trouble(name: str) -> str:
+    """Why the installed version of a package does not work with the pinned LLaMA-Factory; '' where it does."""
+    found = installed_version(name)
+    if not found:
         return ""  # a source checkout on the path: nothing to judge by
     low, high = WORKING_VERSIONS[name]
     if low <= tuple(int(part) for part in re.findall(r"\d+", found)[:3]) < high:
@@ -1630,10 +1640,8 @@ def project(values: dict) -> str:
 
 def extensions_folder() -> Path:
     """Where DeepSpeed's compiled operators go: one folder a torch version, which torch itself does not separate."""
-    from importlib.metadata import version
-
     python = f"py{sys.version_info.major}{sys.version_info.minor}"
-    return Path.home() / ".cache" / "torch_extensions" / f"torch-{version('torch')}-{python}"
+    return Path.home() / ".cache" / "torch_extensions" / f"torch-{installed_version('torch')}-{python}"
 
 
 def clear_stale_locks(folder: Path) -> None:
@@ -2330,14 +2338,14 @@ def end_record(config: Config, run_dir: Path, state: str, tracker: Tracker | Non
 def open_tracker(config: Config, run_dir: Path, env: dict[str, str], console: TextIO) -> Tracker | None:
     """Start SwanLab's process, once the data is tokenized; None where the run does not report to it."""
     tracking = setup_experiment_tracking(config, run_dir, env)
+    if tracking and tracking.mode == "disabled":
+        return None
     return Tracker(tracking, run_dir, describe_run(config, run_dir), partial(say, stream=console)) if tracking else None
 
 
 def describe_run(config: Config, run_dir: Path) -> dict:
     """What a tracker shows beside the curves: the resolved configuration without secrets, the plan's numbers, the
     GPU, the versions and the git commit of the working directory."""
-    from importlib.metadata import version
-
     import torch
 
     plan = json.loads((run_dir / "plan.json").read_text(encoding="utf-8"))
@@ -2346,7 +2354,7 @@ def describe_run(config: Config, run_dir: Path) -> dict:
         **config.values,
         "plan": {key: plan[key] for key in PLAN_KEYS[2:8]},
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "git_commit": commit or None,
-        "versions": {name: version(name) for name in ("llamafactory", "transformers", "torch", "deepspeed", "swanlab")},
+        "versions": {name: installed_version(name) for name in (*WORKING_VERSIONS, "swanlab")},
     }
 
 
@@ -2471,7 +2479,8 @@ def prepare(options: argparse.Namespace, env: dict[str, str]) -> Job:
     problems += wrong + more + inspect_data(config, "eval_dataset")[1]
     plan = None if broken else make_plan(config, devices, zero, model, rows, gpus, nodes)
     problems += check_plan(plan, config, gpus) if plan and not found else []
-    problems += check_resume(config, plan, run_dir) if plan and run_dir else []
+    if plan and run_dir:
+        problems += (check_alive(run_dir) if node_rank(env) == 0 else []) or check_resume(config, plan, run_dir)
     return Job(config, plan, name, problems, run_dir)
 
 
@@ -2501,8 +2510,13 @@ def find_run(options: argparse.Namespace) -> Path:
     runs = sorted(output_dir.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
     if not runs:
         raise LaunchError(f"--resume: there is no run under {output_dir}; start one without --resume")
-    unfinished = [path for path in runs if read_summary(path.parent).get("state") != "finished"]
+    unfinished = [path for path in runs if not is_finished(path.parent)]
     return (unfinished or runs)[-1].parent
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Whether the run has trained to its end."""
+    return read_summary(run_dir).get("state") == "finished"
 
 
 PLAN_KEYS = ("devices", "devices_reason", "world_size", "global_batch_size", "samples", "steps_per_epoch",
@@ -2511,6 +2525,15 @@ PLAN_KEYS = ("devices", "devices_reason", "world_size", "global_batch_size", "sa
 # What may not change under a run that goes on: the model would not load, or the data would be another.
 FIXED_KEYS = ("model_name_or_path", "train_from_scratch", "finetuning_type", "stage", "template", "dataset",
               "dataset_dir", "max_samples", "val_size", "cutoff_len", "packing", "seed", "data_seed")
+
+
+def check_alive(run_dir: Path) -> list[Problem]:
+    """A run that still runs cannot be resumed."""
+    try:
+        lock_run(run_dir).close()
+        return []
+    except LaunchError as error:
+        return error.problems
 
 
 def check_resume(config: Config, plan: Plan, run_dir: Path) -> list[Problem]:
@@ -2689,6 +2712,7 @@ def await_run_dir(config: Config, seconds: int = 600) -> Path:
 
 def lock_run(run_dir: Path) -> TextIO:
     """Hold the run directory for this process; raises LaunchError while another launcher lives in it."""
+    (run_dir / "logs").mkdir(exist_ok=True)
     file = open(run_dir / "logs" / "lock", "a+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2710,6 +2734,9 @@ def main(argv: list[str] | None = None) -> int:
             return run_tracker()
         if "LOCAL_RANK" in env:
             return run_worker(options, env)
+        if options.resume is not None and is_finished(find_run(options)):
+            say(f"{find_run(options)}: this run is finished; nothing to resume")
+            return 0
         job = prepare(options, env)
         if options.dry_run:
             dry_run(job, options.json, env)
@@ -2732,9 +2759,6 @@ def refuse(job: Job, force: bool) -> None:
 
 def launch(job: Job, env: dict[str, str], verbose: bool) -> int:
     """Start the run, watch it to its end and give the account; returns the exit code."""
-    if job.run_dir and read_summary(job.run_dir).get("state") == "finished":
-        say(f"{job.run_dir}: this run is finished; nothing to resume")
-        return 0
     run_dir, first = take_run_dir(job, env), node_rank(env) == 0
     with lock_run(run_dir) if first else contextlib.nullcontext(), follow(run_dir / "logs" / "rank0.log", verbose):
         command, worker_env = write_run_files(job, run_dir, env)

@@ -16,6 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -78,14 +79,16 @@ def parent_of(pid: int) -> int:
     return 0
 
 
-def ignore_hangup() -> None:
-    """What nohup does before it starts a command."""
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
-
-def take_terminal() -> None:
-    """Make stdin the terminal that controls this session."""
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+def settle_signals(nohup: bool, terminal: bool) -> None:
+    """In the launcher's process before it starts: signals as a user's shell leaves them, whatever the tests were
+    started from; under nohup without a hangup; with `terminal` its stdin is the terminal that controls the session.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    if nohup:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if terminal:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 class Terminal:
@@ -133,7 +136,7 @@ class Run:
                 [*(command or [sys.executable, str(SCRIPT)]), *map(str, arguments)],
                 stdin=console if terminal else subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT, cwd=folder,
                 start_new_session=True, env=full,
-                preexec_fn=ignore_hangup if nohup else take_terminal if terminal else None)
+                preexec_fn=partial(settle_signals, nohup, terminal))
 
     def __enter__(self) -> "Run":
         return self
