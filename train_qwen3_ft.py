@@ -2413,7 +2413,7 @@ def agree_on_run(options: argparse.Namespace, env: dict[str, str]) -> Path:
     store = PrefixStore("qwen3_ft", store)
     if rank == 0:
         try:
-            job = prepare(options, env)
+            job = prepare(options, env, find_run(options))
             refuse(job, options.force)
             run_dir = take_run_dir(job, env)
             write_run_files(job, run_dir, env)
@@ -2459,9 +2459,11 @@ class Job:
     run_dir: Path | None = None
 
 
-def prepare(options: argparse.Namespace, env: dict[str, str]) -> Job:
-    """From the command line to a plan and all problems, writing nothing. Raises LaunchError for unreadable input."""
-    run_dir = find_run(options) if options.resume is not None else None
+def prepare(options: argparse.Namespace, env: dict[str, str], run_dir: Path | None) -> Job:
+    """From the command line to a plan and all problems, writing nothing; `run_dir` is the run that is resumed.
+
+    Raises LaunchError for unreadable input.
+    """
     config = load_config(run_dir / "config.yaml" if run_dir else options.config, options.overrides)
     if run_dir:
         config = replace(config, values={**config.values, "output_dir": str(run_dir.parent), "run_name": run_dir.name})
@@ -2498,8 +2500,10 @@ def inspect_machine(config: Config, env: dict[str, str]) -> tuple[Devices, int, 
     return devices, nodes, chosen_gpus(devices, gpus), problems
 
 
-def find_run(options: argparse.Namespace) -> Path:
-    """The run directory that --resume means: RUN_DIR, else the newest unfinished one under output_dir."""
+def find_run(options: argparse.Namespace) -> Path | None:
+    """The run directory that --resume means: RUN_DIR, else the newest unfinished one; None: a new run."""
+    if options.resume is None:
+        return None
     if options.resume:
         run_dir = Path(options.resume).expanduser().resolve()
         if not (run_dir / "config.yaml").is_file():
@@ -2734,10 +2738,11 @@ def main(argv: list[str] | None = None) -> int:
             return run_tracker()
         if "LOCAL_RANK" in env:
             return run_worker(options, env)
-        if options.resume is not None and is_finished(find_run(options)):
-            say(f"{find_run(options)}: this run is finished; nothing to resume")
+        run_dir = find_run(options)
+        if run_dir and is_finished(run_dir):
+            say(f"{run_dir}: this run is finished; nothing to resume")
             return 0
-        job = prepare(options, env)
+        job = prepare(options, env, run_dir)
         if options.dry_run:
             dry_run(job, options.json, env)
         refuse(job, options.force)
