@@ -58,6 +58,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -1452,6 +1453,13 @@ def create_run_dir(config: Config) -> Path:
                               f"{error.strerror.lower()}") from None
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file wholly or, where that fails, leave the old one as it was."""
+    draft = path.with_name(f"{path.name}.draft")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+
+
 def launchable_config(config: Config, devices: Devices) -> str:
     """The text of the run's config.yaml: resolved, without secrets, with the command that launches it again."""
     values = {key: value for key, value in config.values.items() if key != "run_name"}
@@ -1555,9 +1563,7 @@ def rewind_log(run_dir: Path, step: int) -> None:
     path = run_dir / "trainer_log.jsonl"
     if path.exists():
         kept = [json.dumps(line) + "\n" for line in read_log(run_dir) if line["current_steps"] <= step]
-        draft = path.with_suffix(".draft")
-        draft.write_text("".join(kept), encoding="utf-8")
-        draft.replace(path)
+        write_whole(path, "".join(kept))
 
 
 def read_log(run_dir: Path) -> list[dict]:
@@ -1612,7 +1618,7 @@ def build_worker_environment(devices: Devices, run_dir: Path, config: Config, en
     if "wandb" in reporters(config.values):
         places |= {"WANDB_DIR": run_dir, "WANDB_PROJECT": project(config.values)}
     if "mlflow" in reporters(config.values):
-        places |= {"MLFLOW_TRACKING_URI": f"file:{run_dir.parent / 'mlruns'}",
+        places |= {"MLFLOW_TRACKING_URI": f"sqlite:///{run_dir.parent / 'mlflow.db'}",
                    "MLFLOW_EXPERIMENT_NAME": project(config.values)}
     worker = {**{key: str(value) for key, value in places.items()}, **worker}
     for key, value in config.secrets.items():
@@ -1743,17 +1749,20 @@ def supervise(command: list[str], env: dict[str, str], run_dir: Path, max_restar
         say(describe_failure(run_dir, read_from(log, said), status, begun))
         hopeless = disk_is_full(run_dir) or (run_dir / "STOP").exists()
         if checkpoint_step(good) <= before or start == max_restarts or hopeless:
-            return end_failed(run_dir, good) if first else 1
+            if first:
+                record_failure(run_dir, float(env[STARTED_VARIABLE]))
+            return 1
         say(f"restart {start + 1} of at most {max_restarts}: resuming from {good.name}")
     return 1
 
 
 def make_ready(run_dir: Path, step: int) -> None:
-    """Before a start: nothing torn in the way, no log line beyond `step`, no old summary."""
+    """Before a start: nothing torn in the way, no log line beyond `step`, no old account."""
     for line in set_aside_torn(run_dir):
         say(line)
     rewind_log(run_dir, step)
-    (run_dir / "summary.json").unlink(missing_ok=True)
+    for name in ("summary.json", "training_loss.png"):
+        (run_dir / name).unlink(missing_ok=True)
 
 
 def run_torchrun(command: list[str], env: dict[str, str], log: Path, stop: StopRequest) -> int:
@@ -1792,7 +1801,7 @@ CAUSES = (
     (r"No space left on device|Errno 28", "the disk is full: make room or lower save_total_limit, then resume"),
     (r"Watchdog caught collective operation timeout|NCCL.*(timeout|timed out)|Timed out waiting",
      "a collective timed out: a rank was stuck or a link is broken; NCCL_DEBUG=INFO shows more"),
-    (r"killed by SIGKILL", "most often the kernel's out-of-memory killer (dmesg shows it): use fewer "
+    (r"killed by SIGKILL", "the kernel's out-of-memory killer, most often (dmesg shows it): use fewer "
                            "preprocessing_num_workers or less offloading"),
 )
 
@@ -1838,16 +1847,11 @@ def read_from(path: Path, position: int) -> str:
         return file.read().decode("utf-8", errors="replace")
 
 
-def end_failed(run_dir: Path, good: Path | None) -> int:
-    """Write the account of a failed run, say what is left of it, and return exit code 1."""
+def record_failure(run_dir: Path, started: float) -> None:
+    """Leave the account and the curve of a failed run; on a full disk there is no room for them."""
     with contextlib.suppress(OSError):
-        write_summary(run_dir, "failed")
         draw_curve_apart(run_dir)
-    if good:
-        say(f"last good checkpoint: {good}\nresume with: python {SCRIPT} --resume {run_dir}")
-    else:
-        say("there is no checkpoint to resume from")
-    return 1
+        write_summary(run_dir, summarize(run_dir, "failed", started))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1855,23 +1859,26 @@ def end_failed(run_dir: Path, good: Path | None) -> int:
 # ---------------------------------------------------------------------------------------------------------
 
 
-def write_summary(run_dir: Path, state: str, **more: object) -> dict:
-    """Write summary.json: how the run ended, in numbers read from its own log; returns it."""
+def summarize(run_dir: Path, state: str, started: float, **more: object) -> dict:
+    """How the run ended, in numbers read from its own log; `started` is in seconds since 1970."""
     log = read_log(run_dir)
     losses = [line["loss"] for line in log if "loss" in line]
     last = log[-1] if log else {}
-    started = float(os.environ.get(STARTED_VARIABLE, time.time()))
-    summary = {
+    return {
         "state": state, "model": str(run_dir) if state == "finished" else None,
         "steps": max(last.get("current_steps", 0), checkpoint_step(newest_checkpoint(run_dir))),
         "total_steps": last.get("total_steps"),
         "first_loss": losses[0] if losses else None, "last_loss": losses[-1] if losses else None,
         "seconds": round(time.time() - started, 1), "tokens_per_second": last.get("throughput"),
         "checkpoints": [path.name for path in list_checkpoints(run_dir) if not checkpoint_fault(path)],
-        "curve": str(run_dir / "training_loss.png") if (run_dir / "training_loss.png").exists() else None, **more,
+        "curve": str(run_dir / "training_loss.png") if (run_dir / "training_loss.png").exists() else None,
+        "dashboard": recall(run_dir / "logs").get("dashboard"), **more,
     }
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    return summary
+
+
+def write_summary(run_dir: Path, summary: dict) -> None:
+    """Write summary.json."""
+    write_whole(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
 
 
 def read_summary(run_dir: Path) -> dict:
@@ -1907,25 +1914,32 @@ def draw_curve_apart(run_dir: Path) -> None:
 
 def give_account(run_dir: Path, config: Config, console: TextIO) -> None:
     """Print the final account, from summary.json."""
-    summary = {"state": "unknown", **read_summary(run_dir)}
-    rate, peak = summary.get("tokens_per_second"), summary.get("peak_memory")
-    rows = [
-        ("state", f"{summary['state']} at step {summary.get('steps')} of {summary.get('total_steps')}"),
-        ("loss", f"{summary.get('first_loss')} at first, {summary.get('last_loss')} at last"),
-        ("time", f"{summary.get('seconds')} s" + (f", {rate:.0f} tokens/s" if rate else "")),
+    summary = read_summary(run_dir) or summarize(run_dir, "failed", time.time())
+    rate, peak, state, resume = summary["tokens_per_second"], summary.get("peak_memory"), summary["state"], ""
+    losses = [f"{summary[key]:.4f} at {when}" for key, when in (("first_loss", "first"), ("last_loss", "last"))
+              if summary[key] is not None]
+    if state != "finished":
+        resume = (f"python {shlex.quote(str(SCRIPT))} --resume {shlex.quote(str(run_dir))}" if summary["checkpoints"]
+                  else "there is no checkpoint to resume from")
+    chat = (f"llamafactory-cli chat --model_name_or_path {shlex.quote(str(run_dir))} --template "
+            f"{config.values.get('template', 'default')}"
+            + " --enable_thinking false" * (config.values.get("enable_thinking") is False))
+    for label, text in (
+        ("state", f"{state} at step {summary['steps']} of {summary['total_steps'] or 'an unknown number'}"),
+        ("loss", ", ".join(losses)),
+        ("time", format_seconds(summary["seconds"]) + (f", {rate:.0f} tokens/s" if rate else "")),
         ("memory", peak and f"{format_bytes(peak)} at the peak on rank 0"),
-        ("checkpoints", ", ".join(summary.get("checkpoints", []))),
-        ("curve", summary.get("curve")), ("dashboard", summary.get("dashboard")), ("model", summary.get("model")),
-    ]
-    if summary.get("model"):
-        thinking = " --enable_thinking false" * (config.values.get("enable_thinking") is False)
-        rows.append(("chat", f"llamafactory-cli chat --model_name_or_path {shlex.quote(str(run_dir))} "
-                             f"--template {config.values.get('template', 'default')}{thinking}"))
-    if summary["state"] == "stopped" and summary.get("checkpoints"):
-        rows.append(("resume", f"python {shlex.quote(str(SCRIPT))} --resume {shlex.quote(str(run_dir))}"))
-    for label, text in rows:
+        ("checkpoints", ", ".join(summary["checkpoints"])),
+        ("curve", summary["curve"]), ("dashboard", summary["dashboard"]), ("model", summary["model"]),
+        ("chat", summary["model"] and chat), ("resume", resume),
+    ):
         if text:
             say(f"{label:<12}{text}", console)
+
+
+def format_seconds(seconds: float) -> str:
+    """0:01:51."""
+    return str(timedelta(seconds=int(seconds)))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1990,7 +2004,7 @@ class Tracker:
     READY, END = 25, 25
 
     def __init__(self, tracking: Tracking, run_dir: Path, settings: dict, warn: Callable[[str], None]):
-        self.mode, self.warn, self.log_file = tracking.mode, warn, run_dir / "logs" / "swanlab.log"
+        self.mode, self.warn, self.logs = tracking.mode, warn, run_dir / "logs"
         self.init = {**tracking.init, **next_segment(run_dir, tracking), "config": settings}
         self.lines, self.arrived, self.finished = [], threading.Condition(), threading.Event()
         self.place = self.trouble = ""
@@ -2001,12 +2015,11 @@ class Tracker:
         """Record numbers at an optimizer step; returns at once."""
         self.put({"log": values, "step": step})
 
-    def finish(self, state: str, error: str | None = None) -> str:
-        """End the record as success, aborted or crashed; returns where the record is, '' where there is none."""
+    def finish(self, state: str, error: str | None = None) -> None:
+        """End the record as success, aborted or crashed."""
         self.put({"finish": state, "error": error})
         self.finished.set()
         self.thread.join(self.READY + self.END)
-        return self.place
 
     def put(self, line: dict) -> None:
         with self.arrived:
@@ -2022,13 +2035,14 @@ class Tracker:
 
     def run_process(self, mode: str) -> bool:
         """One process from start to end; False where it did not begin or ended early."""
-        with open(self.log_file, "ab") as log:
+        with open(self.logs / "swanlab.log", "ab") as log:
             process = subprocess.Popen([sys.executable, str(SCRIPT), "--tracker"], stdin=subprocess.PIPE,
                                        stdout=subprocess.PIPE, stderr=log, text=True)
         threading.Thread(target=self.feed, args=(process.stdin, {**self.init, "mode": mode}), daemon=True).start()
         ready = select.select([process.stdout], [], [], self.READY)[0]
         answer = json.loads(process.stdout.readline() or "{}") if ready else {"trouble": f"no answer in {self.READY} s"}
         self.place, self.trouble = answer.get("place", ""), answer.get("trouble", "its process ended")
+        remember(self.logs, **answer)
         while self.place and process.poll() is None and not self.finished.wait(1):
             pass
         if not self.place or not self.finished.is_set():
@@ -2061,12 +2075,25 @@ def next_segment(run_dir: Path, tracking: Tracking) -> dict:
 
     Elsewhere each start is a record of its own, so its name tells which resume it is.
     """
-    path = run_dir / "logs" / "swanlab.json"
-    seen = json.loads(path.read_text()) if path.exists() else {
-        "id": f"{re.sub(r'[^a-zA-Z0-9]', '-', run_dir.name)}-{os.urandom(4).hex()}", "starts": 0}
-    path.write_text(json.dumps({**seen, "starts": seen["starts"] + 1}))
-    again = f" (resume {seen['starts']})" if seen["starts"] and tracking.mode != "online" else ""
-    return {"id": seen["id"], "name": tracking.init["name"] + again}
+    known = recall(run_dir / "logs")
+    starts = known.get("starts", 0)
+    name = known.get("id") or f"{re.sub(r'[^a-zA-Z0-9]', '-', run_dir.name)}-{os.urandom(4).hex()}"
+    remember(run_dir / "logs", id=name, starts=starts + 1)
+    again = f" (resume {starts})" if starts and tracking.mode != "online" else ""
+    return {"id": name, "name": tracking.init["name"] + again}
+
+
+def recall(logs: Path) -> dict:
+    """What is known of a run's SwanLab record: id, starts, place, dashboard; {} where it has none."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((logs / "swanlab.json").read_text(encoding="utf-8"))
+    return {}
+
+
+def remember(logs: Path, **more: object) -> None:
+    """Add to what is known of the run's SwanLab record."""
+    with contextlib.suppress(OSError):  # a full disk
+        write_whole(logs / "swanlab.json", json.dumps({**recall(logs), **more}))
 
 
 def run_tracker() -> int:
@@ -2088,7 +2115,8 @@ def run_tracker() -> int:
         say(json.dumps({"trouble": f"{type(error).__name__}: {error}"[:300]}), answers)
         os._exit(1)
     outlive_parent()  # to mark the record as crashed
-    say(json.dumps({"place": str(run.dir)}), answers)
+    dashboards = {"local": f"swanlab watch {run.dir.parent}", "offline": f"swanlab sync {run.dir}"}
+    say(json.dumps({"place": str(run.dir), "dashboard": dashboards.get(init["mode"]) or run.url}), answers)
     for line in map(json.loads, sys.stdin):
         if "finish" in line:
             run.finish(state=line["finish"], error=line["error"])
@@ -2181,6 +2209,7 @@ class Reporter:
 
     def __init__(self, console: TextIO, open_tracker: Callable[[], Tracker | None]):
         self.console, self.open_tracker, self.tracker, self.bar, self.spoke = console, open_tracker, None, None, 0.0
+        self.evaluated: set[tuple[int, str]] = set()  # the step and name of every evaluation number
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.tracker = self.open_tracker()
@@ -2202,12 +2231,12 @@ class Reporter:
                        "epoch": logs["epoch"], **self.speed(args, state)}
             self.show(metrics, state)
             self.track({f"train/{name}": value for name, value in metrics.items()}, state)
-        elif "eval_loss" in logs:
-            if self.bar is not None:
-                self.bar.clear()
-            say(f"step {state.global_step}/{state.max_steps}  evaluation loss {logs['eval_loss']:.4f}", self.console)
-            evaluation = {name.replace("_", "/", 1): value for name, value in logs.items() if name.startswith("eval_")}
-            self.track(evaluation, state)
+        # After training LLaMA-Factory evaluates again, though the last step may have been evaluated already.
+        elif found := {name: value for name, value in logs.items()
+                       if name.startswith("eval_") and (state.global_step, name) not in self.evaluated}:
+            self.evaluated |= {(state.global_step, name) for name in found}
+            self.show_evaluation(found, state)
+            self.track({name.replace("_", "/", 1): value for name, value in found.items()}, state)
 
     def speed(self, args, state) -> dict[str, float]:
         """Samples and tokens a second of the whole job since the last log."""
@@ -2233,9 +2262,19 @@ class Reporter:
         if number % stride and self.spoke and now - self.spoke < 60:
             return
         self.spoke, done = now, state.global_step - self.begun[1]
-        left = int((now - self.begun[0]) / max(done, 1) * (state.max_steps - state.global_step))
+        left = (now - self.begun[0]) / max(done, 1) * (state.max_steps - state.global_step)
         say(f"step {state.global_step}/{state.max_steps}  {text}  {metrics['tokens_per_second']:.0f} tokens/s  "
-            f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left", self.console)
+            f"{format_seconds(left)} left", self.console)
+
+    def show_evaluation(self, found: dict, state) -> None:
+        """A line for each evaluation loss; with eval_on_each_dataset its name holds the data set."""
+        if self.bar is not None:
+            self.bar.clear()
+        for name in found:
+            if name.endswith("_loss"):
+                data = name[len("eval_"):-len("loss")].strip("_")
+                say(f"step {state.global_step}/{state.max_steps}  evaluation loss {found[name]:.4f}"
+                    + f" on {data}" * bool(data), self.console)
 
     def close(self) -> None:
         if self.bar is not None:
@@ -2326,13 +2365,12 @@ def import_trainer(config: Config) -> Callable:
 
 def end_record(config: Config, run_dir: Path, state: str, tracker: Tracker | None) -> None:
     """On rank 0, after training: end SwanLab's record, draw what LLaMA-Factory has not drawn, write summary.json."""
-    more = {"peak_memory": peak_memory()}
     if tracker:
-        place = tracker.finish(*(("success", None) if state == "finished" else ("aborted", "stopped by the user")))
-        more["dashboard"] = f"swanlab watch {Path(place).parent}" if place else None
+        tracker.finish(*(("success", None) if state == "finished" else ("aborted", "stopped by the user")))
     if state == "stopped" and config.values.get("plot_loss"):
         draw_curve(run_dir)
-    write_summary(run_dir, state, **more)
+    started = float(os.environ[STARTED_VARIABLE])
+    write_summary(run_dir, summarize(run_dir, state, started, peak_memory=peak_memory()))
 
 
 def open_tracker(config: Config, run_dir: Path, env: dict[str, str], console: TextIO) -> Tracker | None:
@@ -2695,13 +2733,6 @@ def write_run_files(job: Job, run_dir: Path, env: dict[str, str]) -> tuple[list[
     return command, worker_env
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file wholly or, where that fails, leave the old one as it was."""
-    draft = path.with_name(f"{path.name}.draft")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
-
-
 def await_run_dir(config: Config, seconds: int = 600) -> Path:
     """On a machine that is not the first: wait for the run directory that the first one creates."""
     run_dir = Path(config.values["output_dir"]) / run_name(config, time.time())
@@ -2769,7 +2800,7 @@ def launch(job: Job, env: dict[str, str], verbose: bool) -> int:
         command, worker_env = write_run_files(job, run_dir, env)
         clear_stale_locks(Path(worker_env["TORCH_EXTENSIONS_DIR"]))
         code = supervise(command, worker_env, run_dir, job.config.values.get("max_restarts", 3), first)
-    if first and code != 1:
+    if first:
         give_account(run_dir, job.config, sys.stdout)
     return code
 

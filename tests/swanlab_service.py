@@ -12,11 +12,12 @@ class SwanLabService:
     """Serves in a thread of this process, on a free port of 127.0.0.1.
 
     `mode`: "ok"; "refuse" the key (401); "hang": take every request and never answer; a number n: answer n
-    requests, then hang. `runs` is {run id: {"name", "state", "scalars": {key: {step: value}}, "profile"}};
-    `requests` lists (method, path).
+    requests, then hang or, with `dies`, refuse every connection. `runs` is {run id: {"name", "state",
+    "scalars": {key: {step: value}}, "profile"}}; `requests` lists (method, path).
     """
 
-    def __init__(self, mode: str | int = "ok"):
+    def __init__(self, mode: str | int = "ok", dies: bool = False):
+        self.dies = dies
         self.mode, self.runs, self.projects, self.requests = mode, {}, {}, []
         self.released = threading.Event()
         service = self
@@ -57,7 +58,7 @@ class SwanLabService:
         path = handler.path.split("?")[0].removeprefix("/api")
         self.requests.append((handler.command, path))
         if self.mode == "hang" or (isinstance(self.mode, int) and len(self.requests) > self.mode):
-            self.released.wait()
+            self.server.socket.close() if self.dies else self.released.wait()
             handler.close_connection = True
             return
         code, body = (401, {"message": "no such key"}) if self.mode == "refuse" else self.route(

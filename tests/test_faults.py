@@ -198,7 +198,9 @@ def test_kills_after_progress_restart_as_often_as_max_restarts_says(failed: Simp
 
 
 def test_a_failed_run_says_what_is_left_and_how_to_resume(failed: SimpleNamespace):
-    assert f"last good checkpoint: {failed.run_dir}/checkpoint-4" in failed.run.console
+    account = failed.run.console[failed.run.console.rindex("\nstate "):]
+    assert re.search("^state +failed at step [45] of 20$", account, re.MULTILINE)
+    assert re.search("^checkpoints +checkpoint-4, checkpoint-2$", account, re.MULTILINE)
     assert re.search(rf"python {re.escape(str(SCRIPT))} --resume {re.escape(str(failed.run_dir))}$", failed.run.console,
                      re.MULTILINE)
     assert (failed.run_dir / "logs" / "rank1.log").stat().st_size > 0
@@ -274,9 +276,9 @@ def test_a_resume_past_a_torn_checkpoint_ends_with_identical_weights(resumed_fro
 
 @pytest.fixture(scope="module")
 def raised(scratch: Path) -> Run:
-    """A run in which rank 1 raises in step 3, before the first checkpoint."""
-    return run(scratch / "raised", write_config(scratch / "raised", save_steps=100),
-               faults=[{"point": "raise", "step": 3, "rank": 1}])
+    """A run that evaluates every second step, in which rank 1 raises in step 5, before the first checkpoint."""
+    config = write_config(scratch / "raised", save_steps=100, val_size=4, eval_strategy="steps", eval_steps=2)
+    return run(scratch / "raised", config, faults=[{"point": "raise", "step": 5, "rank": 1}])
 
 
 def test_an_error_before_any_checkpoint_is_not_tried_again(raised: Run):
@@ -294,6 +296,15 @@ def test_an_error_names_the_log_of_the_rank_that_failed(raised: Run):
     log = Path(re.search(r"^full log: (.*)$", raised.console, re.MULTILINE)[1])
     assert log == raised.run_dir / "logs" / "rank1.log"
     assert "planted fault" in log.read_text(encoding="utf-8")
+
+
+def test_a_failed_run_has_its_curve_of_training_and_of_evaluation(raised: Run):
+    from matplotlib.image import imread
+
+    picture = raised.run_dir / "training_loss.png"
+    assert f"curve       {picture}" in raised.console
+    colours = {tuple(round(255 * part) for part in pixel[:3]) for row in imread(picture) for pixel in row}
+    assert {(31, 119, 180), (255, 127, 14)} <= colours, "matplotlib's first two line colours"
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """SwanLab for real: what it records, and that nothing it does can hurt the run."""
 
+import json
 import os
 import pty
 import re
@@ -62,6 +63,7 @@ def test_online_the_service_gets_every_point_and_the_end(tmp_path: Path) -> None
     assert remote["scalars"]["train/loss"] == logged(done)
     assert remote["state"] == "FINISHED"
     assert remote["name"] == done.run_dir.name
+    assert re.search(rf"^dashboard +{re.escape(service.environment['SWANLAB_WEB_HOST'])}/", done.console, re.MULTILINE)
 
 
 def test_the_older_spelling_use_swanlab_works(tmp_path: Path) -> None:
@@ -72,12 +74,26 @@ def test_the_older_spelling_use_swanlab_works(tmp_path: Path) -> None:
     assert done.process.returncode == 0
 
 
-def test_the_evaluation_loss_is_recorded_at_its_step(tmp_path: Path) -> None:
-    done = train(tmp_path, changes={"val_size": 8, "eval_strategy": "steps", "eval_steps": 6,
-                                    "per_device_eval_batch_size": 4, "max_samples": 40})
+EVALUATED = {"val_size": 8, "eval_strategy": "steps", "eval_steps": 6, "per_device_eval_batch_size": 4,
+             "max_samples": 40}
+
+
+def test_the_evaluation_loss_is_recorded_once_at_its_step(tmp_path: Path) -> None:
+    done = train(tmp_path, changes=EVALUATED)
     [folder] = swanlog(done)
-    assert [step for step, _ in read_record(folder)["points"]["eval/loss"]] == [6, 12]
-    assert "step 6/12  evaluation loss" in done.console
+    log = [json.loads(line) for line in (done.run_dir / "trainer_log.jsonl").read_text().splitlines()]
+    assert read_record(folder)["points"]["eval/loss"] == dashboard_points(folder, "eval/loss") == [
+        (line["current_steps"], line["eval_loss"]) for line in log if "eval_loss" in line]
+    assert re.findall(r"step (\d+)/12  evaluation loss \d", done.console) == ["6", "12"]
+
+
+def test_each_evaluated_data_set_has_its_own_loss(tmp_path: Path) -> None:
+    done = train(tmp_path, changes={**EVALUATED, "val_size": None, "eval_on_each_dataset": True,
+                                    "eval_dataset": "code2sql_demo,code2sql_heldout", "max_samples": 24})
+    [folder] = swanlog(done)
+    for name in ("code2sql_demo", "code2sql_heldout"):
+        assert [step for step, _ in read_record(folder)["points"][f"eval/{name}_loss"]] == [6, 12]
+        assert len(re.findall(rf"step \d+/12  evaluation loss \d.* on {name}$", done.console, re.MULTILINE)) == 2
 
 
 # --- the state after another end
@@ -106,6 +122,7 @@ def test_a_killed_run_is_recorded_as_crashed_with_all_points_but_the_one_in_flig
     stored, known = record["points"]["train/loss"], list(logged(live).items())
     assert stored == known[:len(stored)]
     assert len(stored) >= len(known) - 1
+    assert f"swanlab watch {folder.parent}" in live.console
 
 
 def test_a_resumed_run_continues_the_same_experiment_online(tmp_path: Path) -> None:
@@ -148,8 +165,9 @@ def test_a_service_that_cannot_be_used_costs_one_warning(mode: str, cause: str, 
     assert dashboard_points(local[-1], "train/loss") == list(logged(done).items())
 
 
-def test_a_service_that_falls_silent_in_the_middle_loses_no_point(tmp_path: Path) -> None:
-    with SwanLabService(8) as service:  # the login and the run's creation are answered
+@pytest.mark.parametrize("dies", [False, True], ids=["falls silent", "dies"])
+def test_a_service_that_ends_in_the_middle_costs_no_point(dies: bool, tmp_path: Path) -> None:
+    with SwanLabService(8, dies) as service:  # the login and the run's creation are answered
         done = train(tmp_path, env=service.environment)
     assert done.process.returncode == 0
     assert "swanlab sync" in done.console

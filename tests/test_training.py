@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -168,13 +169,20 @@ def test_a_torchrun_of_the_users_trains_the_same(tmp_path: Path) -> None:
     assert len(list(theirs.run_dir.parent.iterdir())) == 1
 
 
-def test_tensorboard_and_wandb_offline_pass_through(tmp_path: Path) -> None:
-    for package in ("tensorboard", "wandb"):
+def test_tensorboard_wandb_offline_and_mlflow_pass_through_at_once(tmp_path: Path) -> None:
+    backends = ["tensorboard", "wandb", "mlflow"]
+    for package in backends:
         pytest.importorskip(package, reason=f"{package} is in tests/requirements.txt")
-    done = start(tmp_path, write_config(tmp_path, max_steps=2, report_to=["tensorboard", "wandb"], deepspeed=None),
+    done = start(tmp_path, write_config(tmp_path, max_steps=2, report_to=backends, deepspeed=None, project="mine"),
                  env={"WANDB_MODE": "offline"})
     assert list(done.run_dir.glob("tensorboard/events*"))
     assert list(done.run_dir.glob("wandb/offline-run-*"))
+    with sqlite3.connect(done.run_dir.parent / "mlflow.db") as database:
+        runs = database.execute("select e.name, r.name, r.status, m.step, m.value from runs r join experiments e "
+                                "on e.experiment_id = r.experiment_id join metrics m on m.run_uuid = r.run_uuid "
+                                "where m.key = 'loss' order by m.step").fetchall()
+    logged = [("mine", done.run_dir.name, "FINISHED", step, values[0]) for step, values in losses(done.run_dir).items()]
+    assert runs == logged
 
 
 def test_streamed_data_trains_for_max_steps(tmp_path: Path) -> None:
