@@ -646,26 +646,69 @@ def count_lines(path: Path, limit: int | None, blank: bool = False) -> int:
         return sum(1 for _ in itertools.islice((line for line in file if blank or not line.isspace()), limit))
 
 
-def count_json_array(path: Path, limit: int | None, chunk: int = 1 << 20) -> int | None:
-    """Elements of a top-level JSON array, decoded one after another so that memory stays small."""
+def count_json_array(path: Path, limit: int | None) -> int | None:
+    """Elements of a top-level JSON array."""
     if limit is None and path.stat().st_size > 64 << 20:
         return None
+    return sum(1 for _ in itertools.islice(json_elements(path), limit))
+
+
+def json_elements(path: Path, chunk: int = 1 << 20) -> Iterator[object]:
+    """The elements of a top-level JSON array, decoded one after another so that memory stays small."""
     decoder, between, count, at = json.JSONDecoder(), re.compile(r"[\s,]*"), 0, 0
     with open(path, encoding="utf-8-sig") as file:
         text = file.read(chunk).lstrip()[1:]
-        while limit is None or count < limit:
-            at = between.match(text, at).end()
-            if text.startswith("]", at):
-                break
+        while not text.startswith("]", at := between.match(text, at).end()):
             try:
-                at = decoder.raw_decode(text, at)[1]
-                count += 1
+                element, at = decoder.raw_decode(text, at)
             except ValueError as error:
                 more = file.read(max(chunk, len(text)))
                 if not more:
                     raise ValueError(f"not valid JSON after element {count}: {error.msg}") from None
                 text, at = text[at:] + more, 0
-    return count
+            else:
+                count += 1
+                yield element
+
+
+def first_columns(path: Path) -> set[str]:
+    """The columns of a data file by its first 1,000 rows; none where they cannot be told."""
+    kind, columns = path.suffix[1:], set()
+    if kind == "txt":
+        return {"text"}
+    if path.is_dir() or kind not in ("csv", "json", "jsonl"):
+        return columns
+    with open(path, encoding="utf-8-sig", newline="") as file, contextlib.suppress(ValueError):
+        if kind == "csv":
+            return set(next(csv.reader(file), ()))
+        array = file.read(4096).lstrip().startswith("[")
+        file.seek(0)
+        for row in itertools.islice(json_elements(path) if array else map(json.loads, filter(str.strip, file)), 1000):
+            columns |= set(row if isinstance(row, dict) else ())
+    return columns
+
+
+def missing_columns(path: Path, entry: dict) -> str:
+    """What is wrong with the columns of a data set: LLaMA-Factory stops at a row that lacks one it reads; '' if none.
+
+    It reads what `columns` of dataset_info.json names or, without it, the columns of the format's own example.
+    """
+    alpaca, found = entry.get("formatting", "alpaca") == "alpaca", first_columns(path)
+    own = {"prompt": "instruction", "query": "input", "response": "output"} if alpaca else {"messages": "conversations"}
+    read = ("prompt", "query", "response", "system", "tools", "history", "images", "videos", "audios") if alpaca else (
+        "messages", "images", "videos", "audios")
+    wanted = {role: name for role, name in entry.get("columns", own).items()
+              if name and role in read and not (role == "response" and entry.get("ranking"))}
+    missing = [name for name in wanted.values() if name not in found]
+    if not found or not missing:
+        return ""
+    if alpaca and "conversations" in found:
+        hint = '"formatting": "sharegpt"'
+    else:
+        hint = '"columns": ' + json.dumps({role: name if name in found else "..." for role, name in wanted.items()
+                                           if name in found or role in ("prompt", "response", "messages")})
+    return (f"{path} has no column {', '.join(missing)}, only {', '.join(sorted(found))}; describe it in "
+            f"dataset_info.json with {hint}")
 
 
 def count_parquet(path: Path) -> int | None:
@@ -754,14 +797,18 @@ def inspect_data(config: Config, key: str) -> tuple[list[int | None], list[Probl
     rows, problems = [], []
     for name in names:
         try:
-            rows.append(inspect_data_set(name, info, config.values))
+            path, count = inspect_data_set(name, info, config.values)
+            rows.append(count)
+            fault = missing_columns(path, info[name]) if path else ""
+            problems += [Problem(f"{where}: {name}: {fault}", overrule=True)] if fault else []
         except (LookupError, ValueError, OSError) as error:
             problems.append(Problem(f"{where}: {error.args[0] if isinstance(error, LookupError) else error}"))
     return rows, problems
 
 
-def inspect_data_set(name: str, info: dict, values: dict) -> int | None:
-    """Rows of one data set, None: unknown. Raises LookupError, ValueError or OSError that says what is wrong."""
+def inspect_data_set(name: str, info: dict, values: dict) -> tuple[Path | None, int | None]:
+    """(file or folder, rows) of one data set; None: on a hub, unknown. Raises LookupError, ValueError or OSError
+    that says what is wrong."""
     folder, entry = values.get("dataset_dir", DEFAULTS["dataset_dir"]), info.get(name)
     if not isinstance(entry, dict):
         near = difflib.get_close_matches(name, info, 1)
@@ -770,7 +817,7 @@ def inspect_data_set(name: str, info: dict, values: dict) -> int | None:
     if entry.get("ranking") and values.get("stage", DEFAULTS["stage"]) not in ("rm", "dpo"):
         raise LookupError(f"{name}: holds preferences (ranking: true), which stage: dpo or rm takes")
     if {"hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name"} & set(entry):
-        return None
+        return None, None
     if "file_name" not in entry:
         raise LookupError(f"{name}: has no file_name in {folder}/dataset_info.json")
     path, limit = Path(folder if isinstance(folder, str) else ".", entry["file_name"]), values.get("max_samples")
@@ -784,7 +831,7 @@ def inspect_data_set(name: str, info: dict, values: dict) -> int | None:
         raise LookupError(f"{name}: {path}: {error}") from None
     if rows == 0:
         raise LookupError(f"{name}: {path} is empty; expected at least one row")
-    return rows
+    return path, rows
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -2148,6 +2195,8 @@ def build_training_args(config: Config, run_dir: Path) -> dict:
     args.setdefault("ddp_timeout", 7200)  # ranks wait for rank 0's tokenization; 30 minutes is short for that
     if args.get("streaming"):  # accelerate's default would join rank 0's batches, which differ in length
         args.setdefault("accelerator_config", {"dispatch_batches": False})
+        # LLaMA-Factory cuts a file into as many shards as there are workers: with none there would be no data.
+        args["dataloader_num_workers"] = args.get("dataloader_num_workers") or 1
     checkpoint = newest_checkpoint(run_dir)
     return {**args, "resume_from_checkpoint": str(checkpoint)} if checkpoint else args
 

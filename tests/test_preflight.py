@@ -338,6 +338,19 @@ BAD_FILES = [
                  id="data-empty-file"),
     pytest.param(change_data("x.json", '[{"instruction": "a", "output": "b"}, {'), r"dataset: tiny: .*x\.json.*JSON",
                  id="data-json-cut-off"),
+    pytest.param(change_data("x.json", '[{"instruction": "a", "output": "b"}]'),
+                 r'dataset: tiny: .*x\.json has no column input, only instruction, output; describe it in '
+                 r'dataset_info\.json with "columns": \{"prompt": "instruction", "response": "output"\} \(--force',
+                 id="data-without-input"),
+    pytest.param(change_data("x.csv", "question,answer\na,b\n"),
+                 r'has no column instruction, input, output, only answer, question; .*\{"prompt": "\.\.\.", '
+                 r'"response": "\.\.\."\}', id="data-with-other-columns"),
+    pytest.param(change_data("x.jsonl", '{"conversations": []}\n'), 'with "formatting": "sharegpt"',
+                 id="data-sharegpt"),
+    pytest.param(change_data("x.jsonl", '{"messages": []}\n', {"file_name": "x.jsonl", "formatting": "sharegpt"}),
+                 r'has no column conversations, only messages; .*\{"messages": "\.\.\."\}', id="data-openai"),
+    pytest.param(change_data("x.txt", "some text\n"), r"has no column instruction, input, output, only text; ",
+                 id="data-plain-text"),
     pytest.param(change_data("x.xlsx", "PK"), r"dataset: tiny: .*x\.xlsx.*json", id="data-of-unknown-kind"),
     pytest.param(change_data("x.json", '[{"chosen": "a"}]', {"file_name": "x.json", "ranking": True}),
                  r"dataset: tiny.*(ranking|stage)", id="preference-data-for-sft"),
@@ -591,6 +604,23 @@ def good(name: str, **changes: object):
 ])
 def test_right_configuration_is_accepted(accepted, write_config, changes):
     accepted(write_config(**changes))
+
+
+PAIR = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
+
+
+@pytest.mark.parametrize(("name", "row", "entry", "stage"), [
+    pytest.param("x.jsonl", {"q": "a", "a": "b"}, {"columns": {"prompt": "q", "response": "a"}}, "sft", id="columns"),
+    pytest.param("x.json", {"conversations": []}, {"formatting": "sharegpt"}, "sft", id="sharegpt"),
+    pytest.param("x.json", {"instruction": "a", "chosen": "b", "rejected": "c"}, {"ranking": True, "columns": PAIR},
+                 "dpo", id="preferences"),
+    pytest.param("x.txt", "some text", {"columns": {"prompt": "text"}}, "pt", id="plain-text"),
+])
+def test_data_of_another_shape_is_accepted(accepted, write_config, tmp_path, name, row, entry, stage):
+    config = write_config(stage=stage)
+    text = row if isinstance(row, str) else json.dumps([row] if name == "x.json" else row)
+    change_data(name, text + "\n", {"file_name": name, **entry})(tmp_path)
+    accepted(config)
 
 
 @pytest.mark.parametrize(("line", "steps"), [

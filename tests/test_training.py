@@ -186,10 +186,26 @@ def test_tensorboard_wandb_offline_and_mlflow_pass_through_at_once(tmp_path: Pat
 
 
 def test_streamed_data_trains_for_max_steps(tmp_path: Path) -> None:
-    config = write_config(tmp_path, streaming=True, max_samples=None, max_steps=3, deepspeed=None)
+    config = write_config(tmp_path, streaming=True, max_samples=None, max_steps=3, deepspeed=None,
+                          dataloader_num_workers=0)
     done = start(tmp_path, config, ranks=2)
     assert "3 in all (the data is streamed)" in done.console
     assert read_summary(done)["steps"] == 3
+
+
+def test_a_million_streamed_rows_take_hardly_more_memory_than_a_hundred(tmp_path: Path) -> None:
+    peaks = []
+    for name, count in (("few", 100), ("many", 1_000_000)):
+        with open(tmp_path / f"{name}.jsonl", "w", encoding="utf-8") as file:
+            file.writelines(f'{{"instruction": "get(id={n})", "output": "SELECT {n}"}}\n' for n in range(count))
+        columns = {"prompt": "instruction", "response": "output"}
+        write_json(tmp_path / "dataset_info.json", {name: {"file_name": f"{name}.jsonl", "columns": columns}})
+        config = write_config(tmp_path / name, dataset=name, dataset_dir=str(tmp_path), streaming=True, max_steps=3,
+                              max_samples=None, cache_dir=str(tmp_path / "cache"), deepspeed=None, save_strategy="no")
+        done = start(tmp_path / name, config)
+        assert read_summary(done)["steps"] == 3
+        peaks.append(read_summary(done)["peak_memory"])
+    assert peaks[1] - peaks[0] < 256 << 20
 
 
 def test_verbose_shows_what_rank_0_prints(tmp_path: Path) -> None:
