@@ -105,6 +105,16 @@ class LaunchError(Exception):
         super().__init__("\n".join(problem.text for problem in self.problems))
 
 
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print a line for the user; a closed terminal must not end the run."""
+    stream = stream or sys.stdout
+    try:
+        print(text, file=stream, flush=True)
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):  # what is left in the buffer must not fail again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Command line and configuration
 # ---------------------------------------------------------------------------------------------------------
@@ -396,6 +406,11 @@ def read_count(env: dict[str, str], name: str, default: int) -> int:
     return int(text)
 
 
+def node_rank(env: dict[str, str]) -> int:
+    """This machine's number among the machines; 0 where there is one."""
+    return int(env["NODE_RANK"]) if env.get("NODE_RANK", "").isdecimal() else 0
+
+
 def matching(device: str, gpus: list[Gpu]) -> list[Gpu]:
     """The GPUs that an id names: by number, or by the beginning of a UUID. MIG ids are not looked up."""
     return [gpu for gpu in gpus
@@ -441,6 +456,15 @@ def format_bytes(count: float) -> str:
 # ---------------------------------------------------------------------------------------------------------
 
 
+# The defaults of LLaMA-Factory and transformers for the keys that the plan and the checks read.
+DEFAULTS = {
+    "stage": "sft", "finetuning_type": "lora", "dataset_dir": "data", "cutoff_len": 2048, "val_size": 0.0,
+    "mix_strategy": "concat", "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1,
+    "num_train_epochs": 3.0, "max_steps": -1, "logging_strategy": "steps", "logging_steps": 500,
+    "save_strategy": "steps", "save_steps": 500, "eval_strategy": "no", "output_dir": ".",
+}
+
+
 @dataclass(frozen=True)
 class Field:
     """What a key takes: names of Python types (none: anything) and, for an enumeration, the words."""
@@ -468,6 +492,9 @@ CHOICE_SOURCES = ("transformers/trainer_utils.py", "transformers/training_args.p
 # Enumerations that the launcher widens: SwanLab's modes of today beside LLaMA-Factory's two.
 SWANLAB_MODES = ("online", "cloud", "local", "offline", "disabled")
 EXTRA_CHOICES = {"swanlab_mode": SWANLAB_MODES}
+# Text that LLaMA-Factory splits at commas, so that a list does as well.
+SPLIT_KEYS = {"dataset", "eval_dataset", "adapter_name_or_path", "interleave_probs", "lora_target", "oft_target",
+              "galore_target", "apollo_target", "additional_target", "freeze_trainable_modules", "freeze_extra_modules"}
 
 
 def known_fields() -> dict[str, Field]:
@@ -521,11 +548,6 @@ def read_annotation(node: ast.expr, choices: dict[str, tuple[str, ...]]) -> Fiel
     if name in choices:
         return Field(choices=choices[name])
     return Field(frozenset({name} & {"bool", "int", "float", "str", "list", "dict"}))
-
-
-# Text that LLaMA-Factory splits at commas, so that a list does as well.
-SPLIT_KEYS = {"dataset", "eval_dataset", "adapter_name_or_path", "interleave_probs", "lora_target", "oft_target",
-              "galore_target", "apollo_target", "additional_target", "freeze_trainable_modules", "freeze_extra_modules"}
 
 
 def cast(value: object, wanted: Field) -> object:
@@ -584,17 +606,32 @@ def check_keys(config: Config, fields: dict[str, Field]) -> tuple[Config, list[P
     return replace(config, values=values, refused=frozenset(set(config.values) & set(fields) - set(values))), problems
 
 
+def name_list(value: object) -> list[str]:
+    """`a, b` or [a, b] as a list of words; None is []."""
+    items = value if isinstance(value, list) else str(value or "").split(",")
+    return [str(item).strip() for item in items if str(item).strip()]
+
+
+# The packages behind each backend of report_to.
+BACKENDS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "mlflow": ("mlflow",),
+            "swanlab": ("swanlab",), "comet_ml": ("comet_ml",), "clearml": ("clearml",), "neptune": ("neptune",),
+            "codecarbon": ("codecarbon",), "dvclive": ("dvclive",), "dagshub": ("dagshub",), "flyte": ("flytekit",),
+            "trackio": ("trackio",), "azure_ml": ("azureml",)}
+
+
+def reporters(values: dict) -> list[str]:
+    """The backends of `report_to` as a list; none is []. `use_swanlab` is LLaMA-Factory's older spelling."""
+    names = [name for name in name_list(values.get("report_to")) if name != "none"]
+    if "all" in names:
+        names = [name for name, packages in BACKENDS.items() if any(map(find_spec, packages))]
+    return names + ["swanlab"] * (values.get("use_swanlab") is True and "swanlab" not in names)
+
+
 # ---------------------------------------------------------------------------------------------------------
-# Plan: samples and optimizer steps
+# Data: files, rows and columns
 # ---------------------------------------------------------------------------------------------------------
 
-# The defaults of LLaMA-Factory and transformers for the keys that the plan and the checks read.
-DEFAULTS = {
-    "stage": "sft", "finetuning_type": "lora", "dataset_dir": "data", "cutoff_len": 2048, "val_size": 0.0,
-    "mix_strategy": "concat", "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1,
-    "num_train_epochs": 3.0, "max_steps": -1, "logging_strategy": "steps", "logging_steps": 500,
-    "save_strategy": "steps", "save_steps": 500, "eval_strategy": "no", "output_dir": ".",
-}
+
 DATA_FILES = ("json", "jsonl", "csv", "txt", "parquet", "arrow")
 
 
@@ -671,6 +708,13 @@ def json_elements(path: Path, chunk: int = 1 << 20) -> Iterator[object]:
                 yield element
 
 
+def count_parquet(path: Path) -> int | None:
+    """Rows by a Parquet file's footer; another process reads it, since pyarrow would triple ours."""
+    script = "import sys, pyarrow.parquet as p; print(p.ParquetFile(sys.argv[1]).metadata.num_rows)"
+    answer = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True)
+    return int(answer.stdout) if answer.returncode == 0 else None
+
+
 def first_columns(path: Path) -> set[str]:
     """The columns of a data file by its first 1,000 rows; none where they cannot be told."""
     kind, columns = path.suffix[1:], set()
@@ -709,64 +753,6 @@ def missing_columns(path: Path, entry: dict) -> str:
                                            if name in found or role in ("prompt", "response", "messages")})
     return (f"{path} has no column {', '.join(missing)}, only {', '.join(sorted(found))}; describe it in "
             f"dataset_info.json with {hint}")
-
-
-def count_parquet(path: Path) -> int | None:
-    """Rows by a Parquet file's footer; another process reads it, since pyarrow would triple ours."""
-    script = "import sys, pyarrow.parquet as p; print(p.ParquetFile(sys.argv[1]).metadata.num_rows)"
-    answer = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True)
-    return int(answer.stdout) if answer.returncode == 0 else None
-
-
-@dataclass(frozen=True)
-class Steps:
-    """The arithmetic of a run; None where it can only be known once the data is tokenized, with the reason."""
-
-    samples: int | None
-    per_epoch: int | None
-    total: int | None
-    reason: str = ""
-
-
-def plan_steps(rows: list[int | None], values: dict, world_size: int) -> Steps:
-    """Optimizer steps as transformers' Trainer.set_initial_training_values counts them.
-
-    `rows` are the data sets' rows after max_samples. Each rank gets ceil(ceil(samples / micro-batch) / ranks)
-    batches (accelerate's BatchSamplerShard with even_batches); gradient accumulation groups them, the last
-    group of an epoch may be short.
-    """
-    values = DEFAULTS | values
-    samples, reason = count_samples(rows, values)
-    if samples is None:
-        return Steps(None, None, values["max_steps"] if values["max_steps"] > 0 else None, reason)
-    divide = (lambda a, b: a // b) if values.get("dataloader_drop_last") else (lambda a, b: -(-a // b))
-    batches = divide(divide(samples, values["per_device_train_batch_size"]), world_size)
-    per_epoch = max(-(-batches // values["gradient_accumulation_steps"]), 1)
-    by_epochs = math.ceil(values["num_train_epochs"] * per_epoch)
-    return Steps(samples, per_epoch, values["max_steps"] if values["max_steps"] > 0 else by_epochs)
-
-
-def count_samples(rows: list[int | None], values: dict) -> tuple[int | None, str]:
-    """Training samples after the split, as LLaMA-Factory's split_dataset makes it, or why they are unknown."""
-    if values.get("streaming"):
-        return None, "the data is streamed"
-    if values.get("packing", values["stage"] == "pt") or values.get("neat_packing"):
-        return None, "packing joins samples"
-    if values.get("tokenized_path") and Path(values["tokenized_path"]).is_dir():
-        return None, "tokenized_path holds the samples"
-    if None in rows or not rows:
-        return None, "the rows of the data are counted when it is loaded"
-    if values["mix_strategy"] != "concat" and len(rows) > 1:
-        return None, "interleaving draws the samples"
-    share = values["val_size"]
-    held_out = int(share) if share > 1 else math.ceil(sum(rows) * share)
-    return sum(rows) - held_out, ""
-
-
-def name_list(value: object) -> list[str]:
-    """`a, b` or [a, b] as a list of words; None is []."""
-    items = value if isinstance(value, list) else str(value or "").split(",")
-    return [str(item).strip() for item in items if str(item).strip()]
 
 
 def read_dataset_info(values: dict) -> tuple[dict | None, str]:
@@ -834,9 +820,23 @@ def inspect_data_set(name: str, info: dict, values: dict) -> tuple[Path | None, 
     return path, rows
 
 
+def data_files(config: Config) -> dict[str, str]:
+    """{path: fingerprint} of the data files; the fingerprint is the size, with a hash up to 64 MiB."""
+    info, folder, files = read_dataset_info(config.values)[0] or {}, config.values.get("dataset_dir", "data"), {}
+    for name in name_list(config.values.get("dataset")) + name_list(config.values.get("eval_dataset")):
+        entry = info.get(name)
+        path = Path(str(folder), entry.get("file_name", "")) if isinstance(entry, dict) else Path()
+        if path.is_file():
+            size = path.stat().st_size
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16] if size <= 64 << 20 else ""
+            files[str(path)] = f"{size} {digest}".strip()
+    return files
+
+
 # ---------------------------------------------------------------------------------------------------------
-# Plan: memory, disk and traffic
+# Model and DeepSpeed: their sizes, read from their files
 # ---------------------------------------------------------------------------------------------------------
+
 
 # hidden, layers, heads, key-value heads, inner, tied embeddings: the config.json files of the Qwen3 releases,
 # all with head_dim 128 and a vocabulary of 151,936, so that a plan needs no download.
@@ -1006,6 +1006,56 @@ def inspect_deepspeed(config: Config) -> tuple[Zero, list[Problem]]:
     except LookupError as error:
         fault = error.args[0]
     return Zero(), [Problem(f"{config.where('deepspeed')}: deepspeed: {fault}")]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Plan: optimizer steps, memory, disk and traffic
+# ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The arithmetic of a run; None where it can only be known once the data is tokenized, with the reason."""
+
+    samples: int | None
+    per_epoch: int | None
+    total: int | None
+    reason: str = ""
+
+
+def plan_steps(rows: list[int | None], values: dict, world_size: int) -> Steps:
+    """Optimizer steps as transformers' Trainer.set_initial_training_values counts them.
+
+    `rows` are the data sets' rows after max_samples. Each rank gets ceil(ceil(samples / micro-batch) / ranks)
+    batches (accelerate's BatchSamplerShard with even_batches); gradient accumulation groups them, the last
+    group of an epoch may be short.
+    """
+    values = DEFAULTS | values
+    samples, reason = count_samples(rows, values)
+    if samples is None:
+        return Steps(None, None, values["max_steps"] if values["max_steps"] > 0 else None, reason)
+    divide = (lambda a, b: a // b) if values.get("dataloader_drop_last") else (lambda a, b: -(-a // b))
+    batches = divide(divide(samples, values["per_device_train_batch_size"]), world_size)
+    per_epoch = max(-(-batches // values["gradient_accumulation_steps"]), 1)
+    by_epochs = math.ceil(values["num_train_epochs"] * per_epoch)
+    return Steps(samples, per_epoch, values["max_steps"] if values["max_steps"] > 0 else by_epochs)
+
+
+def count_samples(rows: list[int | None], values: dict) -> tuple[int | None, str]:
+    """Training samples after the split, as LLaMA-Factory's split_dataset makes it, or why they are unknown."""
+    if values.get("streaming"):
+        return None, "the data is streamed"
+    if values.get("packing", values["stage"] == "pt") or values.get("neat_packing"):
+        return None, "packing joins samples"
+    if values.get("tokenized_path") and Path(values["tokenized_path"]).is_dir():
+        return None, "tokenized_path holds the samples"
+    if None in rows or not rows:
+        return None, "the rows of the data are counted when it is loaded"
+    if values["mix_strategy"] != "concat" and len(rows) > 1:
+        return None, "interleaving draws the samples"
+    share = values["val_size"]
+    held_out = int(share) if share > 1 else math.ceil(sum(rows) * share)
+    return sum(rows) - held_out, ""
 
 
 def estimate_memory(model: Model, zero: Zero, values: dict, world_size: int, local_size: int) -> dict:
@@ -1249,8 +1299,229 @@ def describe_when(values: dict) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Run directory: its files, and who holds it
+# ---------------------------------------------------------------------------------------------------------
+
+
+def run_name(config: Config, now: float) -> str:
+    """The run directory's name: `run_name`, else the local time as YYYYmmdd-HHMMSS. Raises LaunchError."""
+    name = str(config.values.get("run_name", time.strftime("%Y%m%d-%H%M%S", time.localtime(now))))
+    if not name.strip(". ") or "/" in name or "\\" in name:
+        raise LaunchError(f"{config.where('run_name')}: run_name: {name!r} cannot be a folder name; "
+                          "expected one word without slashes")
+    return name
+
+
+def create_run_dir(config: Config) -> Path:
+    """Create `<output_dir>/<run name>` with logs/ in it. Raises LaunchError where it exists or cannot be."""
+    while True:
+        run_dir = Path(config.values["output_dir"]) / run_name(config, time.time())
+        try:
+            (run_dir.parent).mkdir(parents=True, exist_ok=True)
+            run_dir.mkdir()
+            (run_dir / "logs").mkdir()
+            return run_dir
+        except FileExistsError:
+            if "run_name" in config.values or not run_dir.is_dir():
+                raise LaunchError(f"{run_dir}: exists already; choose another run_name, or go on with it: "
+                                  f"--resume {run_dir}") from None
+            time.sleep(0.2)  # another run began in this very second; the next one is ours
+        except OSError as error:
+            raise LaunchError(f"{config.where('output_dir')}: output_dir: cannot create {run_dir}: "
+                              f"{error.strerror.lower()}") from None
+
+
+def await_run_dir(config: Config, seconds: int = 600) -> Path:
+    """On a machine that is not the first: wait for the run directory that the first one creates."""
+    run_dir = Path(config.values["output_dir"]) / run_name(config, time.time())
+    deadline = time.time() + seconds
+    while not (run_dir / "config.yaml").exists():
+        if time.time() > deadline:
+            raise LaunchError(f"{run_dir}: the machine with NODE_RANK=0 has not created it within {seconds} s; "
+                              "output_dir must be on a file system that all machines share, and run_name the same")
+        time.sleep(0.5)
+    return run_dir
+
+
+def lock_run(run_dir: Path) -> TextIO:
+    """Hold the run directory for this process; raises LaunchError while another launcher lives in it."""
+    (run_dir / "logs").mkdir(exist_ok=True)
+    file = open(run_dir / "logs" / "lock", "a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        raise LaunchError(f"{run_dir}: this run is alive (launcher pid {file.read().strip()}); stop it first, "
+                          "or wait") from None
+    with contextlib.suppress(OSError):  # a full disk; the pid is for a message only
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), str(os.getpid()).encode())
+    return file
+
+
+def find_run(options: argparse.Namespace) -> Path | None:
+    """The run directory that --resume means: RUN_DIR, else the newest unfinished one; None: a new run."""
+    if options.resume is None:
+        return None
+    if options.resume:
+        run_dir = Path(options.resume).expanduser().resolve()
+        if not (run_dir / "config.yaml").is_file():
+            raise LaunchError(f"--resume {options.resume}: {run_dir}/config.yaml does not exist; expected the "
+                              "directory of a run")
+        return run_dir
+    output_dir = Path(load_config(options.config, options.overrides).values.get("output_dir", "."))
+    runs = sorted(output_dir.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise LaunchError(f"--resume: there is no run under {output_dir}; start one without --resume")
+    unfinished = [path for path in runs if not is_finished(path.parent)]
+    return (unfinished or runs)[-1].parent
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Whether the run has trained to its end."""
+    return read_summary(run_dir).get("state") == "finished"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file wholly or, where that fails, leave the old one as it was."""
+    draft = path.with_name(f"{path.name}.draft")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+
+
+def launchable_config(config: Config, devices: Devices) -> str:
+    """The text of the run's config.yaml: resolved, without secrets, with the command that launches it again."""
+    values = {key: value for key, value in config.values.items() if key != "run_name"}
+    if devices.ids:
+        values["cuda_visible_devices"] = ",".join(devices.ids)
+    count = "" if devices.ids else f"NPROC_PER_NODE={devices.processes} "
+    return (f"# Resolved from {config.source}. The same again, in a new run directory:\n"
+            f"#   {count}python {SCRIPT} config.yaml\n"
+            + "".join(f"# {key} was left out: give it again\n" for key in config.secrets)
+            + yaml.dump(values, Dumper=ConfigDumper, sort_keys=False, allow_unicode=True))
+
+
+def write_summary(run_dir: Path, summary: dict) -> None:
+    """Write summary.json."""
+    write_whole(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
+
+
+def read_summary(run_dir: Path) -> dict:
+    """summary.json, or {} while there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    return {}
+
+
+def read_log(run_dir: Path) -> list[dict]:
+    """The lines of trainer_log.jsonl that are whole."""
+    lines = []
+    with contextlib.suppress(OSError):
+        for text in (run_dir / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(text))
+    return lines
+
+
+def rewind_log(run_dir: Path, step: int) -> None:
+    """Drop the lines of trainer_log.jsonl beyond `step`: they are trained again."""
+    path = run_dir / "trainer_log.jsonl"
+    if path.exists():
+        kept = [json.dumps(line) + "\n" for line in read_log(run_dir) if line["current_steps"] <= step]
+        write_whole(path, "".join(kept))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Checkpoints that can be trusted
+# ---------------------------------------------------------------------------------------------------------
+
+
+MANIFEST = "manifest.json"
+
+
+def commit_checkpoint(folder: Path, world_size: int, resumable: bool) -> None:
+    """Make a finished checkpoint durable, then say so: fsync every file, then write the manifest atomically."""
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    folders = {folder, *((folder / name).parent for name in files)}
+    for path in (*(folder / name for name in files), *folders):
+        sync(path)
+    content = {"world_size": world_size, "resumable": resumable, "files": files}
+    draft = folder / f"{MANIFEST}.draft"
+    draft.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    sync(draft)
+    draft.replace(folder / MANIFEST)
+    sync(folder)
+
+
+def sync(path: Path) -> None:
+    """fsync a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checkpoint_fault(folder: Path) -> str:
+    """Why a checkpoint cannot be trusted: no manifest, or a file that differs from it; '' where it can."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "it was not committed"
+    for name, size in manifest["files"].items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if (folder / name).stat().st_size != size:
+            return f"{name} has {(folder / name).stat().st_size} bytes instead of {size}"
+    return "" if manifest["resumable"] else "save_only_model left out what resuming needs"
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """The run's checkpoint folders, newest first."""
+    found = [path for path in run_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=checkpoint_step, reverse=True)
+
+
+def checkpoint_step(folder: Path | None) -> int:
+    """The optimizer step of a checkpoint folder; 0 for none."""
+    return int(folder.name.rpartition("-")[2]) if folder else 0
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest checkpoint that can be trusted; None: there is none."""
+    return next((path for path in list_checkpoints(run_dir) if not checkpoint_fault(path)), None)
+
+
+def set_aside_torn(run_dir: Path) -> list[str]:
+    """Rename every checkpoint that is newer than the newest good one, so that nobody resumes from it; a line each."""
+    good, lines = checkpoint_step(newest_checkpoint(run_dir)), []
+    for folder in list_checkpoints(run_dir):
+        if checkpoint_step(folder) > good:
+            fault, aside = checkpoint_fault(folder), free_name(run_dir / f"torn-{folder.name}")
+            folder.rename(aside)
+            lines.append(f"{folder.name} is not resumed from: {fault}; moved to {aside.name}")
+    return lines
+
+
+def rotate_checkpoints(run_dir: Path, keep: int | None, best: str) -> None:
+    """Remove the oldest checkpoints, so that `keep` remain (None or 0: all); the newest and the `best` always do."""
+    newest, *older = list_checkpoints(run_dir)
+    older.sort(key=lambda path: path.name == best, reverse=True)  # the best counts first
+    for folder in older[max(keep - 1, best in [path.name for path in older]):] if keep and keep > 0 else []:
+        (folder / MANIFEST).unlink(missing_ok=True)  # half removed, it cannot be trusted
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def free_name(path: Path) -> Path:
+    """`path`, or `path` with the first number behind it that is not taken."""
+    names = (path.with_name(f"{path.name}{f'.{n}' if n else ''}") for n in range(1000))
+    return next(name for name in names if not name.exists())
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Preflight: every problem at once
 # ---------------------------------------------------------------------------------------------------------
+
 
 AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
                 "cutoff_len", "max_samples", "global_batch_size", "preprocessing_num_workers", "ddp_timeout",
@@ -1259,11 +1530,6 @@ MORE_THAN_ZERO = ("num_train_epochs", "logging_steps", "save_steps", "eval_steps
 NOT_NEGATIVE = ("learning_rate", "weight_decay", "warmup_ratio", "warmup_steps", "max_grad_norm", "val_size",
                 "dataloader_num_workers", "max_restarts", "label_smoothing_factor", "neftune_noise_alpha")
 SHARE_OR_WHOLE = ("logging_steps", "save_steps", "eval_steps", "warmup_steps")
-# The packages behind each backend of report_to.
-BACKENDS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "mlflow": ("mlflow",),
-            "swanlab": ("swanlab",), "comet_ml": ("comet_ml",), "clearml": ("clearml",), "neptune": ("neptune",),
-            "codecarbon": ("codecarbon",), "dvclive": ("dvclive",), "dagshub": ("dagshub",), "flyte": ("flytekit",),
-            "trackio": ("trackio",), "azure_ml": ("azureml",)}
 # From .. up to but not including: what LLaMA-Factory 0.9.5 works with. transformers 5.6 breaks flash attention.
 WORKING_VERSIONS = {"torch": ((2, 4), (2, 12)), "transformers": ((4, 55), (5, 6)),
                     "llamafactory": ((0, 9, 5), (0, 9, 6)), "deepspeed": ((0, 10), (0, 18, 5))}
@@ -1442,6 +1708,64 @@ def version_trouble(name: str) -> str:
     return f"{name} {found} is installed, {name}{wanted} is needed; pip install -r requirements.txt"
 
 
+def inspect_machine(config: Config, env: dict[str, str]) -> tuple[Devices, int, list[Gpu], list[Problem]]:
+    """(devices, number of machines, what NVML knows of the devices, problems)."""
+    on_cpu = config.values.get("use_cpu") is True
+    gpus, note = ([], "") if on_cpu else query_gpus()
+    try:
+        devices, nodes = resolve_devices(config, env, gpus), read_count(env, "NNODES", 1)
+        problems = ([] if on_cpu else check_devices(devices, gpus, note)) + check_nodes(config, env, nodes)
+    except LaunchError as error:
+        return Devices((), "unknown", 1), 1, [], error.problems
+    if gpus is None:
+        devices = replace(devices, reason=f"{devices.reason}; {note}")
+    return devices, nodes, chosen_gpus(devices, gpus), problems
+
+
+def check_nodes(config: Config, env: dict[str, str], nodes: int) -> list[Problem]:
+    """What several machines, or a MASTER_PORT, need; nothing where a torchrun of the user's has seen to it."""
+    problems = []
+    if "LOCAL_RANK" in env:
+        return problems
+    if nodes > 1:
+        problems += [f"environment variable {name}: is needed with NNODES={nodes}" for name in
+                     ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if not env.get(name)]
+        if env.get("NODE_RANK") and not (env["NODE_RANK"].isdecimal() and int(env["NODE_RANK"]) < nodes):
+            problems.append(f"environment variable NODE_RANK: expected a number below NNODES={nodes}, got "
+                            f"{env['NODE_RANK']!r}")
+        if "run_name" not in config.values:
+            problems.append(f"run_name: is needed with NNODES={nodes}, the same on each machine: "
+                            "all of them use one run directory")
+    port = env.get("MASTER_PORT", "").strip()
+    if port and not (port.isdecimal() and 0 < int(port) < 65536):
+        problems.append(f"environment variable MASTER_PORT: expected a number up to 65535, got {port!r}")
+    elif port and node_rank(env) == 0 and port_in_use(int(port)):
+        problems.append(f"environment variable MASTER_PORT: port {port} is in use on this machine; choose another")
+    return [Problem(text) for text in problems]
+
+
+def port_in_use(port: int) -> bool:
+    """Whether a server of this machine listens on `port`."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return True
+    return False
+
+
+def check_output(config: Config) -> list[Problem]:
+    """output_dir must be a folder that can be written, or one that can be made."""
+    folder = Path(config.values.get("output_dir", "."))
+    while not folder.exists():
+        folder = folder.parent
+    if folder.is_dir() and os.access(folder, os.W_OK):
+        return []
+    fault = "cannot be written" if folder.is_dir() else "is a file"
+    return [Problem(f"{config.where('output_dir')}: output_dir: {folder} {fault}; choose a folder of yours")]
+
+
 def check_plan(plan: Plan, config: Config, gpus: list[Gpu]) -> list[Problem]:
     """What would not fit: samples, device memory, host memory, disk; and GPUs that others use.
 
@@ -1467,526 +1791,41 @@ def check_plan(plan: Plan, config: Config, gpus: list[Gpu]) -> list[Problem]:
     return estimates
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Run directory
-# ---------------------------------------------------------------------------------------------------------
+# What may not change under a run that goes on: the model would not load, or the data would be another.
+FIXED_KEYS = ("model_name_or_path", "train_from_scratch", "finetuning_type", "stage", "template", "dataset",
+              "dataset_dir", "max_samples", "val_size", "cutoff_len", "packing", "seed", "data_seed")
 
 
-def run_name(config: Config, now: float) -> str:
-    """The run directory's name: `run_name`, else the local time as YYYYmmdd-HHMMSS. Raises LaunchError."""
-    name = str(config.values.get("run_name", time.strftime("%Y%m%d-%H%M%S", time.localtime(now))))
-    if not name.strip(". ") or "/" in name or "\\" in name:
-        raise LaunchError(f"{config.where('run_name')}: run_name: {name!r} cannot be a folder name; "
-                          "expected one word without slashes")
-    return name
-
-
-def create_run_dir(config: Config) -> Path:
-    """Create `<output_dir>/<run name>` with logs/ in it. Raises LaunchError where it exists or cannot be."""
-    while True:
-        run_dir = Path(config.values["output_dir"]) / run_name(config, time.time())
-        try:
-            (run_dir.parent).mkdir(parents=True, exist_ok=True)
-            run_dir.mkdir()
-            (run_dir / "logs").mkdir()
-            return run_dir
-        except FileExistsError:
-            if "run_name" in config.values or not run_dir.is_dir():
-                raise LaunchError(f"{run_dir}: exists already; choose another run_name, or go on with it: "
-                                  f"--resume {run_dir}") from None
-            time.sleep(0.2)  # another run began in this very second; the next one is ours
-        except OSError as error:
-            raise LaunchError(f"{config.where('output_dir')}: output_dir: cannot create {run_dir}: "
-                              f"{error.strerror.lower()}") from None
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file wholly or, where that fails, leave the old one as it was."""
-    draft = path.with_name(f"{path.name}.draft")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
-
-
-def launchable_config(config: Config, devices: Devices) -> str:
-    """The text of the run's config.yaml: resolved, without secrets, with the command that launches it again."""
-    values = {key: value for key, value in config.values.items() if key != "run_name"}
-    if devices.ids:
-        values["cuda_visible_devices"] = ",".join(devices.ids)
-    count = "" if devices.ids else f"NPROC_PER_NODE={devices.processes} "
-    return (f"# Resolved from {config.source}. The same again, in a new run directory:\n"
-            f"#   {count}python {SCRIPT} config.yaml\n"
-            + "".join(f"# {key} was left out: give it again\n" for key in config.secrets)
-            + yaml.dump(values, Dumper=ConfigDumper, sort_keys=False, allow_unicode=True))
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Checkpoints that can be trusted
-# ---------------------------------------------------------------------------------------------------------
-
-MANIFEST = "manifest.json"
-
-
-def commit_checkpoint(folder: Path, world_size: int, resumable: bool) -> None:
-    """Make a finished checkpoint durable, then say so: fsync every file, then write the manifest atomically."""
-    files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
-    folders = {folder, *((folder / name).parent for name in files)}
-    for path in (*(folder / name for name in files), *folders):
-        sync(path)
-    content = {"world_size": world_size, "resumable": resumable, "files": files}
-    draft = folder / f"{MANIFEST}.draft"
-    draft.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    sync(draft)
-    draft.replace(folder / MANIFEST)
-    sync(folder)
-
-
-def sync(path: Path) -> None:
-    """fsync a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
+def check_alive(run_dir: Path) -> list[Problem]:
+    """A run that still runs cannot be resumed."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def checkpoint_fault(folder: Path) -> str:
-    """Why a checkpoint cannot be trusted: no manifest, or a file that differs from it; '' where it can."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "it was not committed"
-    for name, size in manifest["files"].items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if (folder / name).stat().st_size != size:
-            return f"{name} has {(folder / name).stat().st_size} bytes instead of {size}"
-    return "" if manifest["resumable"] else "save_only_model left out what resuming needs"
-
-
-def list_checkpoints(run_dir: Path) -> list[Path]:
-    """The run's checkpoint folders, newest first."""
-    found = [path for path in run_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=checkpoint_step, reverse=True)
-
-
-def checkpoint_step(folder: Path | None) -> int:
-    """The optimizer step of a checkpoint folder; 0 for none."""
-    return int(folder.name.rpartition("-")[2]) if folder else 0
-
-
-def newest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest checkpoint that can be trusted; None: there is none."""
-    return next((path for path in list_checkpoints(run_dir) if not checkpoint_fault(path)), None)
-
-
-def set_aside_torn(run_dir: Path) -> list[str]:
-    """Rename every checkpoint that is newer than the newest good one, so that nobody resumes from it; a line each."""
-    good, lines = checkpoint_step(newest_checkpoint(run_dir)), []
-    for folder in list_checkpoints(run_dir):
-        if checkpoint_step(folder) > good:
-            fault, aside = checkpoint_fault(folder), free_name(run_dir / f"torn-{folder.name}")
-            folder.rename(aside)
-            lines.append(f"{folder.name} is not resumed from: {fault}; moved to {aside.name}")
-    return lines
-
-
-def rotate_checkpoints(run_dir: Path, keep: int | None, best: str) -> None:
-    """Remove the oldest checkpoints, so that `keep` remain (None or 0: all); the newest and the `best` always do."""
-    newest, *older = list_checkpoints(run_dir)
-    older.sort(key=lambda path: path.name == best, reverse=True)  # the best counts first
-    for folder in older[max(keep - 1, best in [path.name for path in older]):] if keep and keep > 0 else []:
-        (folder / MANIFEST).unlink(missing_ok=True)  # half removed, it cannot be trusted
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def free_name(path: Path) -> Path:
-    """`path`, or `path` with the first number behind it that is not taken."""
-    names = (path.with_name(f"{path.name}{f'.{n}' if n else ''}") for n in range(1000))
-    return next(name for name in names if not name.exists())
-
-
-def rewind_log(run_dir: Path, step: int) -> None:
-    """Drop the lines of trainer_log.jsonl beyond `step`: they are trained again."""
-    path = run_dir / "trainer_log.jsonl"
-    if path.exists():
-        kept = [json.dumps(line) + "\n" for line in read_log(run_dir) if line["current_steps"] <= step]
-        write_whole(path, "".join(kept))
-
-
-def read_log(run_dir: Path) -> list[dict]:
-    """The lines of trainer_log.jsonl that are whole."""
-    lines = []
-    with contextlib.suppress(OSError):
-        for text in (run_dir / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                lines.append(json.loads(text))
-    return lines
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Launch: torchrun on this script, watched and restarted
-# ---------------------------------------------------------------------------------------------------------
-
-
-def build_torchrun_command(devices: Devices, config_path: Path, env: dict[str, str]) -> list[str]:
-    """The torchrun command that starts one worker a device on this machine. Starts nothing.
-
-    One machine: torchrun takes a free port, unless MASTER_PORT is set. Several: they meet at MASTER_ADDR,
-    and wait 15 minutes for one that is down. torchrun handles no signal but SIGQUIT: on SIGTERM it would
-    give a checkpoint 30 seconds and then kill it.
-    """
-    nodes = read_count(env, "NNODES", 1)
-    address = f"{env.get('MASTER_ADDR', '127.0.0.1')}:{env.get('MASTER_PORT', '0')}"
-    rendezvous = ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", address,
-                  "--rdzv-id", config_path.parent.name]
-    if nodes > 1:
-        host = int(node_rank(env) == 0)
-        rendezvous += ["--rdzv-conf", f"is_host={host},join_timeout=900,read_timeout=900",
-                       "--local-addr", own_address(env.get("MASTER_ADDR", "127.0.0.1"))]
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(devices.processes), *rendezvous,
-            "--signals-to-handle", "SIGQUIT", str(SCRIPT), str(config_path)]
-
-
-def own_address(other: str) -> str:
-    """The address by which `other` reaches this machine; a host name need not resolve there. Sends nothing."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((other, 9))
-            return probe.getsockname()[0]
-        except OSError:
-            return socket.gethostname()
-
-
-def build_worker_environment(devices: Devices, run_dir: Path, config: Config, env: dict[str, str]) -> dict[str, str]:
-    """A copy of `env` for the workers: their devices, the run directory and the secrets."""
-    worker = {**env, "FORCE_TORCHRUN": "1", RUN_DIR_VARIABLE: str(run_dir), STARTED_VARIABLE: str(time.time()),
-              **device_environment(devices, env)}
-    places = {"TORCH_EXTENSIONS_DIR": extensions_folder(), "TENSORBOARD_LOGGING_DIR": run_dir / "tensorboard"}
-    if "wandb" in reporters(config.values):
-        places |= {"WANDB_DIR": run_dir, "WANDB_PROJECT": project(config.values)}
-    if "mlflow" in reporters(config.values):
-        places |= {"MLFLOW_TRACKING_URI": f"sqlite:///{run_dir.parent / 'mlflow.db'}",
-                   "MLFLOW_EXPERIMENT_NAME": project(config.values)}
-    worker = {**{key: str(value) for key, value in places.items()}, **worker}
-    for key, value in config.secrets.items():
-        if key in SECRET_ENVIRONMENT:
-            worker[SECRET_ENVIRONMENT[key]] = value
-    others = {key: value for key, value in config.secrets.items() if key not in SECRET_ENVIRONMENT}
-    worker[SECRETS_VARIABLE] = json.dumps(others)
-    return worker
-
-
-def device_environment(devices: Devices, env: dict[str, str]) -> dict[str, str]:
-    """What tells torch, DeepSpeed and NCCL the devices; PCI_BUS_ID makes ids mean what nvidia-smi shows."""
-    variables = {"CUDA_VISIBLE_DEVICES": ",".join(devices.ids), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-    if not devices.ids:
-        # Threads that spin while they wait run fifty times slower on cores that another process uses too.
-        return {**variables, "DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": env.get("OMP_WAIT_POLICY", "PASSIVE")}
-    # As llamafactory-cli does: fewer out-of-memory errors from fragmentation.
-    return {**variables, "PYTORCH_CUDA_ALLOC_CONF": env.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")}
-
-
-def project(values: dict) -> str:
-    """The project's name on every tracker."""
-    return str(values.get("swanlab_project") or values.get("project") or "qwen3-ft")
-
-
-def extensions_folder() -> Path:
-    """Where DeepSpeed's compiled operators go: one folder a torch version, which torch itself does not separate."""
-    python = f"py{sys.version_info.major}{sys.version_info.minor}"
-    return Path.home() / ".cache" / "torch_extensions" / f"torch-{installed_version('torch')}-{python}"
-
-
-def clear_stale_locks(folder: Path) -> None:
-    """Remove build locks that no process holds open: torch would wait for them for ever."""
-    for lock in folder.glob("*/lock"):
-        held = set()
-        for link in Path("/proc").glob("[0-9]*/fd/*"):
-            with contextlib.suppress(OSError):  # another user's process, or one that has just ended
-                held.add(os.readlink(link))
-        if str(lock.resolve()) not in held:
-            lock.unlink(missing_ok=True)
-
-
-def die_with_parent(parent: int) -> None:
-    """Ask Linux to SIGKILL this process when the thread that started it is gone (prctl PR_SET_PDEATHSIG)."""
-    import ctypes
-
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the call
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def outlive_parent() -> None:
-    """Take die_with_parent back."""
-    import ctypes
-
-    ctypes.CDLL(None).prctl(1, 0)
-
-
-def parent_of(pid: int) -> int:
-    """The parent of a process; 0 where it is gone."""
-    with contextlib.suppress(OSError):
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return 0
-
-
-def before_torchrun(parent: int) -> None:
-    """In torchrun's process before it starts: die with the launcher, and leave stopping to the STOP file."""
-    die_with_parent(parent)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def request_stop(run_dir: Path, number: int) -> None:
-    """Create the STOP file, which every rank looks for at the end of a step; it names the signal."""
-    with contextlib.suppress(OSError):  # on a full disk the file is created nevertheless
-        (run_dir / "STOP").write_text(signal.Signals(number).name, encoding="utf-8")
-
-
-class StopRequest:
-    """The launcher's signal handler: the first signal asks for a checkpoint, the third Ctrl-C kills."""
-
-    def __init__(self, run_dir: Path):
-        self.run_dir, self.presses, self.process = run_dir, 0, None
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP: the run goes on
-                signal.signal(number, self.handle)
-
-    def handle(self, number: int, frame: object) -> None:
-        """Stop gracefully; only Ctrl-C counts presses, since schedulers repeat SIGTERM."""
-        self.presses += number == signal.SIGINT
-        if not (self.run_dir / "STOP").exists():
-            request_stop(self.run_dir, number)
-            say(f"{signal.Signals(number).name}: stopping at the end of this step, after a checkpoint, which may take "
-                "a while")
-        elif self.presses == 2:
-            say("still stopping; press Ctrl-C once more to kill the run now, without a checkpoint")
-        elif self.presses > 2 and self.process:
-            self.process.kill()  # the workers die with it
-
-
-def say(text: str, stream: TextIO | None = None) -> None:
-    """Print a line for the user; a closed terminal must not end the run."""
-    stream = stream or sys.stdout
-    try:
-        print(text, file=stream, flush=True)
-    except (OSError, ValueError):
-        with contextlib.suppress(OSError, ValueError):  # what is left in the buffer must not fail again at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def supervise(command: list[str], env: dict[str, str], run_dir: Path, max_restarts: int, first: bool) -> int:
-    """Run torchrun, and anew as long as it fails after progress; returns the launcher's exit code.
-
-    The `first` of several machines looks after the run directory.
-    """
-    if first:
-        (run_dir / "STOP").unlink(missing_ok=True)  # an old one; from here on it is ours
-    stop, log = StopRequest(run_dir), run_dir / "logs" / f"torchrun{'' if first else node_rank(env)}.log"
-    for start in range(max_restarts + 1):
-        begun, before = time.time(), checkpoint_step(newest_checkpoint(run_dir))
-        if first:
-            make_ready(run_dir, before)
-        said = log.stat().st_size if log.exists() else 0
-        status = run_torchrun(command, env, log, stop)
-        if status == 0:
-            return stop_code(run_dir)
-        good = newest_checkpoint(run_dir)
-        say(describe_failure(run_dir, read_from(log, said), status, begun))
-        hopeless = disk_is_full(run_dir) or (run_dir / "STOP").exists()
-        if checkpoint_step(good) <= before or start == max_restarts or hopeless:
-            if first:
-                record_failure(run_dir, float(env[STARTED_VARIABLE]))
-            return 1
-        say(f"restart {start + 1} of at most {max_restarts}: resuming from {good.name}")
-    return 1
-
-
-def make_ready(run_dir: Path, step: int) -> None:
-    """Before a start: nothing torn in the way, no log line beyond `step`, no old account."""
-    for line in set_aside_torn(run_dir):
-        say(line)
-    rewind_log(run_dir, step)
-    for name in ("summary.json", "training_loss.png"):
-        (run_dir / name).unlink(missing_ok=True)
-
-
-def run_torchrun(command: list[str], env: dict[str, str], log: Path, stop: StopRequest) -> int:
-    """One torchrun from start to end; its own messages go to `log`. Returns its exit status."""
-    with open(log, "ab") as messages:
-        env = {**env, LAUNCHER_VARIABLE: str(os.getpid())}
-        stop.process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stderr=messages,
-                                        start_new_session=True, preexec_fn=partial(before_torchrun, os.getpid()))
-    return stop.process.wait()
-
-
-@contextlib.contextmanager
-def follow(log: Path, wanted: bool) -> Iterator[None]:
-    """Show a growing log on the console while the block runs, with --verbose."""
-    tail = wanted and subprocess.Popen(["tail", "-n", "0", "-F", str(log)], stderr=subprocess.DEVNULL,
-                                       preexec_fn=partial(die_with_parent, os.getpid()))
-    try:
-        yield
-    finally:
-        if tail:
-            tail.terminate()
-
-
-def stop_code(run_dir: Path) -> int:
-    """The exit code of a run that ended well: 0, or 128 + the signal that stopped it."""
-    if read_summary(run_dir).get("state") != "stopped":
-        return 0
-    with contextlib.suppress(OSError, KeyError):
-        return 128 + signal.Signals[(run_dir / "STOP").read_text(encoding="utf-8").strip()]
-    return 128 + signal.SIGTERM  # a STOP file made by hand
-
-
-CAUSES = (
-    (r"CUDA out of memory|OutOfMemoryError", "a GPU is out of memory: use a smaller per_device_train_batch_size or "
-                                             "cutoff_len, or configs/deepspeed/ds_z3_offload_config.json"),
-    (r"No space left on device|Errno 28", "the disk is full: make room or lower save_total_limit, then resume"),
-    (r"Watchdog caught collective operation timeout|NCCL.*(timeout|timed out)|Timed out waiting",
-     "a collective timed out: a rank was stuck or a link is broken; NCCL_DEBUG=INFO shows more"),
-    (r"killed by SIGKILL", "the kernel's out-of-memory killer, most often (dmesg shows it): use fewer "
-                           "preprocessing_num_workers or less offloading"),
-)
-
-
-def describe_failure(run_dir: Path, messages: str, status: int, since: float) -> str:
-    """What went wrong: the first failing rank's own traceback, its cause where known, and where the logs are.
-
-    `messages` is what torchrun has said in this start.
-    """
-    errors = [path for path in (run_dir / "logs").glob("rank*.error") if path.stat().st_mtime >= since]
-    first = min(errors, key=lambda path: path.stat().st_mtime, default=None)
-    killed = killed_rank(messages)
-    if killed:
-        text, rank = f"rank {killed[0]} was killed by {killed[1]}", killed[0]
-    elif first:
-        text, rank = first.read_text(encoding="utf-8").strip(), first.stem.removeprefix("rank")
-    else:
-        text, rank = "\n".join(messages.splitlines()[-15:]) or f"torchrun ended with status {status}", "0"
-    if disk_is_full(run_dir):
-        text += f"\nNo space left on device: {run_dir}"
-    cause = next((f"\nlikely cause: {hint}" for pattern, hint in CAUSES if re.search(pattern, text)), "")
-    return f"training failed:\n{text}{cause}\nfull log: {run_dir}/logs/rank{rank}.log"
-
-
-def killed_rank(messages: str) -> tuple[str, str] | None:
-    """(rank, signal name) where torchrun says that a rank was killed, other than by its own SIGTERM.
-
-    Another rank's error is then a consequence, even where torchrun saw it first.
-    """
-    found = re.search(r"rank +: (\d+) [^\n]*\n *exitcode +: -(?!15 )(\d+) ", messages)
-    return (found[1], signal.Signals(int(found[2])).name) if found else None
-
-
-def disk_is_full(folder: Path) -> bool:
-    """Whether hardly a byte is free; PyTorch does not tell why a file could not be written."""
-    return shutil.disk_usage(folder).free < 16 << 20
-
-
-def read_from(path: Path, position: int) -> str:
-    """The text of a file from a byte on."""
-    with open(path, "rb") as file:
-        file.seek(position)
-        return file.read().decode("utf-8", errors="replace")
-
-
-def record_failure(run_dir: Path, started: float) -> None:
-    """Leave the account and the curve of a failed run; on a full disk there is no room for them."""
-    with contextlib.suppress(OSError):
-        draw_curve_apart(run_dir)
-        write_summary(run_dir, summarize(run_dir, "failed", started))
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The account of a run
-# ---------------------------------------------------------------------------------------------------------
-
-
-def summarize(run_dir: Path, state: str, started: float, **more: object) -> dict:
-    """How the run ended, in numbers read from its own log; `started` is in seconds since 1970."""
-    log = read_log(run_dir)
-    losses = [line["loss"] for line in log if "loss" in line]
-    last = log[-1] if log else {}
-    return {
-        "state": state, "model": str(run_dir) if state == "finished" else None,
-        "steps": max(last.get("current_steps", 0), checkpoint_step(newest_checkpoint(run_dir))),
-        "total_steps": last.get("total_steps"),
-        "first_loss": losses[0] if losses else None, "last_loss": losses[-1] if losses else None,
-        "seconds": round(time.time() - started, 1), "tokens_per_second": last.get("throughput"),
-        "checkpoints": [path.name for path in list_checkpoints(run_dir) if not checkpoint_fault(path)],
-        "curve": str(run_dir / "training_loss.png") if (run_dir / "training_loss.png").exists() else None,
-        "dashboard": recall(run_dir / "logs").get("dashboard"), **more,
-    }
-
-
-def write_summary(run_dir: Path, summary: dict) -> None:
-    """Write summary.json."""
-    write_whole(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
-
-
-def read_summary(run_dir: Path) -> dict:
-    """summary.json, or {} while there is none."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-    return {}
-
-
-def draw_curve(run_dir: Path) -> None:
-    """Draw training_loss.png from trainer_log.jsonl."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    for key, label in (("loss", "training loss"), ("eval_loss", "evaluation loss")):
-        points = [(line["current_steps"], line[key]) for line in read_log(run_dir) if key in line]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 50 else None)
-    axes.set(xlabel="optimizer step", ylabel="loss", title=run_dir.name)
-    axes.legend()
-    figure.savefig(run_dir / "training_loss.png", dpi=120)
-
-
-def draw_curve_apart(run_dir: Path) -> None:
-    """draw_curve in another process, since matplotlib would triple the launcher's memory."""
-    if any("loss" in line for line in read_log(run_dir)):
-        script = "import sys, pathlib, train_qwen3_ft; train_qwen3_ft.draw_curve(pathlib.Path(sys.argv[1]))"
-        subprocess.run([sys.executable, "-c", script, str(run_dir)], cwd=SCRIPT.parent, capture_output=True)
-
-
-def give_account(run_dir: Path, config: Config, console: TextIO) -> None:
-    """Print the final account, from summary.json."""
-    summary = read_summary(run_dir) or summarize(run_dir, "failed", time.time())
-    rate, peak, state, resume = summary["tokens_per_second"], summary.get("peak_memory"), summary["state"], ""
-    losses = [f"{summary[key]:.4f} at {when}" for key, when in (("first_loss", "first"), ("last_loss", "last"))
-              if summary[key] is not None]
-    if state != "finished":
-        resume = (f"python {shlex.quote(str(SCRIPT))} --resume {shlex.quote(str(run_dir))}" if summary["checkpoints"]
-                  else "there is no checkpoint to resume from")
-    chat = (f"llamafactory-cli chat --model_name_or_path {shlex.quote(str(run_dir))} --template "
-            f"{config.values.get('template', 'default')}"
-            + " --enable_thinking false" * (config.values.get("enable_thinking") is False))
-    for label, text in (
-        ("state", f"{state} at step {summary['steps']} of {summary['total_steps'] or 'an unknown number'}"),
-        ("loss", ", ".join(losses)),
-        ("time", format_seconds(summary["seconds"]) + (f", {rate:.0f} tokens/s" if rate else "")),
-        ("memory", peak and f"{format_bytes(peak)} at the peak on rank 0"),
-        ("checkpoints", ", ".join(summary["checkpoints"])),
-        ("curve", summary["curve"]), ("dashboard", summary["dashboard"]), ("model", summary["model"]),
-        ("chat", summary["model"] and chat), ("resume", resume),
-    ):
-        if text:
-            say(f"{label:<12}{text}", console)
-
-
-def format_seconds(seconds: float) -> str:
-    """0:01:51."""
-    return str(timedelta(seconds=int(seconds)))
+        lock_run(run_dir).close()
+        return []
+    except LaunchError as error:
+        return error.problems
+
+
+def check_resume(config: Config, plan: Plan, run_dir: Path) -> list[Problem]:
+    """Why the run in `run_dir` cannot go on like this: other ranks under ZeRO, another model, other data."""
+    before = load_config(run_dir / "config.yaml", {}).values
+    problems = [Problem(f"{config.where(key)}: {key}: was {before.get(key)} when the run began and cannot change now; "
+                        "start a new run for that") for key in FIXED_KEYS if before.get(key) != config.values.get(key)]
+    recorded = json.loads((run_dir / "plan.json").read_text(encoding="utf-8")).get("data", {})
+    for path, content in data_files(config).items():
+        if recorded.get(path, content) != content:
+            problems.append(Problem(f"{path}: has changed since the run began; put the old file back, or start a new "
+                                    "run", overrule=True))
+    good = newest_checkpoint(run_dir)
+    if not good:
+        faults = "; ".join(f"{folder.name}: {checkpoint_fault(folder)}" for folder in list_checkpoints(run_dir))
+        problems.append(Problem(f"{run_dir}: there is no checkpoint to resume from{f' ({faults})' if faults else ''}; "
+                                "start a new run"))
+    elif plan.zero.used:
+        ranks = json.loads((good / MANIFEST).read_text(encoding="utf-8"))["world_size"]
+        if ranks != plan.world_size:
+            problems.append(Problem(f"{good.name} was written by {ranks} ranks, now there are {plan.world_size}: "
+                                    "ZeRO's shards fit the same number only; use as many GPUs as then"))
+    return problems
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -2039,6 +1878,11 @@ def find_swanlab_key(config: Config, env: dict[str, str]) -> str:
         return "SWANLAB_API_KEY"
     home = Path(env.get("SWANLAB_ROOT") or env.get("SWANLAB_SAVE_DIR") or Path.home() / ".swanlab")
     return next((f"the login in {path}" for path in (Path(".swanlab/.netrc"), home / ".netrc") if path.is_file()), "")
+
+
+def project(values: dict) -> str:
+    """The project's name on every tracker."""
+    return str(values.get("swanlab_project") or values.get("project") or "qwen3-ft")
 
 
 class Tracker:
@@ -2175,6 +2019,345 @@ def run_tracker() -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------
+# The account of a run
+# ---------------------------------------------------------------------------------------------------------
+
+
+def summarize(run_dir: Path, state: str, started: float, **more: object) -> dict:
+    """How the run ended, in numbers read from its own log; `started` is in seconds since 1970."""
+    log = read_log(run_dir)
+    losses = [line["loss"] for line in log if "loss" in line]
+    last = log[-1] if log else {}
+    return {
+        "state": state, "model": str(run_dir) if state == "finished" else None,
+        "steps": max(last.get("current_steps", 0), checkpoint_step(newest_checkpoint(run_dir))),
+        "total_steps": last.get("total_steps"),
+        "first_loss": losses[0] if losses else None, "last_loss": losses[-1] if losses else None,
+        "seconds": round(time.time() - started, 1), "tokens_per_second": last.get("throughput"),
+        "checkpoints": [path.name for path in list_checkpoints(run_dir) if not checkpoint_fault(path)],
+        "curve": str(run_dir / "training_loss.png") if (run_dir / "training_loss.png").exists() else None,
+        "dashboard": recall(run_dir / "logs").get("dashboard"), **more,
+    }
+
+
+def draw_curve(run_dir: Path) -> None:
+    """Draw training_loss.png from trainer_log.jsonl."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for key, label in (("loss", "training loss"), ("eval_loss", "evaluation loss")):
+        points = [(line["current_steps"], line[key]) for line in read_log(run_dir) if key in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 50 else None)
+    axes.set(xlabel="optimizer step", ylabel="loss", title=run_dir.name)
+    axes.legend()
+    figure.savefig(run_dir / "training_loss.png", dpi=120)
+
+
+def draw_curve_apart(run_dir: Path) -> None:
+    """draw_curve in another process, since matplotlib would triple the launcher's memory."""
+    if any("loss" in line for line in read_log(run_dir)):
+        script = "import sys, pathlib, train_qwen3_ft; train_qwen3_ft.draw_curve(pathlib.Path(sys.argv[1]))"
+        subprocess.run([sys.executable, "-c", script, str(run_dir)], cwd=SCRIPT.parent, capture_output=True)
+
+
+def give_account(run_dir: Path, config: Config, console: TextIO) -> None:
+    """Print the final account, from summary.json."""
+    summary = read_summary(run_dir) or summarize(run_dir, "failed", time.time())
+    rate, peak, state, resume = summary["tokens_per_second"], summary.get("peak_memory"), summary["state"], ""
+    losses = [f"{summary[key]:.4f} at {when}" for key, when in (("first_loss", "first"), ("last_loss", "last"))
+              if summary[key] is not None]
+    if state != "finished":
+        resume = (f"python {shlex.quote(str(SCRIPT))} --resume {shlex.quote(str(run_dir))}" if summary["checkpoints"]
+                  else "there is no checkpoint to resume from")
+    chat = (f"llamafactory-cli chat --model_name_or_path {shlex.quote(str(run_dir))} --template "
+            f"{config.values.get('template', 'default')}"
+            + " --enable_thinking false" * (config.values.get("enable_thinking") is False))
+    for label, text in (
+        ("state", f"{state} at step {summary['steps']} of {summary['total_steps'] or 'an unknown number'}"),
+        ("loss", ", ".join(losses)),
+        ("time", format_seconds(summary["seconds"]) + (f", {rate:.0f} tokens/s" if rate else "")),
+        ("memory", peak and f"{format_bytes(peak)} at the peak on rank 0"),
+        ("checkpoints", ", ".join(summary["checkpoints"])),
+        ("curve", summary["curve"]), ("dashboard", summary["dashboard"]), ("model", summary["model"]),
+        ("chat", summary["model"] and chat), ("resume", resume),
+    ):
+        if text:
+            say(f"{label:<12}{text}", console)
+
+
+def format_seconds(seconds: float) -> str:
+    """0:01:51."""
+    return str(timedelta(seconds=int(seconds)))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Launch: torchrun on this script, watched and restarted
+# ---------------------------------------------------------------------------------------------------------
+
+
+def build_torchrun_command(devices: Devices, config_path: Path, env: dict[str, str]) -> list[str]:
+    """The torchrun command that starts one worker a device on this machine. Starts nothing.
+
+    One machine: torchrun takes a free port, unless MASTER_PORT is set. Several: they meet at MASTER_ADDR,
+    and wait 15 minutes for one that is down. torchrun handles no signal but SIGQUIT: on SIGTERM it would
+    give a checkpoint 30 seconds and then kill it.
+    """
+    nodes = read_count(env, "NNODES", 1)
+    address = f"{env.get('MASTER_ADDR', '127.0.0.1')}:{env.get('MASTER_PORT', '0')}"
+    rendezvous = ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", address,
+                  "--rdzv-id", config_path.parent.name]
+    if nodes > 1:
+        host = int(node_rank(env) == 0)
+        rendezvous += ["--rdzv-conf", f"is_host={host},join_timeout=900,read_timeout=900",
+                       "--local-addr", own_address(env.get("MASTER_ADDR", "127.0.0.1"))]
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(devices.processes), *rendezvous,
+            "--signals-to-handle", "SIGQUIT", str(SCRIPT), str(config_path)]
+
+
+def own_address(other: str) -> str:
+    """The address by which `other` reaches this machine; a host name need not resolve there. Sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((other, 9))
+            return probe.getsockname()[0]
+        except OSError:
+            return socket.gethostname()
+
+
+def build_worker_environment(devices: Devices, run_dir: Path, config: Config, env: dict[str, str]) -> dict[str, str]:
+    """A copy of `env` for the workers: their devices, the run directory and the secrets."""
+    worker = {**env, "FORCE_TORCHRUN": "1", RUN_DIR_VARIABLE: str(run_dir), STARTED_VARIABLE: str(time.time()),
+              **device_environment(devices, env)}
+    places = {"TORCH_EXTENSIONS_DIR": extensions_folder(), "TENSORBOARD_LOGGING_DIR": run_dir / "tensorboard"}
+    if "wandb" in reporters(config.values):
+        places |= {"WANDB_DIR": run_dir, "WANDB_PROJECT": project(config.values)}
+    if "mlflow" in reporters(config.values):
+        places |= {"MLFLOW_TRACKING_URI": f"sqlite:///{run_dir.parent / 'mlflow.db'}",
+                   "MLFLOW_EXPERIMENT_NAME": project(config.values)}
+    worker = {**{key: str(value) for key, value in places.items()}, **worker}
+    for key, value in config.secrets.items():
+        if key in SECRET_ENVIRONMENT:
+            worker[SECRET_ENVIRONMENT[key]] = value
+    others = {key: value for key, value in config.secrets.items() if key not in SECRET_ENVIRONMENT}
+    worker[SECRETS_VARIABLE] = json.dumps(others)
+    return worker
+
+
+def device_environment(devices: Devices, env: dict[str, str]) -> dict[str, str]:
+    """What tells torch, DeepSpeed and NCCL the devices; PCI_BUS_ID makes ids mean what nvidia-smi shows."""
+    variables = {"CUDA_VISIBLE_DEVICES": ",".join(devices.ids), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    if not devices.ids:
+        # Threads that spin while they wait run fifty times slower on cores that another process uses too.
+        return {**variables, "DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": env.get("OMP_WAIT_POLICY", "PASSIVE")}
+    # As llamafactory-cli does: fewer out-of-memory errors from fragmentation.
+    return {**variables, "PYTORCH_CUDA_ALLOC_CONF": env.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")}
+
+
+def extensions_folder() -> Path:
+    """Where DeepSpeed's compiled operators go: one folder a torch version, which torch itself does not separate."""
+    python = f"py{sys.version_info.major}{sys.version_info.minor}"
+    return Path.home() / ".cache" / "torch_extensions" / f"torch-{installed_version('torch')}-{python}"
+
+
+def clear_stale_locks(folder: Path) -> None:
+    """Remove build locks that no process holds open: torch would wait for them for ever."""
+    for lock in folder.glob("*/lock"):
+        held = set()
+        for link in Path("/proc").glob("[0-9]*/fd/*"):
+            with contextlib.suppress(OSError):  # another user's process, or one that has just ended
+                held.add(os.readlink(link))
+        if str(lock.resolve()) not in held:
+            lock.unlink(missing_ok=True)
+
+
+def die_with_parent(parent: int) -> None:
+    """Ask Linux to SIGKILL this process when the thread that started it is gone (prctl PR_SET_PDEATHSIG)."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the call
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def outlive_parent() -> None:
+    """Take die_with_parent back."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, 0)
+
+
+def parent_of(pid: int) -> int:
+    """The parent of a process; 0 where it is gone."""
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
+
+
+def before_torchrun(parent: int) -> None:
+    """In torchrun's process before it starts: die with the launcher, and leave stopping to the STOP file."""
+    die_with_parent(parent)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def request_stop(run_dir: Path, number: int) -> None:
+    """Create the STOP file, which every rank looks for at the end of a step; it names the signal."""
+    with contextlib.suppress(OSError):  # on a full disk the file is created nevertheless
+        (run_dir / "STOP").write_text(signal.Signals(number).name, encoding="utf-8")
+
+
+class StopRequest:
+    """The launcher's signal handler: the first signal asks for a checkpoint, the third Ctrl-C kills."""
+
+    def __init__(self, run_dir: Path):
+        self.run_dir, self.presses, self.process = run_dir, 0, None
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP: the run goes on
+                signal.signal(number, self.handle)
+
+    def handle(self, number: int, frame: object) -> None:
+        """Stop gracefully; only Ctrl-C counts presses, since schedulers repeat SIGTERM."""
+        self.presses += number == signal.SIGINT
+        if not (self.run_dir / "STOP").exists():
+            request_stop(self.run_dir, number)
+            say(f"{signal.Signals(number).name}: stopping at the end of this step, after a checkpoint, which may take "
+                "a while")
+        elif self.presses == 2:
+            say("still stopping; press Ctrl-C once more to kill the run now, without a checkpoint")
+        elif self.presses > 2 and self.process:
+            self.process.kill()  # the workers die with it
+
+
+def supervise(command: list[str], env: dict[str, str], run_dir: Path, max_restarts: int, first: bool) -> int:
+    """Run torchrun, and anew as long as it fails after progress; returns the launcher's exit code.
+
+    The `first` of several machines looks after the run directory.
+    """
+    if first:
+        (run_dir / "STOP").unlink(missing_ok=True)  # an old one; from here on it is ours
+    stop, log = StopRequest(run_dir), run_dir / "logs" / f"torchrun{'' if first else node_rank(env)}.log"
+    for start in range(max_restarts + 1):
+        begun, before = time.time(), checkpoint_step(newest_checkpoint(run_dir))
+        if first:
+            make_ready(run_dir, before)
+        said = log.stat().st_size if log.exists() else 0
+        status = run_torchrun(command, env, log, stop)
+        if status == 0:
+            return stop_code(run_dir)
+        good = newest_checkpoint(run_dir)
+        say(describe_failure(run_dir, read_from(log, said), status, begun))
+        hopeless = disk_is_full(run_dir) or (run_dir / "STOP").exists()
+        if checkpoint_step(good) <= before or start == max_restarts or hopeless:
+            if first:
+                record_failure(run_dir, float(env[STARTED_VARIABLE]))
+            return 1
+        say(f"restart {start + 1} of at most {max_restarts}: resuming from {good.name}")
+    return 1
+
+
+def make_ready(run_dir: Path, step: int) -> None:
+    """Before a start: nothing torn in the way, no log line beyond `step`, no old account."""
+    for line in set_aside_torn(run_dir):
+        say(line)
+    rewind_log(run_dir, step)
+    for name in ("summary.json", "training_loss.png"):
+        (run_dir / name).unlink(missing_ok=True)
+
+
+def run_torchrun(command: list[str], env: dict[str, str], log: Path, stop: StopRequest) -> int:
+    """One torchrun from start to end; its own messages go to `log`. Returns its exit status."""
+    with open(log, "ab") as messages:
+        env = {**env, LAUNCHER_VARIABLE: str(os.getpid())}
+        stop.process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stderr=messages,
+                                        start_new_session=True, preexec_fn=partial(before_torchrun, os.getpid()))
+    return stop.process.wait()
+
+
+@contextlib.contextmanager
+def follow(log: Path, wanted: bool) -> Iterator[None]:
+    """Show a growing log on the console while the block runs, with --verbose."""
+    tail = wanted and subprocess.Popen(["tail", "-n", "0", "-F", str(log)], stderr=subprocess.DEVNULL,
+                                       preexec_fn=partial(die_with_parent, os.getpid()))
+    try:
+        yield
+    finally:
+        if tail:
+            tail.terminate()
+
+
+def stop_code(run_dir: Path) -> int:
+    """The exit code of a run that ended well: 0, or 128 + the signal that stopped it."""
+    if read_summary(run_dir).get("state") != "stopped":
+        return 0
+    with contextlib.suppress(OSError, KeyError):
+        return 128 + signal.Signals[(run_dir / "STOP").read_text(encoding="utf-8").strip()]
+    return 128 + signal.SIGTERM  # a STOP file made by hand
+
+
+CAUSES = (
+    (r"CUDA out of memory|OutOfMemoryError", "a GPU is out of memory: use a smaller per_device_train_batch_size or "
+                                             "cutoff_len, or configs/deepspeed/ds_z3_offload_config.json"),
+    (r"No space left on device|Errno 28", "the disk is full: make room or lower save_total_limit, then resume"),
+    (r"Watchdog caught collective operation timeout|NCCL.*(timeout|timed out)|Timed out waiting",
+     "a collective timed out: a rank was stuck or a link is broken; NCCL_DEBUG=INFO shows more"),
+    (r"killed by SIGKILL", "the kernel's out-of-memory killer, most often (dmesg shows it): use fewer "
+                           "preprocessing_num_workers or less offloading"),
+)
+
+
+def describe_failure(run_dir: Path, messages: str, status: int, since: float) -> str:
+    """What went wrong: the first failing rank's own traceback, its cause where known, and where the logs are.
+
+    `messages` is what torchrun has said in this start.
+    """
+    errors = [path for path in (run_dir / "logs").glob("rank*.error") if path.stat().st_mtime >= since]
+    first = min(errors, key=lambda path: path.stat().st_mtime, default=None)
+    killed = killed_rank(messages)
+    if killed:
+        text, rank = f"rank {killed[0]} was killed by {killed[1]}", killed[0]
+    elif first:
+        text, rank = first.read_text(encoding="utf-8").strip(), first.stem.removeprefix("rank")
+    else:
+        text, rank = "\n".join(messages.splitlines()[-15:]) or f"torchrun ended with status {status}", "0"
+    if disk_is_full(run_dir):
+        text += f"\nNo space left on device: {run_dir}"
+    cause = next((f"\nlikely cause: {hint}" for pattern, hint in CAUSES if re.search(pattern, text)), "")
+    return f"training failed:\n{text}{cause}\nfull log: {run_dir}/logs/rank{rank}.log"
+
+
+def killed_rank(messages: str) -> tuple[str, str] | None:
+    """(rank, signal name) where torchrun says that a rank was killed, other than by its own SIGTERM.
+
+    Another rank's error is then a consequence, even where torchrun saw it first.
+    """
+    found = re.search(r"rank +: (\d+) [^\n]*\n *exitcode +: -(?!15 )(\d+) ", messages)
+    return (found[1], signal.Signals(int(found[2])).name) if found else None
+
+
+def disk_is_full(folder: Path) -> bool:
+    """Whether hardly a byte is free; PyTorch does not tell why a file could not be written."""
+    return shutil.disk_usage(folder).free < 16 << 20
+
+
+def read_from(path: Path, position: int) -> str:
+    """The text of a file from a byte on."""
+    with open(path, "rb") as file:
+        file.seek(position)
+        return file.read().decode("utf-8", errors="replace")
+
+
+def record_failure(run_dir: Path, started: float) -> None:
+    """Leave the account and the curve of a failed run; on a full disk there is no room for them."""
+    with contextlib.suppress(OSError):
+        draw_curve_apart(run_dir)
+        write_summary(run_dir, summarize(run_dir, "failed", started))
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Worker: one process of torchrun's
 # ---------------------------------------------------------------------------------------------------------
 
@@ -2199,14 +2382,6 @@ def build_training_args(config: Config, run_dir: Path) -> dict:
         args["dataloader_num_workers"] = args.get("dataloader_num_workers") or 1
     checkpoint = newest_checkpoint(run_dir)
     return {**args, "resume_from_checkpoint": str(checkpoint)} if checkpoint else args
-
-
-def reporters(values: dict) -> list[str]:
-    """The backends of `report_to` as a list; none is []. `use_swanlab` is LLaMA-Factory's older spelling."""
-    names = [name for name in name_list(values.get("report_to")) if name != "none"]
-    if "all" in names:
-        names = [name for name, packages in BACKENDS.items() if any(map(find_spec, packages))]
-    return names + ["swanlab"] * (values.get("use_swanlab") is True and "swanlab" not in names)
 
 
 class Stopped(Exception):
@@ -2573,143 +2748,9 @@ def prepare(options: argparse.Namespace, env: dict[str, str], run_dir: Path | No
     return Job(config, plan, name, problems, run_dir)
 
 
-def inspect_machine(config: Config, env: dict[str, str]) -> tuple[Devices, int, list[Gpu], list[Problem]]:
-    """(devices, number of machines, what NVML knows of the devices, problems)."""
-    on_cpu = config.values.get("use_cpu") is True
-    gpus, note = ([], "") if on_cpu else query_gpus()
-    try:
-        devices, nodes = resolve_devices(config, env, gpus), read_count(env, "NNODES", 1)
-        problems = ([] if on_cpu else check_devices(devices, gpus, note)) + check_nodes(config, env, nodes)
-    except LaunchError as error:
-        return Devices((), "unknown", 1), 1, [], error.problems
-    if gpus is None:
-        devices = replace(devices, reason=f"{devices.reason}; {note}")
-    return devices, nodes, chosen_gpus(devices, gpus), problems
-
-
-def find_run(options: argparse.Namespace) -> Path | None:
-    """The run directory that --resume means: RUN_DIR, else the newest unfinished one; None: a new run."""
-    if options.resume is None:
-        return None
-    if options.resume:
-        run_dir = Path(options.resume).expanduser().resolve()
-        if not (run_dir / "config.yaml").is_file():
-            raise LaunchError(f"--resume {options.resume}: {run_dir}/config.yaml does not exist; expected the "
-                              "directory of a run")
-        return run_dir
-    output_dir = Path(load_config(options.config, options.overrides).values.get("output_dir", "."))
-    runs = sorted(output_dir.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
-    if not runs:
-        raise LaunchError(f"--resume: there is no run under {output_dir}; start one without --resume")
-    unfinished = [path for path in runs if not is_finished(path.parent)]
-    return (unfinished or runs)[-1].parent
-
-
-def is_finished(run_dir: Path) -> bool:
-    """Whether the run has trained to its end."""
-    return read_summary(run_dir).get("state") == "finished"
-
-
 PLAN_KEYS = ("devices", "devices_reason", "world_size", "global_batch_size", "samples", "steps_per_epoch",
              "total_steps", "parameters", "memory_per_gpu", "host_memory", "checkpoint_bytes", "disk_bytes",
              "gathered_bytes_per_step", "data")
-# What may not change under a run that goes on: the model would not load, or the data would be another.
-FIXED_KEYS = ("model_name_or_path", "train_from_scratch", "finetuning_type", "stage", "template", "dataset",
-              "dataset_dir", "max_samples", "val_size", "cutoff_len", "packing", "seed", "data_seed")
-
-
-def check_alive(run_dir: Path) -> list[Problem]:
-    """A run that still runs cannot be resumed."""
-    try:
-        lock_run(run_dir).close()
-        return []
-    except LaunchError as error:
-        return error.problems
-
-
-def check_resume(config: Config, plan: Plan, run_dir: Path) -> list[Problem]:
-    """Why the run in `run_dir` cannot go on like this: other ranks under ZeRO, another model, other data."""
-    before = load_config(run_dir / "config.yaml", {}).values
-    problems = [Problem(f"{config.where(key)}: {key}: was {before.get(key)} when the run began and cannot change now; "
-                        "start a new run for that") for key in FIXED_KEYS if before.get(key) != config.values.get(key)]
-    recorded = json.loads((run_dir / "plan.json").read_text(encoding="utf-8")).get("data", {})
-    for path, content in data_files(config).items():
-        if recorded.get(path, content) != content:
-            problems.append(Problem(f"{path}: has changed since the run began; put the old file back, or start a new "
-                                    "run", overrule=True))
-    good = newest_checkpoint(run_dir)
-    if not good:
-        faults = "; ".join(f"{folder.name}: {checkpoint_fault(folder)}" for folder in list_checkpoints(run_dir))
-        problems.append(Problem(f"{run_dir}: there is no checkpoint to resume from{f' ({faults})' if faults else ''}; "
-                                "start a new run"))
-    elif plan.zero.used:
-        ranks = json.loads((good / MANIFEST).read_text(encoding="utf-8"))["world_size"]
-        if ranks != plan.world_size:
-            problems.append(Problem(f"{good.name} was written by {ranks} ranks, now there are {plan.world_size}: "
-                                    "ZeRO's shards fit the same number only; use as many GPUs as then"))
-    return problems
-
-
-def data_files(config: Config) -> dict[str, str]:
-    """{path: fingerprint} of the data files; the fingerprint is the size, with a hash up to 64 MiB."""
-    info, folder, files = read_dataset_info(config.values)[0] or {}, config.values.get("dataset_dir", "data"), {}
-    for name in name_list(config.values.get("dataset")) + name_list(config.values.get("eval_dataset")):
-        entry = info.get(name)
-        path = Path(str(folder), entry.get("file_name", "")) if isinstance(entry, dict) else Path()
-        if path.is_file():
-            size = path.stat().st_size
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16] if size <= 64 << 20 else ""
-            files[str(path)] = f"{size} {digest}".strip()
-    return files
-
-
-def check_output(config: Config) -> list[Problem]:
-    """output_dir must be a folder that can be written, or one that can be made."""
-    folder = Path(config.values.get("output_dir", "."))
-    while not folder.exists():
-        folder = folder.parent
-    if folder.is_dir() and os.access(folder, os.W_OK):
-        return []
-    fault = "cannot be written" if folder.is_dir() else "is a file"
-    return [Problem(f"{config.where('output_dir')}: output_dir: {folder} {fault}; choose a folder of yours")]
-
-
-def check_nodes(config: Config, env: dict[str, str], nodes: int) -> list[Problem]:
-    """What several machines, or a MASTER_PORT, need; nothing where a torchrun of the user's has seen to it."""
-    problems = []
-    if "LOCAL_RANK" in env:
-        return problems
-    if nodes > 1:
-        problems += [f"environment variable {name}: is needed with NNODES={nodes}" for name in
-                     ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if not env.get(name)]
-        if env.get("NODE_RANK") and not (env["NODE_RANK"].isdecimal() and int(env["NODE_RANK"]) < nodes):
-            problems.append(f"environment variable NODE_RANK: expected a number below NNODES={nodes}, got "
-                            f"{env['NODE_RANK']!r}")
-        if "run_name" not in config.values:
-            problems.append(f"run_name: is needed with NNODES={nodes}, the same on each machine: "
-                            "all of them use one run directory")
-    port = env.get("MASTER_PORT", "").strip()
-    if port and not (port.isdecimal() and 0 < int(port) < 65536):
-        problems.append(f"environment variable MASTER_PORT: expected a number up to 65535, got {port!r}")
-    elif port and node_rank(env) == 0 and port_in_use(int(port)):
-        problems.append(f"environment variable MASTER_PORT: port {port} is in use on this machine; choose another")
-    return [Problem(text) for text in problems]
-
-
-def node_rank(env: dict[str, str]) -> int:
-    """This machine's number among the machines; 0 where there is one."""
-    return int(env["NODE_RANK"]) if env.get("NODE_RANK", "").isdecimal() else 0
-
-
-def port_in_use(port: int) -> bool:
-    """Whether a server of this machine listens on `port`."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return True
-    return False
 
 
 def plan_data(job: Job, command: list[str] | None, environment: dict[str, str]) -> dict:
@@ -2782,32 +2823,23 @@ def write_run_files(job: Job, run_dir: Path, env: dict[str, str]) -> tuple[list[
     return command, worker_env
 
 
-def await_run_dir(config: Config, seconds: int = 600) -> Path:
-    """On a machine that is not the first: wait for the run directory that the first one creates."""
-    run_dir = Path(config.values["output_dir"]) / run_name(config, time.time())
-    deadline = time.time() + seconds
-    while not (run_dir / "config.yaml").exists():
-        if time.time() > deadline:
-            raise LaunchError(f"{run_dir}: the machine with NODE_RANK=0 has not created it within {seconds} s; "
-                              "output_dir must be on a file system that all machines share, and run_name the same")
-        time.sleep(0.5)
-    return run_dir
+def refuse(job: Job, force: bool) -> None:
+    """Raise a LaunchError with all problems that --force does not overrule."""
+    stopping = [problem for problem in job.problems if not (problem.overrule and force)]
+    if stopping:
+        raise LaunchError(*stopping)
 
 
-def lock_run(run_dir: Path) -> TextIO:
-    """Hold the run directory for this process; raises LaunchError while another launcher lives in it."""
-    (run_dir / "logs").mkdir(exist_ok=True)
-    file = open(run_dir / "logs" / "lock", "a+", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        raise LaunchError(f"{run_dir}: this run is alive (launcher pid {file.read().strip()}); stop it first, "
-                          "or wait") from None
-    with contextlib.suppress(OSError):  # a full disk; the pid is for a message only
-        os.ftruncate(file.fileno(), 0)
-        os.write(file.fileno(), str(os.getpid()).encode())
-    return file
+def launch(job: Job, env: dict[str, str], verbose: bool) -> int:
+    """Start the run, watch it to its end and give the account; returns the exit code."""
+    run_dir, first = take_run_dir(job, env), node_rank(env) == 0
+    with lock_run(run_dir) if first else contextlib.nullcontext(), follow(run_dir / "logs" / "rank0.log", verbose):
+        command, worker_env = write_run_files(job, run_dir, env)
+        clear_stale_locks(Path(worker_env["TORCH_EXTENSIONS_DIR"]))
+        code = supervise(command, worker_env, run_dir, job.config.values.get("max_restarts", 3), first)
+    if first:
+        give_account(run_dir, job.config, sys.stdout)
+    return code
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -2833,25 +2865,6 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT  # before the run began; from then on StopRequest takes Ctrl-C
-
-
-def refuse(job: Job, force: bool) -> None:
-    """Raise a LaunchError with all problems that --force does not overrule."""
-    stopping = [problem for problem in job.problems if not (problem.overrule and force)]
-    if stopping:
-        raise LaunchError(*stopping)
-
-
-def launch(job: Job, env: dict[str, str], verbose: bool) -> int:
-    """Start the run, watch it to its end and give the account; returns the exit code."""
-    run_dir, first = take_run_dir(job, env), node_rank(env) == 0
-    with lock_run(run_dir) if first else contextlib.nullcontext(), follow(run_dir / "logs" / "rank0.log", verbose):
-        command, worker_env = write_run_files(job, run_dir, env)
-        clear_stale_locks(Path(worker_env["TORCH_EXTENSIONS_DIR"]))
-        code = supervise(command, worker_env, run_dir, job.config.values.get("max_restarts", 3), first)
-    if first:
-        give_account(run_dir, job.config, sys.stdout)
-    return code
 
 
 if __name__ == "__main__":
