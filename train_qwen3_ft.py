@@ -2033,7 +2033,7 @@ def summarize(run_dir: Path, state: str, started: float, **more: object) -> dict
         "steps": max(last.get("current_steps", 0), checkpoint_step(newest_checkpoint(run_dir))),
         "total_steps": last.get("total_steps"),
         "first_loss": losses[0] if losses else None, "last_loss": losses[-1] if losses else None,
-        "seconds": round(time.time() - started, 1), "tokens_per_second": last.get("throughput"),
+        "seconds": round(time.time() - started, 1),
         "checkpoints": [path.name for path in list_checkpoints(run_dir) if not checkpoint_fault(path)],
         "curve": str(run_dir / "training_loss.png") if (run_dir / "training_loss.png").exists() else None,
         "dashboard": recall(run_dir / "logs").get("dashboard"), **more,
@@ -2067,7 +2067,7 @@ def draw_curve_apart(run_dir: Path) -> None:
 def give_account(run_dir: Path, config: Config, console: TextIO) -> None:
     """Print the final account, from summary.json."""
     summary = read_summary(run_dir) or summarize(run_dir, "failed", time.time())
-    rate, peak, state, resume = summary["tokens_per_second"], summary.get("peak_memory"), summary["state"], ""
+    rate, peak, state, resume = summary.get("tokens_per_second"), summary.get("peak_memory"), summary["state"], ""
     losses = [f"{summary[key]:.4f} at {when}" for key, when in (("first_loss", "first"), ("last_loss", "last"))
               if summary[key] is not None]
     if state != "finished":
@@ -2434,11 +2434,11 @@ class Reporter:
     def __init__(self, console: TextIO, open_tracker: Callable[[], Tracker | None]):
         self.console, self.open_tracker, self.tracker, self.bar, self.spoke = console, open_tracker, None, None, 0.0
         self.evaluated: set[tuple[int, str]] = set()  # the step and name of every evaluation number
+        self.begun = self.mark = (0.0, 0, 0)  # time, step and tokens at the beginning and at the last log
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.tracker = self.open_tracker()
-        self.mark = (time.monotonic(), state.global_step, state.num_input_tokens_seen)
-        self.begun = self.mark
+        self.begun = self.mark = (time.monotonic(), state.global_step, state.num_input_tokens_seen)
         if self.console.isatty():
             from tqdm import tqdm
 
@@ -2469,6 +2469,11 @@ class Reporter:
         self.mark = now
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         return {"samples_per_second": steps * batch / seconds, "tokens_per_second": tokens / seconds}
+
+    def tokens_per_second(self) -> float | None:
+        """Of the whole job from the beginning of this start to the last log."""
+        seconds, _, tokens = (new - old for new, old in zip(self.mark, self.begun, strict=True))
+        return tokens / seconds if tokens else None
 
     def track(self, metrics: dict, state) -> None:
         if self.tracker:
@@ -2570,7 +2575,7 @@ def train(config: Config, run_dir: Path, console: TextIO, env: dict[str, str], t
         state = "stopped"
     reporter.close()
     if records:
-        end_record(config, run_dir, state, reporter.tracker)
+        end_record(config, run_dir, state, reporter)
     if speaks and RUN_DIR_VARIABLE not in env:  # a torchrun of the user's: no launcher will give the account
         give_account(run_dir, config, console)
 
@@ -2579,7 +2584,10 @@ def import_trainer(config: Config) -> Callable:
     """Import what a rank needs without Python's cycle collector, which would take a quarter of the import time."""
     gc.disable()
     from llamafactory.train.tuner import run_exp
+    from torch.serialization import register_package
 
+    # Several CPU ranks resume to the device cpu:0, which torch.load knows as cpu only.
+    register_package(99, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None)
     if config.values.get("deepspeed"):
         import deepspeed  # noqa: F401  run_exp would, with the collector on
     gc.enable()
@@ -2587,14 +2595,14 @@ def import_trainer(config: Config) -> Callable:
     return run_exp
 
 
-def end_record(config: Config, run_dir: Path, state: str, tracker: Tracker | None) -> None:
+def end_record(config: Config, run_dir: Path, state: str, reporter: Reporter) -> None:
     """On rank 0, after training: end SwanLab's record, draw what LLaMA-Factory has not drawn, write summary.json."""
-    if tracker:
-        tracker.finish(*(("success", None) if state == "finished" else ("aborted", "stopped by the user")))
+    if reporter.tracker:
+        reporter.tracker.finish(*(("success", None) if state == "finished" else ("aborted", "stopped by the user")))
     if state == "stopped" and config.values.get("plot_loss"):
         draw_curve(run_dir)
-    started = float(os.environ[STARTED_VARIABLE])
-    write_summary(run_dir, summarize(run_dir, state, started, peak_memory=peak_memory()))
+    write_summary(run_dir, summarize(run_dir, state, float(os.environ[STARTED_VARIABLE]), peak_memory=peak_memory(),
+                                     tokens_per_second=reporter.tokens_per_second()))
 
 
 def open_tracker(config: Config, run_dir: Path, env: dict[str, str], console: TextIO) -> Tracker | None:

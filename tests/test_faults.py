@@ -421,6 +421,19 @@ def test_a_run_that_was_stopped_and_resumed_ends_with_identical_weights(stopped:
     assert losses(stopped.last.run_dir) == losses(reference)
 
 
+def test_two_ranks_without_deepspeed_resume_to_identical_weights(tmp_path: Path):
+    whole, cut = (write_config(tmp_path / name, deepspeed=None, save_steps=100) for name in ("whole", "cut"))
+    uninterrupted = run(tmp_path / "whole", whole)
+    with Run(tmp_path / "cut", cut, faults=[{"point": "slow"}]) as alive:
+        alive.reach(3)
+        alive.process.send_signal(signal.SIGTERM)
+        alive.wait()
+    resumed = run(tmp_path / "cut", "--resume", alive.run_dir)
+    assert resumed.process.returncode == 0, resumed.console
+    assert weights(resumed.run_dir) == weights(uninterrupted.run_dir)
+    assert losses(resumed.run_dir) == losses(uninterrupted.run_dir)
+
+
 def test_a_stop_before_the_first_step_promises_no_resume(tmp_path: Path):
     with Run(tmp_path, write_config(tmp_path)) as alive:
         until(lambda: alive.worker(1), "the workers")
