@@ -1406,11 +1406,21 @@ def write_summary(run_dir: Path, summary: dict) -> None:
     write_whole(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
 
 
-def read_summary(run_dir: Path) -> dict:
-    """summary.json, or {} while there is none."""
+def read_whole(path: Path) -> dict:
+    """A JSON object of ours; {} where the file is missing or broken."""
     with contextlib.suppress(OSError, ValueError):
-        return json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     return {}
+
+
+def read_summary(run_dir: Path) -> dict:
+    """summary.json, the account of how the run ended; {} while there is none."""
+    return read_whole(run_dir / "summary.json")
+
+
+def read_plan(run_dir: Path) -> dict:
+    """plan.json, the plan with which the run was started last; {} where it is gone."""
+    return read_whole(run_dir / "plan.json")
 
 
 def read_log(run_dir: Path) -> list[dict]:
@@ -1464,9 +1474,8 @@ def sync(path: Path) -> None:
 
 def checkpoint_fault(folder: Path) -> str:
     """Why a checkpoint cannot be trusted: no manifest, or a file that differs from it; '' where it can."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    manifest = read_whole(folder / MANIFEST)
+    if not manifest:
         return "it was not committed"
     for name, size in manifest["files"].items():
         if not (folder / name).is_file():
@@ -1810,7 +1819,7 @@ def check_resume(config: Config, plan: Plan, run_dir: Path) -> list[Problem]:
     before = load_config(run_dir / "config.yaml", {}).values
     problems = [Problem(f"{config.where(key)}: {key}: was {before.get(key)} when the run began and cannot change now; "
                         "start a new run for that") for key in FIXED_KEYS if before.get(key) != config.values.get(key)]
-    recorded = json.loads((run_dir / "plan.json").read_text(encoding="utf-8")).get("data", {})
+    recorded = read_plan(run_dir).get("data") or {}
     for path, content in data_files(config).items():
         if recorded.get(path, content) != content:
             problems.append(Problem(f"{path}: has changed since the run began; put the old file back, or start a new "
@@ -1821,7 +1830,7 @@ def check_resume(config: Config, plan: Plan, run_dir: Path) -> list[Problem]:
         problems.append(Problem(f"{run_dir}: there is no checkpoint to resume from{f' ({faults})' if faults else ''}; "
                                 "start a new run"))
     elif plan.zero.used:
-        ranks = json.loads((good / MANIFEST).read_text(encoding="utf-8"))["world_size"]
+        ranks = read_whole(good / MANIFEST)["world_size"]
         if ranks != plan.world_size:
             problems.append(Problem(f"{good.name} was written by {ranks} ranks, now there are {plan.world_size}: "
                                     "ZeRO's shards fit the same number only; use as many GPUs as then"))
@@ -1976,9 +1985,7 @@ def next_segment(run_dir: Path, tracking: Tracking) -> dict:
 
 def recall(logs: Path) -> dict:
     """What is known of a run's SwanLab record: id, starts, place, dashboard; {} where it has none."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads((logs / "swanlab.json").read_text(encoding="utf-8"))
-    return {}
+    return read_whole(logs / "swanlab.json")
 
 
 def remember(logs: Path, **more: object) -> None:
@@ -2031,7 +2038,7 @@ def summarize(run_dir: Path, state: str, started: float, **more: object) -> dict
     return {
         "state": state, "model": str(run_dir) if state == "finished" else None,
         "steps": max(last.get("current_steps", 0), checkpoint_step(newest_checkpoint(run_dir))),
-        "total_steps": last.get("total_steps"),
+        "total_steps": last.get("total_steps") or read_plan(run_dir).get("total_steps"),
         "first_loss": losses[0] if losses else None, "last_loss": losses[-1] if losses else None,
         "seconds": round(time.time() - started, 1),
         "checkpoints": [path.name for path in list_checkpoints(run_dir) if not checkpoint_fault(path)],
@@ -2618,14 +2625,19 @@ def describe_run(config: Config, run_dir: Path) -> dict:
     GPU, the versions and the git commit of the working directory."""
     import torch
 
-    plan = json.loads((run_dir / "plan.json").read_text(encoding="utf-8"))
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
         **config.values,
-        "plan": {key: plan[key] for key in PLAN_KEYS[2:8]},
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "git_commit": commit or None,
+        "plan": {key: value for key, value in read_plan(run_dir).items() if key in PLAN_KEYS[2:8]},
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "git_commit": git_commit(),
         "versions": {name: installed_version(name) for name in (*WORKING_VERSIONS, "swanlab")},
     }
+
+
+def git_commit() -> str | None:
+    """The git commit of the working directory; None where there is none, or no git."""
+    with contextlib.suppress(OSError):
+        return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or None
+    return None
 
 
 def peak_memory() -> int:

@@ -177,6 +177,13 @@ def test_a_service_that_ends_in_the_middle_costs_no_point(dies: bool, tmp_path: 
     assert record["state"] == "finished"
 
 
+def test_a_machine_without_git_trains_and_records_all_the_same(tmp_path: Path) -> None:
+    done = train(tmp_path, env={"PATH": str(tmp_path)})
+    assert done.process.returncode == 0, done.console
+    [folder] = swanlog(done)
+    assert read_record(folder)["state"] == "finished"
+
+
 @pytest.mark.parametrize("fault", ["init raises", "init sleeps", "log raises", "log sleeps"])
 def test_a_broken_swanlab_does_not_touch_training(fault: str, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(BROKEN.format(*fault.split()), encoding="utf-8")
