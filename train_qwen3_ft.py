@@ -2791,8 +2791,9 @@ def commands(job: Job, run_dir: Path, env: dict[str, str]) -> tuple[list[str], d
     """The torchrun command, the workers' environment, and the plan as data with what of both may be shown."""
     command = build_torchrun_command(job.plan.devices, run_dir / "config.yaml", env)
     worker_env = build_worker_environment(job.plan.devices, run_dir, job.config, env)
-    shown = {key: value for key, value in worker_env.items() if env.get(key) != value
-             and key not in (SECRETS_VARIABLE, STARTED_VARIABLE, *SECRET_ENVIRONMENT.values())}
+    hidden = (SECRETS_VARIABLE, STARTED_VARIABLE, *SECRET_ENVIRONMENT.values())
+    shown = {key: value for key, value in worker_env.items() if key not in hidden
+             and (env.get(key) != value or key == "CUDA_VISIBLE_DEVICES")}
     return command, worker_env, plan_data(job, command, shown)
 
 

@@ -61,6 +61,10 @@ def test_workers_see_the_chosen_gpus_as_nvidia_smi_numbers_them(plan_on):
     assert (shown["CUDA_VISIBLE_DEVICES"], shown["CUDA_DEVICE_ORDER"]) == ("1,3", "PCI_BUS_ID")
 
 
+def test_the_shown_command_names_the_gpus_of_the_environment_too(plan_on):
+    assert plan_on(fake_gpus(4), {"CUDA_VISIBLE_DEVICES": "0,1"})["environment"]["CUDA_VISIBLE_DEVICES"] == "0,1"
+
+
 def test_one_process_for_each_gpu(plan_on):
     command = plan_on(fake_gpus(4), cuda_visible_devices="1,3")["command"]
     assert command[command.index("--nproc-per-node") + 1] == "2"
