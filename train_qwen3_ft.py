@@ -76,6 +76,7 @@ RUN_DIR_VARIABLE = "QWEN3_FT_RUN_DIR"
 SECRETS_VARIABLE = "QWEN3_FT_SECRETS"
 STARTED_VARIABLE = "QWEN3_FT_STARTED"
 LAUNCHER_VARIABLE = "QWEN3_FT_LAUNCHER"
+UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID"  # torchrun sets it for its workers
 OVERRIDE = re.compile(r"[\w-]+=")
 SECRET_KEY = re.compile(r"(^|[_-])(token|api[_-]key|secret|password|webhook_url)$")
 # Read by the hub and tracker libraries themselves, so the value need not pass through pickled arguments.
@@ -87,6 +88,7 @@ SECRET_ENVIRONMENT = {
 INPUT_PATHS = ("deepspeed", "dataset_dir", "media_dir", "resume_from_checkpoint", "tokenized_path", "fsdp_config")
 MODEL_PATHS = ("model_name_or_path", "adapter_name_or_path", "ref_model", "reward_model")
 OUTPUT_PATHS = ("output_dir", "cache_dir", "swanlab_logdir", "profiler_output_dir")
+NAMES = ("run_name", *INPUT_PATHS, *MODEL_PATHS, *OUTPUT_PATHS)  # here 1.10 is a name, not a number
 
 
 @dataclass(frozen=True)
@@ -142,14 +144,17 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--tracker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args(argv)
     words, options.words = options.words, []
-    if options.resume and re.match(OVERRIDE, options.resume):  # --resume learning_rate=1e-5: no RUN_DIR was given
-        words, options.resume = [options.resume, *words], ""
+    if options.resume and (re.match(OVERRIDE, options.resume) or Path(options.resume).is_file()):
+        words, options.resume = [options.resume, *words], ""  # --resume CONFIG.yaml key=value: no RUN_DIR was given
     options.overrides = dict(word.split("=", 1) for word in words if re.match(OVERRIDE, word))
     paths = [word for word in words if not re.match(OVERRIDE, word)]
     if len(paths) > 1:
         hint = "; write key=value without spaces" if "=" in paths else ""
         shown = re.sub(r"=\S+", "=...", " ".join(paths))
         raise LaunchError(f"one CONFIG.yaml is expected, got {len(paths)}: {shown}{hint}")
+    if paths and options.resume:
+        raise LaunchError(f"--resume {options.resume} goes on with the config.yaml of that run; leave out {paths[0]}, "
+                          "and write what is to change as key=value")
     options.config = Path(paths[0]) if paths else DEFAULT_CONFIG
     if options.json and not options.dry_run:
         raise LaunchError("--json goes with --dry-run")
@@ -187,8 +192,8 @@ for _tag, _pattern, _first in (
 ConfigLoader.add_constructor("tag:yaml.org,2002:float", ConfigLoader.construct_number)
 
 
-def parse_yaml(text: str, source: str) -> tuple[object, dict[str, int]]:
-    """Parse one YAML document.
+def parse_yaml(text: str, source: str, key: str = "") -> tuple[object, dict[str, int]]:
+    """Parse one YAML document, which is the value of `key` where one is named.
 
     Returns the value and, where it is a mapping, the line of each top-level key.
     Raises LaunchError with `source:line` for a syntax error, a duplicate key or an unusable key.
@@ -197,6 +202,7 @@ def parse_yaml(text: str, source: str) -> tuple[object, dict[str, int]]:
         loader = ConfigLoader(text)
         node = loader.get_single_node()
         lines = key_lines(node, source)
+        keep_names(node, key)
         return (None if node is None else loader.construct_document(node)), lines
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
@@ -204,6 +210,14 @@ def parse_yaml(text: str, source: str) -> tuple[object, dict[str, int]]:
         raise LaunchError(f"{source}{line}: not valid YAML: {error.problem}{hint}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise LaunchError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def keep_names(node: yaml.Node | None, key: str) -> None:
+    """Let a number stay text as it is written where NAMES has its key; `key` is that of the whole document."""
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    for name, value in [(key, node), *((name.value, value) for name, value in pairs)]:
+        if name in NAMES and value and value.tag == "tag:yaml.org,2002:float":
+            value.tag = "tag:yaml.org,2002:str"
 
 
 def key_lines(node: yaml.Node | None, source: str) -> dict[str, int]:
@@ -267,7 +281,7 @@ def load_config(path: Path, overrides: dict[str, str]) -> Config:
     if odd:
         raise LaunchError(f"{path}:{lines.get(str(odd[0]), 1)}: {odd[0]!r}: expected a key that is a word")
     for key, text in overrides.items():
-        values[key] = parse_yaml(text, f"command line, {key}")[0]
+        values[key] = parse_yaml(text, f"command line, {key}", key)[0]
         lines.pop(key, None)
     values = {key: value for key, value in values.items() if value is not None}
     secrets = {key: str(values.pop(key)) for key in list(values) if SECRET_KEY.search(key)}
@@ -407,8 +421,8 @@ def read_count(env: dict[str, str], name: str, default: int) -> int:
 
 
 def node_rank(env: dict[str, str]) -> int:
-    """This machine's number among the machines; 0 where there is one."""
-    return int(env["NODE_RANK"]) if env.get("NODE_RANK", "").isdecimal() else 0
+    """This machine's number among the machines; 0 where there is one, whatever else left NODE_RANK behind."""
+    return int(env["NODE_RANK"]) if env.get("NNODES", "1") != "1" and env.get("NODE_RANK", "").isdecimal() else 0
 
 
 def matching(device: str, gpus: list[Gpu]) -> list[Gpu]:
@@ -648,6 +662,7 @@ def count_rows(path: Path, limit: int | None) -> int | None:
     if kind == "txt":
         return count_lines(path, limit, blank=True)
     if kind == "csv":
+        csv.field_size_limit(sys.maxsize)
         with open(path, encoding="utf-8", newline="") as file:
             records = itertools.islice(filter(None, csv.reader(file)), None if limit is None else limit + 1)
             return max(sum(1 for _ in records) - 1, 0)
@@ -664,8 +679,11 @@ def capped(count: int | None, limit: int | None) -> int | None:
 def count_json(path: Path, limit: int | None) -> int | None:
     """Rows of a JSON array or of JSON lines, whichever a .json or .jsonl file holds."""
     with open(path, "rb") as file:
-        start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+        head = file.read(4096)
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     if start[:1] == b"[":
+        if head.startswith(b"\xef\xbb\xbf"):
+            raise ValueError("begins with a byte order mark, which cannot be loaded; save it as UTF-8 without one")
         return count_json_array(path, limit)
     if start[:1] == b"{":
         with contextlib.suppress(ValueError):  # an object over several lines holds columns, not rows
@@ -695,7 +713,13 @@ def json_elements(path: Path, chunk: int = 1 << 20) -> Iterator[object]:
     decoder, between, count, at = json.JSONDecoder(), re.compile(r"[\s,]*"), 0, 0
     with open(path, encoding="utf-8-sig") as file:
         text = file.read(chunk).lstrip()[1:]
-        while not text.startswith("]", at := between.match(text, at).end()):
+        while True:
+            gap = between.match(text, at)
+            at = gap.end()
+            if text.startswith("]", at):
+                if "," in gap[0]:
+                    raise ValueError(f"not valid JSON after element {count}: a comma before the end")
+                return
             try:
                 element, at = decoder.raw_decode(text, at)
             except ValueError as error:
@@ -711,7 +735,7 @@ def json_elements(path: Path, chunk: int = 1 << 20) -> Iterator[object]:
 def count_parquet(path: Path) -> int | None:
     """Rows by a Parquet file's footer; another process reads it, since pyarrow would triple ours."""
     script = "import sys, pyarrow.parquet as p; print(p.ParquetFile(sys.argv[1]).metadata.num_rows)"
-    answer = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True)
+    answer = subprocess.run([sys.executable, "-P", "-c", script, str(path)], capture_output=True, text=True)
     return int(answer.stdout) if answer.returncode == 0 else None
 
 
@@ -813,7 +837,7 @@ def inspect_data_set(name: str, info: dict, values: dict) -> tuple[Path | None, 
         raise LookupError(f"{name}: {path}: expected a file that ends in {', '.join(DATA_FILES)}")
     try:
         rows = capped(entry.get("num_samples"), limit) or count_rows(path, limit)
-    except ValueError as error:
+    except (ValueError, csv.Error) as error:
         raise LookupError(f"{name}: {path}: {error}") from None
     if rows == 0:
         raise LookupError(f"{name}: {path} is empty; expected at least one row")
@@ -936,7 +960,8 @@ def read_model_folder(folder: Path, scratch: bool) -> tuple[dict, int | None]:
     if missing:
         raise LookupError(f"{folder}: {', '.join(missing)} missing; copy the weights there, or set "
                           "train_from_scratch: true to train without any")
-    return shape, (None if lacking else count_parameters(shape) or (None if scratch else count_stored(folder)))
+    stored = None if scratch else count_stored(folder)
+    return shape, (None if lacking else count_parameters(shape) or stored)
 
 
 def read_json(path: Path, hint: str) -> dict:
@@ -961,15 +986,23 @@ def missing_weights(folder: Path) -> list[str]:
 
 
 def count_stored(folder: Path) -> int | None:
-    """Parameters by the headers of the safetensors files: 8 bytes of length, then JSON with the shapes."""
+    """Parameters by the headers of the safetensors files: 8 bytes of length, then JSON with shapes and places.
+
+    Raises LookupError for a file that is not whole.
+    """
     total = 0
     for path in folder.glob("*.safetensors"):
         try:
             with open(path, "rb") as file:
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-        except (ValueError, KeyError, MemoryError, OverflowError):
-            raise LookupError(f"{path}: not a whole safetensors file; copy it again") from None
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length)) if length < path.stat().st_size else {}
+            entries = [entry for name, entry in header.items() if name != "__metadata__"]
+            whole = 8 + length + max(entry["data_offsets"][1] for entry in entries) == path.stat().st_size
+            total += sum(math.prod(entry["shape"]) for entry in entries)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            whole = False
+        if not whole:
+            raise LookupError(f"{path}: not a whole safetensors file; copy it again (after git clone: git lfs pull)")
     return total or None
 
 
@@ -1261,7 +1294,9 @@ def plan_lines(plan: Plan, model: str) -> list[tuple[str, str]]:
     if plan.gathered:
         lines.append(("traffic", f"ZeRO-3 gathers {format_bytes(plan.gathered)} a step on each {unit}"))
         lines += [("faster", suggestion)] if (suggestion := suggest_split(plan)) else []
-    if (plan.steps.samples or 0) >= 100_000 and "tokenized_path" not in values:
+    if "tokenized_path" in values and Path(values["tokenized_path"]).is_dir():
+        lines.append(("data", f"as it was tokenized into {values['tokenized_path']}, whatever the data keys say now"))
+    elif (plan.steps.samples or 0) >= 100_000 and "tokenized_path" not in values:
         lines.append(("data", "tokenized_path=FOLDER would keep the tokenized data for the next run"))
     return lines
 
@@ -1306,9 +1341,9 @@ def describe_when(values: dict) -> str:
 def run_name(config: Config, now: float) -> str:
     """The run directory's name: `run_name`, else the local time as YYYYmmdd-HHMMSS. Raises LaunchError."""
     name = str(config.values.get("run_name", time.strftime("%Y%m%d-%H%M%S", time.localtime(now))))
-    if not name.strip(". ") or "/" in name or "\\" in name:
+    if not name.strip(". ") or name.startswith("-") or "/" in name or "\\" in name:
         raise LaunchError(f"{config.where('run_name')}: run_name: {name!r} cannot be a folder name; "
-                          "expected one word without slashes")
+                          "expected one word without slashes and without - in front")
     return name
 
 
@@ -1345,8 +1380,11 @@ def await_run_dir(config: Config, seconds: int = 600) -> Path:
 
 def lock_run(run_dir: Path) -> TextIO:
     """Hold the run directory for this process; raises LaunchError while another launcher lives in it."""
-    (run_dir / "logs").mkdir(exist_ok=True)
-    file = open(run_dir / "logs" / "lock", "a+", encoding="utf-8")
+    try:
+        (run_dir / "logs").mkdir(exist_ok=True)
+        file = open(run_dir / "logs" / "lock", "a+", encoding="utf-8")
+    except OSError as error:
+        raise LaunchError(f"{run_dir}: cannot be written: {error.strerror.lower()}") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -1391,7 +1429,8 @@ def write_whole(path: Path, text: str) -> None:
 
 def launchable_config(config: Config, devices: Devices) -> str:
     """The text of the run's config.yaml: resolved, without secrets, with the command that launches it again."""
-    values = {key: value for key, value in config.values.items() if key != "run_name"}
+    derived = {"gradient_accumulation_steps"} if "global_batch_size" in config.values else set()
+    values = {key: value for key, value in config.values.items() if key not in {"run_name", *derived}}
     if devices.ids:
         values["cuda_visible_devices"] = ",".join(devices.ids)
     count = "" if devices.ids else f"NPROC_PER_NODE={devices.processes} "
@@ -1603,6 +1642,8 @@ def contradictions(values: dict, zero: Zero) -> list[tuple[str, object, str]]:
         ("streaming", given("streaming") and get("max_steps") <= 0, "streamed data has no length; set max_steps"),
         ("max_samples", given("streaming") and "max_samples" in values, "not with streaming: true; use max_steps"),
         ("val_size", given("streaming") and 0 < get("val_size") < 1, "not a share with streaming: true; use a number"),
+        ("tokenized_path", is_torn_data(given("tokenized_path")),
+         f"{given('tokenized_path')} is no whole tokenized data; remove it, and it is made anew"),
         ("deepspeed", given("deepspeed") and given("fsdp"), "given together with fsdp; keep one"),
         ("quantization_bit", given("quantization_bit") and get("finetuning_type") == "full",
          "a quantized model takes LoRA only; remove it, or set finetuning_type: lora"),
@@ -1612,6 +1653,12 @@ def contradictions(values: dict, zero: Zero) -> list[tuple[str, object, str]]:
         ("resume_from_checkpoint", isinstance(resume, str) and not Path(resume).is_dir(),
          f"{resume} does not exist; expected a checkpoint folder"),
     ]
+
+
+def is_torn_data(folder: str | None) -> bool:
+    """Whether a folder of tokenized data holds something, but no set that was written to its end (state.json)."""
+    files = [path.name for path in Path(folder).rglob("*")] if folder and Path(folder).is_dir() else []
+    return bool(files) and "state.json" not in files
 
 
 def derive_accumulation(config: Config, world_size: int) -> tuple[Config, list[Problem]]:
@@ -1734,7 +1781,7 @@ def inspect_machine(config: Config, env: dict[str, str]) -> tuple[Devices, int, 
 def check_nodes(config: Config, env: dict[str, str], nodes: int) -> list[Problem]:
     """What several machines, or a MASTER_PORT, need; nothing where a torchrun of the user's has seen to it."""
     problems = []
-    if "LOCAL_RANK" in env:
+    if UNDER_TORCHRUN in env:
         return problems
     if nodes > 1:
         problems += [f"environment variable {name}: is needed with NNODES={nodes}" for name in
@@ -1767,11 +1814,12 @@ def port_in_use(port: int) -> bool:
 def check_output(config: Config) -> list[Problem]:
     """output_dir must be a folder that can be written, or one that can be made."""
     folder = Path(config.values.get("output_dir", "."))
-    while not folder.exists():
+    while not (folder.exists() or folder.is_symlink()):
         folder = folder.parent
     if folder.is_dir() and os.access(folder, os.W_OK):
         return []
-    fault = "cannot be written" if folder.is_dir() else "is a file"
+    fault = ("cannot be written" if folder.is_dir() else "is a file" if folder.exists() else
+             "is a link that leads nowhere")
     return [Problem(f"{config.where('output_dir')}: output_dir: {folder} {fault}; choose a folder of yours")]
 
 
@@ -1800,15 +1848,18 @@ def check_plan(plan: Plan, config: Config, gpus: list[Gpu]) -> list[Problem]:
     return estimates
 
 
-# What may not change under a run that goes on: the model would not load, or the data would be another.
+# What may not change under a run that goes on: the model would not load, the data would be another, or (the
+# optimizer's) the checkpoint's would go on in silence.
 FIXED_KEYS = ("model_name_or_path", "train_from_scratch", "finetuning_type", "stage", "template", "dataset",
-              "dataset_dir", "max_samples", "val_size", "cutoff_len", "packing", "seed", "data_seed")
+              "dataset_dir", "max_samples", "val_size", "cutoff_len", "packing", "seed", "data_seed",
+              "optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 
 
 def check_alive(run_dir: Path) -> list[Problem]:
     """A run that still runs cannot be resumed."""
     try:
-        lock_run(run_dir).close()
+        if (run_dir / "logs" / "lock").exists():
+            lock_run(run_dir).close()
         return []
     except LaunchError as error:
         return error.problems
@@ -1927,11 +1978,13 @@ class Tracker:
             self.arrived.notify_all()
 
     def keep(self) -> None:
-        """The thread that starts the process, and one in local mode where it fails."""
-        if not self.run_process(self.mode) and self.mode != "local":
-            self.warn(f"SwanLab cannot be reached ({self.trouble}); the run is recorded locally. Later: swanlab sync "
-                      f"{self.init['log_dir']}/run-... -i {self.init['id']}")
-            self.run_process("local")
+        """The thread that starts the process and, where that fails, another one in local mode."""
+        sync = f"Later: swanlab sync {self.init['log_dir']}/run-... -i {self.init['id']}"
+        if not self.run_process(self.mode):
+            self.warn(f"SwanLab's process ended ({self.trouble}); it is started once more" if self.mode == "local" else
+                      f"SwanLab cannot be reached ({self.trouble}); the run is recorded locally. {sync}")
+            if not self.run_process("local"):
+                self.warn(f"SwanLab does not record this run ({self.trouble}); see {self.logs}/swanlab.log")
 
     def run_process(self, mode: str) -> bool:
         """One process from start to end; False where it did not begin or ended early."""
@@ -2078,11 +2131,7 @@ def give_account(run_dir: Path, config: Config, console: TextIO) -> None:
     losses = [f"{summary[key]:.4f} at {when}" for key, when in (("first_loss", "first"), ("last_loss", "last"))
               if summary[key] is not None]
     if state != "finished":
-        resume = (f"python {shlex.quote(str(SCRIPT))} --resume {shlex.quote(str(run_dir))}" if summary["checkpoints"]
-                  else "there is no checkpoint to resume from")
-    chat = (f"llamafactory-cli chat --model_name_or_path {shlex.quote(str(run_dir))} --template "
-            f"{config.values.get('template', 'default')}"
-            + " --enable_thinking false" * (config.values.get("enable_thinking") is False))
+        resume = resume_command(run_dir) if summary["checkpoints"] else "there is no checkpoint to resume from"
     for label, text in (
         ("state", f"{state} at step {summary['steps']} of {summary['total_steps'] or 'an unknown number'}"),
         ("loss", ", ".join(losses)),
@@ -2090,10 +2139,29 @@ def give_account(run_dir: Path, config: Config, console: TextIO) -> None:
         ("memory", peak and f"{format_bytes(peak)} at the peak on rank 0"),
         ("checkpoints", ", ".join(summary["checkpoints"])),
         ("curve", summary["curve"]), ("dashboard", summary["dashboard"]), ("model", summary["model"]),
-        ("chat", summary["model"] and chat), ("resume", resume),
+        ("chat", summary["model"] and chat_command(run_dir, DEFAULTS | config.values)), ("resume", resume),
     ):
         if text:
             say(f"{label:<12}{text}", console)
+
+
+def resume_command(run_dir: Path) -> str:
+    """What goes on with the run; on a CPU with the number of processes, which no configuration holds."""
+    plan = read_plan(run_dir)
+    processes = (plan.get("world_size") or 1) // read_count(dict(os.environ), "NNODES", 1)
+    count = "" if plan.get("devices") or processes == 1 else f"NPROC_PER_NODE={processes} "
+    return f"{count}python {shlex.quote(str(SCRIPT))} --resume {shlex.quote(str(run_dir))}"
+
+
+def chat_command(run_dir: Path, values: dict) -> str:
+    """What talks to the model, or to the base model with the adapter that was trained; '' for a reward model."""
+    model = f"--model_name_or_path {shlex.quote(str(run_dir))}"
+    if values["finetuning_type"] in ("lora", "oft"):
+        base = shlex.quote(values["model_name_or_path"])
+        model = f"--model_name_or_path {base} --adapter_name_or_path {shlex.quote(str(run_dir))}"
+    thinking = " --enable_thinking false" * (values.get("enable_thinking") is False)
+    return "" if values["stage"] == "rm" else (f"llamafactory-cli chat {model} "
+                                               f"--template {values.get('template', 'default')}{thinking}")
 
 
 def format_seconds(seconds: float) -> str:
@@ -2109,20 +2177,21 @@ def format_seconds(seconds: float) -> str:
 def build_torchrun_command(devices: Devices, config_path: Path, env: dict[str, str]) -> list[str]:
     """The torchrun command that starts one worker a device on this machine. Starts nothing.
 
-    One machine: torchrun takes a free port, unless MASTER_PORT is set. Several: they meet at MASTER_ADDR,
+    One machine: torchrun takes a free port, unless MASTER_PORT is set, and no notice of MASTER_ADDR, which a
+    scheduler may have left behind. Several: they meet at MASTER_ADDR,
     and wait 15 minutes for one that is down. torchrun handles no signal but SIGQUIT: on SIGTERM it would
     give a checkpoint 30 seconds and then kill it.
     """
     nodes = read_count(env, "NNODES", 1)
-    address = f"{env.get('MASTER_ADDR', '127.0.0.1')}:{env.get('MASTER_PORT', '0')}"
-    rendezvous = ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", address,
-                  "--rdzv-id", config_path.parent.name]
+    host = env.get("MASTER_ADDR", "127.0.0.1") if nodes > 1 else "127.0.0.1"
+    rendezvous = ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-id", config_path.parent.name,
+                  "--rdzv-endpoint", f"{host}:{env.get('MASTER_PORT', '0')}"]
     if nodes > 1:
-        host = int(node_rank(env) == 0)
-        rendezvous += ["--rdzv-conf", f"is_host={host},join_timeout=900,read_timeout=900",
-                       "--local-addr", own_address(env.get("MASTER_ADDR", "127.0.0.1"))]
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(devices.processes), *rendezvous,
-            "--signals-to-handle", "SIGQUIT", str(SCRIPT), str(config_path)]
+        rendezvous += ["--rdzv-conf", f"is_host={int(node_rank(env) == 0)},join_timeout=900,read_timeout=900",
+                       "--local-addr", own_address(host)]
+    # -P: a torch or random.py of the working directory must not be taken for the package.
+    return [sys.executable, "-P", "-m", "torch.distributed.run", "--nproc-per-node", str(devices.processes),
+            *rendezvous, "--signals-to-handle", "SIGQUIT", str(SCRIPT), str(config_path)]
 
 
 def own_address(other: str) -> str:
@@ -2244,13 +2313,11 @@ def supervise(command: list[str], env: dict[str, str], run_dir: Path, max_restar
 
     The `first` of several machines looks after the run directory.
     """
-    if first:
-        (run_dir / "STOP").unlink(missing_ok=True)  # an old one; from here on it is ours
     stop, log = StopRequest(run_dir), run_dir / "logs" / f"torchrun{'' if first else node_rank(env)}.log"
     for start in range(max_restarts + 1):
         begun, before = time.time(), checkpoint_step(newest_checkpoint(run_dir))
         if first:
-            make_ready(run_dir, before)
+            make_ready(run_dir)
         said = log.stat().st_size if log.exists() else 0
         status = run_torchrun(command, env, log, stop)
         if status == 0:
@@ -2266,11 +2333,11 @@ def supervise(command: list[str], env: dict[str, str], run_dir: Path, max_restar
     return 1
 
 
-def make_ready(run_dir: Path, step: int) -> None:
-    """Before a start: nothing torn in the way, no log line beyond `step`, no old account."""
+def make_ready(run_dir: Path) -> None:
+    """Before a start: nothing torn in the way, no log line beyond the checkpoint, no old account."""
     for line in set_aside_torn(run_dir):
         say(line)
-    rewind_log(run_dir, step)
+    rewind_log(run_dir, checkpoint_step(newest_checkpoint(run_dir)))
     for name in ("summary.json", "training_loss.png"):
         (run_dir / name).unlink(missing_ok=True)
 
@@ -2333,7 +2400,9 @@ def describe_failure(run_dir: Path, messages: str, status: int, since: float) ->
     if disk_is_full(run_dir):
         text += f"\nNo space left on device: {run_dir}"
     cause = next((f"\nlikely cause: {hint}" for pattern, hint in CAUSES if re.search(pattern, text)), "")
-    return f"training failed:\n{text}{cause}\nfull log: {run_dir}/logs/rank{rank}.log"
+    logs = [run_dir / "logs" / name for name in (f"rank{rank}.log", "torchrun.log")]
+    log = next(path for path in logs if path.exists())
+    return f"training failed:\n{text}{cause}\nfull log: {log}"
 
 
 def killed_rank(messages: str) -> tuple[str, str] | None:
@@ -2381,30 +2450,37 @@ def build_training_args(config: Config, run_dir: Path) -> dict:
         args.pop("use_cpu", None)
     args["report_to"] = [name for name in reporters(config.values) if name != "swanlab"] or ["none"]
     args.setdefault("disable_tqdm", True)  # the console has a bar of ours; the logs need none
-    args.setdefault("include_num_input_tokens_seen", "non_padding")  # for tokens per second
+    # For tokens per second; neat_packing's attention mask is no count of tokens.
+    args.setdefault("include_num_input_tokens_seen", "all" if args.get("neat_packing") else "non_padding")
     args.setdefault("ddp_timeout", 7200)  # ranks wait for rank 0's tokenization; 30 minutes is short for that
     if args.get("streaming"):  # accelerate's default would join rank 0's batches, which differ in length
         args.setdefault("accelerator_config", {"dispatch_batches": False})
         # LLaMA-Factory cuts a file into as many shards as there are workers: with none there would be no data.
         args["dataloader_num_workers"] = args.get("dataloader_num_workers") or 1
     checkpoint = newest_checkpoint(run_dir)
-    return {**args, "resume_from_checkpoint": str(checkpoint)} if checkpoint else args
+    if checkpoint:
+        args["resume_from_checkpoint"] = str(checkpoint)
+        total = read_plan(run_dir).get("total_steps") or read_whole(checkpoint / "trainer_state.json")["max_steps"]
+        if checkpoint_step(checkpoint) >= total and not args.get("streaming"):
+            # The last checkpoint was written, the model was not. The trainer would train a step more.
+            args |= {"max_steps": -1, "num_train_epochs": 0.0}
+    return args
 
 
 class Stopped(Exception):
-    """Training ended early because a stop was asked for; its checkpoint is committed."""
+    """Training ended early because a stop was asked for; its checkpoint is committed, there is no final model."""
 
 
 class Checkpoints:
     """Trainer callback of every rank: stop together at the end of a step, and commit each checkpoint."""
 
-    def __init__(self, run_dir: Path, training: threading.Event):
-        self.run_dir, self.training, self.stopping, self.keep = run_dir, training, False, None
+    def __init__(self, run_dir: Path):
+        self.run_dir, self.stopping, self.keep = run_dir, False, None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.training.set()
         # The trainer would remove old checkpoints before the new one is committed.
         self.keep, args.save_total_limit = args.save_total_limit, None
+        state.compute_steps(args, state.max_steps)  # a resumed run would go by the checkpoint's save_steps and others
         if self.agreed_to_stop(args):
             raise Stopped
 
@@ -2429,8 +2505,14 @@ class Checkpoints:
             commit_checkpoint(folder, args.world_size, not args.save_only_model)
             best = Path(state.best_model_checkpoint or "").name
             rotate_checkpoints(self.run_dir, self.keep, best)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.stopping:  # the checkpoint is committed: end without what an epoch and a training end with
+            control.should_save = control.should_evaluate = args.load_best_model_at_end = False
+
+    def on_train_end(self, args, state, control, **kwargs):
         if self.stopping:
-            raise Stopped
+            raise Stopped  # after the other callbacks, which close what they report to
 
 
 class Reporter:
@@ -2532,13 +2614,14 @@ def run_worker(options: argparse.Namespace, env: dict[str, str]) -> int:
     die_with_parent(agent)
     if LAUNCHER_VARIABLE in env and parent_of(agent) != int(env[LAUNCHER_VARIABLE]):
         leave(1)  # torchrun died before this process could ask to die with it
-    training = threading.Event()
-    os.register_at_fork(after_in_child=partial(settle_child, training))
+    os.register_at_fork(after_in_child=settle_child)
     run_dir, config = join_run(options, env)
-    stop_on_sigterm(run_dir, agent)
+    # Our torchrun's SIGTERM means that another rank died; a torchrun of the user's passes on what it was sent.
+    heed_sigterm(agent if LAUNCHER_VARIABLE in env else 0, partial(request_stop, run_dir, signal.SIGTERM))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     console = redirect_output(run_dir / "logs" / f"rank{rank}.log")
     try:
-        train(config, run_dir, console, env, training)
+        train(config, run_dir, console, env)
     except BaseException:
         record_error(run_dir, rank, traceback.format_exc(), console)
         leave(1)
@@ -2565,7 +2648,7 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-def train(config: Config, run_dir: Path, console: TextIO, env: dict[str, str], training: threading.Event) -> None:
+def train(config: Config, run_dir: Path, console: TextIO, env: dict[str, str]) -> None:
     """LLaMA-Factory's run_exp with our callbacks. Rank 0 records; the first process of the first machine speaks."""
     expected = int(env["LOCAL_WORLD_SIZE"]) * read_count(env, "NNODES", 1)
     if RUN_DIR_VARIABLE in env and int(env["WORLD_SIZE"]) != expected:
@@ -2574,7 +2657,7 @@ def train(config: Config, run_dir: Path, console: TextIO, env: dict[str, str], t
     records, speaks = env["RANK"] == "0", env["LOCAL_RANK"] == "0" and node_rank(env) == 0
     console = console if speaks else sys.stdout
     reporter = Reporter(console, partial(open_tracker, config, run_dir, env, console) if records else lambda: None)
-    callbacks = [Checkpoints(run_dir, training)] + [reporter] * (records or speaks)
+    callbacks = [Checkpoints(run_dir)] + [reporter] * (records or speaks)
     state = "finished"
     try:
         run_exp(build_training_args(config, run_dir), [as_callback(hooks) for hooks in callbacks])
@@ -2606,10 +2689,22 @@ def end_record(config: Config, run_dir: Path, state: str, reporter: Reporter) ->
     """On rank 0, after training: end SwanLab's record, draw what LLaMA-Factory has not drawn, write summary.json."""
     if reporter.tracker:
         reporter.tracker.finish(*(("success", None) if state == "finished" else ("aborted", "stopped by the user")))
-    if state == "stopped" and config.values.get("plot_loss"):
+    if "wandb" in reporters(config.values):
+        finish_wandb()
+    if state == "stopped" and config.values.get("plot_loss") and any("loss" in line for line in read_log(run_dir)):
         draw_curve(run_dir)
     write_summary(run_dir, summarize(run_dir, state, float(os.environ[STARTED_VARIABLE]), peak_memory=peak_memory(),
                                      tokens_per_second=reporter.tokens_per_second()))
+
+
+def finish_wandb(seconds: float = 60) -> None:
+    """End wandb's run, which it does at Python's exit and this process ends without; it waits without limit for its
+    service, so not for longer than `seconds`."""
+    import wandb
+
+    thread = threading.Thread(target=wandb.finish, daemon=True)
+    thread.start()
+    thread.join(seconds)
 
 
 def open_tracker(config: Config, run_dir: Path, env: dict[str, str], console: TextIO) -> Tracker | None:
@@ -2651,16 +2746,16 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def settle_child(training: threading.Event) -> None:
-    """In a process that a worker forks: die with it. SIGTERM ends it, as a pool of tokenizers expects; but in
-    training the children are DataLoader workers, and a scheduler's SIGTERM to everybody must not cost the save."""
-    die_with_parent(os.getppid())
-    if not training.is_set():
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+def settle_child() -> None:
+    """In a process that a worker forks, to tokenize or to load data: die with it, and end at its SIGTERM only, since
+    a scheduler's SIGTERM to everybody must cost neither the checkpoint nor a pool that the worker waits for."""
+    parent = os.getppid()
+    die_with_parent(parent)
+    heed_sigterm(parent, lambda: None)
 
 
-def stop_on_sigterm(run_dir: Path, agent: int) -> None:
-    """Turn a SIGTERM from outside into a graceful stop; torchrun's own means that another rank died: end now.
+def heed_sigterm(boss: int, otherwise: Callable[[], None]) -> None:
+    """End this process at the `boss` process's SIGTERM, and do `otherwise` at anybody else's.
 
     A thread waits for it, since a rank inside a collective runs no Python signal handler.
     """
@@ -2668,8 +2763,8 @@ def stop_on_sigterm(run_dir: Path, agent: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != agent:
-            request_stop(run_dir, signal.SIGTERM)
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != boss:
+            otherwise()
         os._exit(128 + signal.SIGTERM)
 
     threading.Thread(target=wait, daemon=True).start()
@@ -2679,7 +2774,8 @@ def join_run(options: argparse.Namespace, env: dict[str, str]) -> tuple[Path, Co
     """This rank's run directory and configuration: the parent's or, under a torchrun of the user's, rank 0's."""
     run_dir = Path(env[RUN_DIR_VARIABLE]) if RUN_DIR_VARIABLE in env else agree_on_run(options, env)
     secrets = json.loads(os.environ.pop(SECRETS_VARIABLE, "{}"))
-    return run_dir, replace(load_config(run_dir / "config.yaml", {}), secrets=secrets)
+    config = derive_accumulation(load_config(run_dir / "config.yaml", {}), int(env["WORLD_SIZE"]))[0]
+    return run_dir, replace(config, secrets=secrets)
 
 
 def agree_on_run(options: argparse.Namespace, env: dict[str, str]) -> Path:
@@ -2695,17 +2791,28 @@ def agree_on_run(options: argparse.Namespace, env: dict[str, str]) -> Path:
     store = PrefixStore("qwen3_ft", store)
     if rank == 0:
         try:
-            job = prepare(options, env, find_run(options))
-            refuse(job, options.force)
-            run_dir = take_run_dir(job, env)
-            write_run_files(job, run_dir, env)
-            store.set("run_dir", str(run_dir))
+            store.set("run_dir", open_run(options, env))
         except LaunchError:
             store.set("run_dir", "")
             raise
     run_dir = Path(store.get("run_dir").decode() or leave(2))
+    if run_dir == Path():
+        leave(0)
     os.environ.update(build_worker_environment(devices, run_dir, config, dict(os.environ)))
     return run_dir
+
+
+def open_run(options: argparse.Namespace, env: dict[str, str]) -> str:
+    """The run directory, ready and held by this process until it ends; "." where there is nothing to train."""
+    job = get_ready(options, env)
+    if not job:
+        return "."
+    run_dir = take_run_dir(job, env)
+    with lock_run(run_dir) as lock:
+        os.dup(lock.fileno())  # holds the lock until this process ends
+    write_run_files(job, run_dir, env)
+    make_ready(run_dir)
+    return str(run_dir)
 
 
 def redirect_output(log: Path | None) -> TextIO:
@@ -2800,7 +2907,7 @@ def commands(job: Job, run_dir: Path, env: dict[str, str]) -> tuple[list[str], d
 def dry_run(job: Job, as_json: bool, env: dict[str, str]) -> None:
     """Print the plan and the exact command; start nothing and write nothing."""
     if job.plan is None:
-        print(json.dumps(plan_data(job, None, {}), indent=1) if as_json else "no plan: see the errors")
+        say(json.dumps(plan_data(job, None, {}), indent=1) if as_json else "no plan: see the errors")
         return
     try:
         run_dir = job.run_dir or Path(job.plan.values["output_dir"]) / run_name(job.config, time.time())
@@ -2809,10 +2916,10 @@ def dry_run(job: Job, as_json: bool, env: dict[str, str]) -> None:
         run_dir = Path(job.plan.values["output_dir"])
     command, _, data = commands(job, run_dir, env)
     if as_json:
-        print(json.dumps(data, indent=1))
+        say(json.dumps(data, indent=1))
         return
     show_plan(job, run_dir, env)
-    print("command     " + " ".join([*(f"{key}={shlex.quote(value)}" for key, value in data["environment"].items()),
+    say("command     " + " ".join([*(f"{key}={shlex.quote(value)}" for key, value in data["environment"].items()),
                                      shlex.join(command)]))
 
 
@@ -2835,6 +2942,7 @@ def write_run_files(job: Job, run_dir: Path, env: dict[str, str]) -> tuple[list[
     the workers' environment."""
     command, worker_env, data = commands(job, run_dir, env)
     if node_rank(env) == 0:
+        (run_dir / "STOP").unlink(missing_ok=True)  # an old one; from here on it is ours
         try:
             write_whole(run_dir / "plan.json", json.dumps(data, indent=1) + "\n")
             write_whole(run_dir / "config.yaml", launchable_config(job.config, job.plan.devices))
@@ -2844,11 +2952,23 @@ def write_run_files(job: Job, run_dir: Path, env: dict[str, str]) -> tuple[list[
     return command, worker_env
 
 
-def refuse(job: Job, force: bool) -> None:
-    """Raise a LaunchError with all problems that --force does not overrule."""
-    stopping = [problem for problem in job.problems if not (problem.overrule and force)]
+def get_ready(options: argparse.Namespace, env: dict[str, str]) -> Job | None:
+    """The job to start; None after a dry run, and where the run to resume is finished.
+
+    Raises LaunchError with all problems that --force does not overrule.
+    """
+    run_dir = find_run(options)
+    if run_dir and is_finished(run_dir):
+        say(f"{run_dir}: this run is finished; nothing to resume. To train its model further: python {SCRIPT.name} "
+            f"model_name_or_path={run_dir}")
+        return None
+    job = prepare(options, env, run_dir)
+    if options.dry_run:
+        dry_run(job, options.json, env)
+    stopping = [problem for problem in job.problems if not (problem.overrule and options.force)]
     if stopping:
         raise LaunchError(*stopping)
+    return None if options.dry_run else job
 
 
 def launch(job: Job, env: dict[str, str], verbose: bool) -> int:
@@ -2863,23 +2983,29 @@ def launch(job: Job, env: dict[str, str], verbose: bool) -> int:
     return code
 
 
+def settle_streams() -> None:
+    """Open what was closed of stdin, stdout and stderr, and print what a terminal cannot encode all the same."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest free number: this one
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the launcher, or a worker where torchrun started this process; returns the exit code."""
+    settle_streams()
     try:
         options, env = parse_arguments(sys.argv[1:] if argv is None else argv), dict(os.environ)
         if options.tracker:
             return run_tracker()
-        if "LOCAL_RANK" in env:
+        if UNDER_TORCHRUN in env:
             return run_worker(options, env)
-        run_dir = find_run(options)
-        if run_dir and is_finished(run_dir):
-            say(f"{run_dir}: this run is finished; nothing to resume")
-            return 0
-        job = prepare(options, env, run_dir)
-        if options.dry_run:
-            dry_run(job, options.json, env)
-        refuse(job, options.force)
-        return 0 if options.dry_run else launch(job, env, options.verbose)
+        job = get_ready(options, env)
+        return launch(job, env, options.verbose) if job else 0
     except LaunchError as error:
         for problem in error.problems:
             say(f"error: {problem.text}{' (--force overrules this)' if problem.overrule else ''}", sys.stderr)

@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import FAKES, SCRIPT, fake_gpus, write_json
 
-from train_qwen3_ft import Config, LaunchError, build_torchrun_command, resolve_devices
+from train_qwen3_ft import Config, LaunchError, build_torchrun_command, node_rank, resolve_devices
 
 UUID = "GPU-00000001-0000-4000-8000-000000000000"  # the fake NVML's GPU 1
 MIG = "MIG-0a1b2c3d-1111-2222-3333-444455556666"
@@ -59,6 +59,13 @@ def test_order_is_kept(plan_on):
 def test_workers_see_the_chosen_gpus_as_nvidia_smi_numbers_them(plan_on):
     shown = plan_on(fake_gpus(4), cuda_visible_devices="1,3")["environment"]
     assert (shown["CUDA_VISIBLE_DEVICES"], shown["CUDA_DEVICE_ORDER"]) == ("1,3", "PCI_BUS_ID")
+
+
+def test_what_a_scheduler_left_of_other_machines_does_not_matter_on_one(plan_on):
+    left = {"NODE_RANK": "1", "MASTER_ADDR": "node-001"}
+    command = plan_on(fake_gpus(2), left)["command"]
+    assert command[command.index("--rdzv-endpoint") + 1] == "127.0.0.1:0"
+    assert node_rank(left) == 0
 
 
 def test_the_shown_command_names_the_gpus_of_the_environment_too(plan_on):
@@ -335,7 +342,7 @@ def test_environment_that_hides_all_gpus_is_named(here, write_config, text):
 
 def test_command_is_torchrun_on_the_script_with_the_run_s_config(plan_on):
     command = plan_on(fake_gpus(2))["command"]
-    assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
+    assert command[:4] == [sys.executable, "-P", "-m", "torch.distributed.run"]
     assert command[-2] == str(SCRIPT)
     assert command[-1].endswith("/config.yaml")
 

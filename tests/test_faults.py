@@ -219,6 +219,11 @@ def test_resuming_with_another_number_of_ranks_is_refused(failed: SimpleNamespac
     assert re.search("checkpoint-4 was written by 2 ranks, now there are 1", refusal(failed, ranks=1))
 
 
+def test_resuming_with_another_learning_rate_is_refused(failed: SimpleNamespace):
+    assert re.search("learning_rate: was 0.003 when the run began and cannot change now",
+                     refusal(failed, "learning_rate=1e-5"))
+
+
 def test_resuming_with_another_model_is_refused(failed: SimpleNamespace, tmp_path: Path):
     shutil.copytree(DEMO / "demo_model", tmp_path / "other")
     line = refusal(failed, f"model_name_or_path={tmp_path}/other")
@@ -272,6 +277,16 @@ def test_a_resume_past_a_torn_checkpoint_ends_with_identical_weights(resumed_fro
     assert resumed_from_torn.process.returncode == 0, resumed_from_torn.console
     assert weights(resumed_from_torn.run_dir) == weights(reference)
     assert losses(resumed_from_torn.run_dir) == losses(reference)
+
+
+def test_a_kill_before_the_final_model_trains_no_step_more(tmp_path: Path):
+    whole, cut = (write_config(tmp_path / name, max_steps=5, deepspeed=None) for name in ("whole", "cut"))
+    undisturbed = run(tmp_path / "whole", whole, ranks=1)
+    killed = run(tmp_path / "cut", cut, ranks=1, faults=[{"point": "final save", "step": 5}])
+    assert "resuming from checkpoint-5" in killed.console
+    assert "finished at step 5 of 5" in killed.console
+    assert weights(killed.run_dir) == weights(undisturbed.run_dir)
+    assert losses(killed.run_dir) == losses(undisturbed.run_dir)
 
 
 @pytest.fixture(scope="module")
@@ -408,7 +423,8 @@ def test_a_stop_writes_no_final_model(stopped: SimpleNamespace, kind: str):
 
 @pytest.mark.parametrize("kind", STOPS)
 def test_a_stop_says_how_to_resume(stopped: SimpleNamespace, kind: str):
-    assert plan_line(stopped.stops[kind].console, "resume") == f"python {SCRIPT} --resume {stopped.last.run_dir}"
+    assert plan_line(stopped.stops[kind].console, "resume") == (
+        f"NPROC_PER_NODE=2 python {SCRIPT} --resume {stopped.last.run_dir}")
 
 
 def test_under_nohup_a_hangup_does_not_stop_the_run(stopped: SimpleNamespace):
@@ -432,6 +448,48 @@ def test_two_ranks_without_deepspeed_resume_to_identical_weights(tmp_path: Path)
     assert resumed.process.returncode == 0, resumed.console
     assert weights(resumed.run_dir) == weights(uninterrupted.run_dir)
     assert losses(resumed.run_dir) == losses(uninterrupted.run_dir)
+
+
+def test_a_resumed_run_saves_and_logs_as_it_is_told_now(tmp_path: Path):
+    config = write_config(tmp_path, deepspeed=None, max_steps=12)
+    with Run(tmp_path, config, ranks=1, faults=[{"point": "slow"}]) as alive:
+        alive.reach(3)
+        alive.process.send_signal(signal.SIGTERM)
+        alive.wait()
+    stopped = max(committed(alive.run_dir))
+    run(tmp_path, "--resume", alive.run_dir, "save_steps=5", "logging_steps=5", "save_total_limit=9", ranks=1)
+    assert [step for step in losses(alive.run_dir) if step > stopped] == [step for step in (5, 10) if step > stopped]
+    assert {10, 12} <= set(committed(alive.run_dir)) and 8 not in committed(alive.run_dir)
+
+
+def test_a_sigterm_to_everybody_in_tokenization_is_a_stop_before_the_first_step(tmp_path: Path):
+    fault = {"point": "hold tokenization", "seconds": 3}
+    with Run(tmp_path, write_config(tmp_path, deepspeed=None), ranks=1, faults=[fault]) as alive:
+        until(lambda: len(alive.children(0)) >= 2, "the tokenizing processes")
+        for pid in everybody(alive):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        assert alive.wait(120) == 143, alive.console
+    assert "stopped at step 0 of 40" in alive.console
+
+
+def test_a_torchrun_of_the_users_stops_resumes_and_finishes_once(tmp_path: Path):
+    """SIGTERM to torchrun itself, which ends the ranks; then --dry-run, --resume, and --resume of what is finished."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(SCRIPT)]
+    with Run(tmp_path, write_config(tmp_path, save_steps=100), command=torchrun, faults=[{"point": "slow"}]) as alive:
+        alive.reach(3)
+        alive.process.send_signal(signal.SIGTERM)
+        alive.wait()
+        assert alive.left_after(10) == []
+    steps = committed(alive.run_dir)
+    planned = run(tmp_path, "--resume", alive.run_dir, "--dry-run", command=torchrun)
+    assert (planned.process.returncode, committed(alive.run_dir)) == (0, steps), planned.console
+    resumed = run(tmp_path, "--resume", alive.run_dir, command=torchrun)
+    assert (resumed.process.returncode, committed(alive.run_dir)) == (0, [*steps, 20]), resumed.console
+    model = weights(alive.run_dir)
+    again = run(tmp_path, "--resume", alive.run_dir, command=torchrun)
+    assert "this run is finished" in again.console
+    assert (again.process.returncode, weights(alive.run_dir), committed(alive.run_dir)) == (0, model, [*steps, 20])
 
 
 def test_a_stop_before_the_first_step_promises_no_resume(tmp_path: Path):

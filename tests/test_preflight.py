@@ -289,6 +289,20 @@ def one_shard_of_two(model: Path) -> None:
     (model / "model-00001-of-00002.safetensors").write_bytes(b"")
 
 
+def dangling(tmp_path: Path) -> Path:
+    """A link to a disk that is not mounted."""
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    return tmp_path / "gone"
+
+
+def half_tokenized(tmp_path: Path) -> dict:
+    """tokenized_path as a run leaves it that was killed while it wrote there."""
+    write_json(tmp_path / "tokens" / "dataset_dict.json", {"splits": ["train"]})
+    return {"tokenized_path": str(tmp_path / "tokens")}
+
+
+HEADER = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+SAFETENSORS = len(HEADER).to_bytes(8, "little") + HEADER + bytes(8)
 BAD_FILES = [
     pytest.param(change_model(lambda model: (model / "config.json").unlink()),
                  r"model_name_or_path: .*config\.json: (?i:no such file).*a model folder has a config\.json",
@@ -310,6 +324,10 @@ BAD_FILES = [
     pytest.param(change_model(lambda model: [write_json(model / "config.json", {**TINY_MODEL, "model_type": "other"}),
                                              (model / "model.safetensors").write_bytes(b"\x00" * 4)]),
                  r"model_name_or_path: .*\.safetensors", id="weights-cut-off"),
+    pytest.param(change_model(lambda model: (model / "model.safetensors").write_text("version https://git-lfs")),
+                 r"model\.safetensors: not a whole safetensors file; copy it again", id="weights-a-git-lfs-pointer"),
+    pytest.param(change_model(lambda model: (model / "model.safetensors").write_bytes(SAFETENSORS[:-1])),
+                 r"model\.safetensors: not a whole safetensors file; copy it again", id="weights-a-byte-short"),
     pytest.param(make_file("m", model_name_or_path="m"), r"model_name_or_path: .*/m\b.*folder", id="model-is-a-file"),
     pytest.param(deepspeed_file(b"{"), r"deepspeed: .*ds\.json: not valid JSON", id="deepspeed-broken"),
     pytest.param(deepspeed_file(b"\xff\xfe"), r"deepspeed: .*ds\.json: not valid JSON", id="deepspeed-not-text"),
@@ -351,6 +369,14 @@ BAD_FILES = [
                  r'has no column conversations, only messages; .*\{"messages": "\.\.\."\}', id="data-openai"),
     pytest.param(change_data("x.txt", "some text\n"), r"has no column instruction, input, output, only text; ",
                  id="data-plain-text"),
+    pytest.param(change_data("x.json", '[{"instruction": "a", "input": "b", "output": "c"},]'),
+                 r"x\.json: not valid JSON after element 1: a comma before the end", id="data-comma-at-the-end"),
+    pytest.param(change_data("x.json", b'\xef\xbb\xbf[{"instruction": "a", "input": "b", "output": "c"}]'),
+                 r"x\.json: begins with a byte order mark", id="data-with-a-mark"),
+    pytest.param(lambda tmp_path: {"output_dir": str(dangling(tmp_path) / "runs")},
+                 r"output_dir: .*/gone is a link that leads nowhere", id="output-behind-a-dangling-link"),
+    pytest.param(half_tokenized, r"tokenized_path: .*/tokens is no whole tokenized data; remove it",
+                 id="tokenized-by-half"),
     pytest.param(change_data("x.xlsx", "PK"), r"dataset: tiny: .*x\.xlsx.*json", id="data-of-unknown-kind"),
     pytest.param(change_data("x.json", '[{"chosen": "a"}]', {"file_name": "x.json", "ranking": True}),
                  r"dataset: tiny.*(ranking|stage)", id="preference-data-for-sft"),
@@ -382,12 +408,21 @@ def test_run_name_that_is_taken_is_refused(refused, write_config, tmp_path):
                      refused(write_config(run_name="first")).stderr)
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    pytest.param(["--resume"], r"--resume: there is no run under .*/out", id="no-run-there"),
-    pytest.param(["--resume", "nowhere"], r"--resume nowhere: .*config\.yaml does not exist", id="no-such-run"),
-])
-def test_resume_without_a_run_is_refused(refused, write_config, words, message):
-    assert re.search(message, refused(write_config(), *words).stderr)
+def test_resume_without_a_run_is_refused(refused, write_config):
+    assert re.search(r"--resume: there is no run under .*/out", refused(write_config(), "--resume").stderr)
+
+
+def test_resume_takes_a_yaml_behind_it_as_the_config(refused, write_config):
+    assert re.search(r"--resume: there is no run under .*/out", refused("--resume", write_config()).stderr)
+
+
+def test_resume_of_a_run_that_is_not_there_is_refused(refused):
+    assert re.search(r"--resume nowhere: .*config\.yaml does not exist", refused("--resume", "nowhere").stderr)
+
+
+def test_resume_of_a_run_goes_by_its_own_config(refused, write_config):
+    assert re.search(r"--resume some/run goes on with the config\.yaml of that run; leave out .*config\.yaml",
+                     refused(write_config(), "--resume", "some/run").stderr)
 
 
 # --- Packages and compilers ------------------------------------------------------------------------------
@@ -597,6 +632,7 @@ def good(name: str, **changes: object):
     good("template-of-another-family", template="llama3"), good("no-template", template=None), good("tf32", tf32=False),
     good("restarts-off", max_restarts=0), good("run-name", run_name="größe 1"),
     good("run-name-a-number", run_name=2024),
+    good("tokenized-path-to-be-made", tokenized_path="tokens"),
     good("seed-0", seed=0), good("no-warmup", warmup_steps=0), good("no-clipping", max_grad_norm=0),
     good("no-workers", dataloader_num_workers=0),
     good("gradient-checkpointing-off", disable_gradient_checkpointing=True),
@@ -604,6 +640,19 @@ def good(name: str, **changes: object):
 ])
 def test_right_configuration_is_accepted(accepted, write_config, changes):
     accepted(write_config(**changes))
+
+
+def test_a_run_name_that_looks_like_a_number_is_kept_as_it_is_written(here, write_config, tmp_path):
+    config = write_config()
+    config.write_text(config.read_text() + "run_name: 2024_11_24\n")
+    assert f"{tmp_path}/out/2024_11_24" in here(config, "--dry-run").stdout
+    assert f"{tmp_path}/out/1.10" in here(config, "run_name=1.10", "--dry-run").stdout
+
+
+def test_long_fields_of_a_csv_file_are_counted(accepted, write_config, tmp_path):
+    config = write_config()
+    change_data("x.csv", "instruction,input,output\n" + f"a,{'b' * 200_000},c\n" * 3)(tmp_path)
+    assert "3 samples" in accepted(config)
 
 
 PAIR = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
@@ -651,7 +700,7 @@ def test_hub_model_of_unknown_size_is_noted_as_a_download(here, write_config):
 def test_model_in_the_cache_is_no_download(here, write_config, tmp_path):
     repository = tmp_path / "hub" / "models--someone--some-model"
     write_json(repository / "snapshots" / "abc" / "config.json", TINY_MODEL)
-    (repository / "snapshots" / "abc" / "model.safetensors").write_bytes(b"")
+    (repository / "snapshots" / "abc" / "model.safetensors").write_bytes(SAFETENSORS)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("abc")
     config = write_config(model_name_or_path="someone/some-model", train_from_scratch=None)

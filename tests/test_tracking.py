@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import FOREIGN, SCRIPT
-from fault_helpers import Run, losses, run, write_config
+from fault_helpers import Run, command_of, losses, run, write_config
 from swanlab_records import dashboard_points, read_dashboard, read_record, records
 from swanlab_service import SwanLabService
 
@@ -123,6 +123,18 @@ def test_a_killed_run_is_recorded_as_crashed_with_all_points_but_the_one_in_flig
     assert stored == known[:len(stored)]
     assert len(stored) >= len(known) - 1
     assert f"swanlab watch {folder.parent}" in live.console
+
+
+def test_a_killed_tracker_is_replaced_and_no_point_is_lost(tmp_path: Path) -> None:
+    changes = {"max_steps": 200, "max_samples": 400, "save_strategy": "no", "per_device_train_batch_size": 16}
+    with Run(tmp_path, write_config(tmp_path, **{**SETTINGS, **changes}), ranks=1) as live:
+        live.reach(20)
+        [tracker] = [pid for pid in live.pids() if "--tracker" in command_of(pid)]
+        os.kill(tracker, signal.SIGKILL)
+        assert live.wait() == 0
+    assert live.console.count("SwanLab's process ended") == 1
+    record = read_record(swanlog(live)[-1])
+    assert (record["state"], dict(record["points"]["train/loss"])) == ("finished", logged(live))
 
 
 def test_a_resumed_run_continues_the_same_experiment_online(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from conftest import ROOT, SCRIPT, write_json
 from fault_helpers import ZERO, Run, losses, run, write_config
 from swanlab_records import read_dashboard, read_record, records
 
+from train_qwen3_ft import chat_command
+
 MINUTES = 60
 
 
@@ -84,6 +86,17 @@ def test_the_final_account_names_what_the_user_needs(demo: Run) -> None:
     for wanted in (f"finished at step {read_summary(demo)['steps']}", "tokens/s", "peak", "checkpoint-",
                    "training_loss.png", "swanlab watch ", "llamafactory-cli chat "):
         assert wanted in account
+
+
+@pytest.mark.parametrize(("values", "command"), [
+    ({"stage": "sft", "finetuning_type": "full", "template": "qwen3", "enable_thinking": False},
+     "llamafactory-cli chat --model_name_or_path '/a run' --template qwen3 --enable_thinking false"),
+    ({"stage": "dpo", "finetuning_type": "lora", "template": "qwen3", "model_name_or_path": "Qwen/Qwen3-8B"},
+     "llamafactory-cli chat --model_name_or_path Qwen/Qwen3-8B --adapter_name_or_path '/a run' --template qwen3"),
+    ({"stage": "rm", "finetuning_type": "full"}, ""),
+], ids=["full", "lora", "reward model"])
+def test_the_chat_command_fits_what_was_trained(values: dict, command: str) -> None:
+    assert chat_command(Path("/a run"), values) == command
 
 
 def test_a_demo_that_is_piped_to_a_file_keeps_the_console_short(demo: Run) -> None:
@@ -155,6 +168,9 @@ def test_it_works_from_another_directory_in_a_path_with_spaces_and_umlauts(tmp_p
     shutil.copy(SCRIPT, home)
     shutil.copytree(ROOT / "configs", home / "configs")
     elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "torch").mkdir(parents=True)
+    for name in ("random.py", "torch/__init__.py"):  # modules of the user's that shadow what torchrun imports
+        (elsewhere / name).write_text("raise SystemExit('taken for another')")
     done = start(elsewhere, "configs/demo_cpu.yaml", "max_steps=2", ranks=2,
                  command=[sys.executable, str(home / SCRIPT.name)])
     assert done.run_dir.is_relative_to(elsewhere / "saves" / "demo_cpu")
@@ -176,13 +192,29 @@ def test_tensorboard_wandb_offline_and_mlflow_pass_through_at_once(tmp_path: Pat
     done = start(tmp_path, write_config(tmp_path, max_steps=2, report_to=backends, deepspeed=None, project="mine"),
                  env={"WANDB_MODE": "offline"})
     assert list(done.run_dir.glob("tensorboard/events*"))
-    assert list(done.run_dir.glob("wandb/offline-run-*"))
+    [record] = done.run_dir.glob("wandb/offline-run-*/*.wandb")
+    assert record.read_bytes().count(b"train/loss") >= 2, "what is not written out when wandb is not ended"
     with sqlite3.connect(done.run_dir.parent / "mlflow.db") as database:
         runs = database.execute("select e.name, r.name, r.status, m.step, m.value from runs r join experiments e "
                                 "on e.experiment_id = r.experiment_id join metrics m on m.run_uuid = r.run_uuid "
                                 "where m.key = 'loss' order by m.step").fetchall()
     logged = [("mine", done.run_dir.name, "FINISHED", step, values[0]) for step, values in losses(done.run_dir).items()]
     assert runs == logged
+
+
+def test_a_closed_standard_output_does_not_end_the_run(tmp_path: Path) -> None:
+    command = ["sh", "-c", 'exec "$0" "$@" >&-', sys.executable, str(SCRIPT)]
+    done = run(tmp_path, write_config(tmp_path, max_steps=1, deepspeed=None), ranks=1, command=command)
+    assert (done.process.returncode, done.console) == (0, "")
+    assert list(tmp_path.glob("out/*/model.safetensors"))
+
+
+def test_a_runs_config_with_a_global_batch_size_fits_another_number_of_processes(tmp_path: Path) -> None:
+    config = write_config(tmp_path, max_steps=1, deepspeed=None, global_batch_size=4, gradient_accumulation_steps=None)
+    done = start(tmp_path, config)
+    assert "Gradient Accumulation steps = 4" in (done.run_dir / "logs" / "rank0.log").read_text(encoding="utf-8")
+    again = start(tmp_path, done.run_dir / "config.yaml", "--dry-run", ranks=2)
+    assert "1 per device x 2 processes x 2 accumulation = 4 samples a step" in again.console
 
 
 def test_streamed_data_trains_for_max_steps(tmp_path: Path) -> None:

@@ -150,10 +150,25 @@ def clock(fault):
 
 def hold_tokenization(fault):
     def action(self, *args):
-        time.sleep(300)
+        time.sleep(fault.get("seconds", 300))
 
     Patch("llamafactory.data.processor.supervised",
           lambda module: before(module.SupervisedDatasetProcessor, "preprocess_dataset", action))
+
+
+def before_final_save(fault):
+    """Die when all checkpoints are committed and the final model is about to be written."""
+    def change(module):
+        original = module.Trainer.save_model
+
+        def wrapped(trainer, *args, _internal_call=False, **kwargs):
+            if not _internal_call:
+                die(fault)
+            return original(trainer, *args, _internal_call=_internal_call, **kwargs)
+
+        module.Trainer.save_model = wrapped
+
+    Patch("transformers.trainer", change)
 
 
 POINTS = {
@@ -168,6 +183,7 @@ POINTS = {
     "slow": slow_down,
     "clock": clock,
     "hold tokenization": hold_tokenization,
+    "final save": before_final_save,
 }
 
 
