@@ -1879,7 +1879,7 @@ def check_resume(config: Config, plan: Plan, run_dir: Path) -> list[Problem]:
     if not good:
         faults = "; ".join(f"{folder.name}: {checkpoint_fault(folder)}" for folder in list_checkpoints(run_dir))
         problems.append(Problem(f"{run_dir}: there is no checkpoint to resume from{f' ({faults})' if faults else ''}; "
-                                "start a new run"))
+                                "start a new run, under another run_name or once this folder is removed"))
     elif plan.zero.used:
         ranks = read_whole(good / MANIFEST)["world_size"]
         if ranks != plan.world_size:
