@@ -38,6 +38,7 @@ import ast
 import contextlib
 import csv
 import difflib
+import errno
 import fcntl
 import gc
 import hashlib
@@ -1387,10 +1388,12 @@ def lock_run(run_dir: Path) -> TextIO:
         raise LaunchError(f"{run_dir}: cannot be written: {error.strerror.lower()}") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         file.seek(0)
         raise LaunchError(f"{run_dir}: this run is alive (launcher pid {file.read().strip()}); stop it first, "
                           "or wait") from None
+    except OSError:  # some shared file systems have no locks: nothing to hold
+        return file
     with contextlib.suppress(OSError):  # a full disk; the pid is for a message only
         os.ftruncate(file.fileno(), 0)
         os.write(file.fileno(), str(os.getpid()).encode())
@@ -1503,10 +1506,13 @@ def commit_checkpoint(folder: Path, world_size: int, resumable: bool) -> None:
 
 
 def sync(path: Path) -> None:
-    """fsync a file or a folder."""
+    """fsync a file or a folder; some file systems cannot sync a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
     finally:
         os.close(descriptor)
 

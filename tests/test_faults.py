@@ -4,6 +4,7 @@ Several tests look at one run; the fixtures of a module's scope say which. Waiti
 """
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -28,7 +29,15 @@ from fault_helpers import (
     write_config,
 )
 
-from train_qwen3_ft import MANIFEST, checkpoint_fault, clear_stale_locks, newest_checkpoint, set_aside_torn
+from train_qwen3_ft import (
+    MANIFEST,
+    checkpoint_fault,
+    clear_stale_locks,
+    commit_checkpoint,
+    lock_run,
+    newest_checkpoint,
+    set_aside_torn,
+)
 
 STEPS = 20
 
@@ -147,6 +156,19 @@ def test_any_torn_file_of_the_newest_checkpoint_makes_the_older_one_count(refere
         assert len(lines) == 1 and lines[0].startswith("checkpoint-20 is not resumed from: "), name
         assert sorted(path.name for path in run_dir.iterdir()) == ["checkpoint-18", "torn-checkpoint-20"], name
     assert trusted == []
+
+
+def test_a_file_system_without_locks_and_folder_syncs_holds_runs_and_checkpoints_too(
+        reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(code: int):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", lambda *args: refuse(errno.ENOSYS))
+    monkeypatch.setattr("os.fsync", lambda *args: refuse(errno.EINVAL))
+    shutil.copytree(reference / "checkpoint-20", tmp_path / "checkpoint-20")
+    lock_run(tmp_path).close()
+    commit_checkpoint(tmp_path / "checkpoint-20", 2, True)
+    assert checkpoint_fault(tmp_path / "checkpoint-20") == ""
 
 
 def test_moving_aside_never_overwrites_what_was_moved_aside_before(reference: Path, tmp_path: Path):
