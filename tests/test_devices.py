@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import FAKES, SCRIPT, fake_gpus, write_json
+from conftest import FAKES, SCRIPT, fake_gpus, free_port, write_json
 
 from train_qwen3_ft import Config, LaunchError, build_torchrun_command, node_rank, resolve_devices
 
@@ -205,7 +205,7 @@ def test_process_count_that_is_no_count_is_refused(here, write_config, text):
 
 
 def test_machines_multiply_the_processes(plan_on):
-    env = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+    env = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     plan = plan_on(fake_gpus(4), env, run_name="two")
     assert (plan["world_size"], plan["problems"]) == (8, [])
 
@@ -377,7 +377,7 @@ def test_environment_of_several_machines_is_checked(here, write_config, env, mes
 
 
 def test_several_machines_need_a_run_name(here, write_config):
-    env = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+    env = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     assert re.search(r"run_name.*NNODES=2", here(write_config(), "--dry-run", env=env).stderr)
 
 

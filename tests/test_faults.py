@@ -268,7 +268,9 @@ def test_resuming_where_there_never_was_a_run_is_refused(failed: SimpleNamespace
 
 def test_resuming_a_finished_run_says_so_and_succeeds(reference: Path, tmp_path: Path):
     done = run(tmp_path, "--resume", reference)
-    assert (done.process.returncode, done.console) == (0, f"{reference}: this run is finished; nothing to resume\n")
+    assert done.process.returncode == 0
+    assert done.console == (f"{reference}: this run is finished; nothing to resume. To train its model further: python "
+                            f"{SCRIPT.name} model_name_or_path={reference}\n")
 
 
 def test_resume_without_a_directory_takes_the_newest_unfinished_run(failed: SimpleNamespace, reference: Path,

@@ -4,23 +4,16 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import uuid
 from pathlib import Path
 
 import pytest
-from conftest import SCRIPT
+from conftest import SCRIPT, free_port
 from fault_helpers import Run, committed, losses, run, weights, write_config
 
 SETTINGS = {"max_samples": 40, "save_steps": 4, "save_total_limit": None}  # 20 steps on two ranks
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def machines(nodes: int, address: str = "127.0.0.1") -> list[dict[str, str]]:
