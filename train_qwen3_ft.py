@@ -1401,7 +1401,8 @@ def lock_run(run_dir: Path) -> TextIO:
 
 
 def find_run(options: argparse.Namespace) -> Path | None:
-    """The run directory that --resume means: RUN_DIR, else the newest unfinished one; None: a new run."""
+    """The run directory that --resume means: RUN_DIR, else the newest unfinished one, rather one with a checkpoint;
+    None: a new run."""
     if options.resume is None:
         return None
     if options.resume:
@@ -1415,7 +1416,8 @@ def find_run(options: argparse.Namespace) -> Path | None:
     if not runs:
         raise LaunchError(f"--resume: there is no run under {output_dir}; start one without --resume")
     unfinished = [path for path in runs if not is_finished(path.parent)]
-    return (unfinished or runs)[-1].parent
+    resumable = [path for path in unfinished if newest_checkpoint(path.parent)]
+    return (resumable or unfinished or runs)[-1].parent
 
 
 def is_finished(run_dir: Path) -> bool:
