@@ -1495,7 +1495,8 @@ MANIFEST = "manifest.json"
 
 def commit_checkpoint(folder: Path, world_size: int, resumable: bool) -> None:
     """Make a finished checkpoint durable, then say so: fsync every file, then write the manifest atomically."""
-    files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*"))
+             if path.is_file() and path.name != MANIFEST}  # one is there where a step is saved twice
     folders = {folder, *((folder / name).parent for name in files)}
     for path in (*(folder / name for name in files), *folders):
         sync(path)
@@ -2362,13 +2363,17 @@ def run_torchrun(command: list[str], env: dict[str, str], log: Path, stop: StopR
 @contextlib.contextmanager
 def follow(log: Path, wanted: bool) -> Iterator[None]:
     """Show a growing log on the console while the block runs, with --verbose."""
-    tail = wanted and subprocess.Popen(["tail", "-n", "0", "-F", str(log)], stderr=subprocess.DEVNULL,
-                                       preexec_fn=partial(die_with_parent, os.getpid()))
+    if not wanted:
+        yield
+        return
+    log.touch()
+    tail = subprocess.Popen(["tail", "-n", "0", "-s", "0.2", "-F", str(log)], stderr=subprocess.DEVNULL,
+                            preexec_fn=partial(die_with_parent, os.getpid()))
     try:
         yield
     finally:
-        if tail:
-            tail.terminate()
+        time.sleep(1)  # it shows the last lines
+        tail.terminate()
 
 
 def stop_code(run_dir: Path) -> int:
