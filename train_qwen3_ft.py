@@ -1416,8 +1416,8 @@ def find_run(options: argparse.Namespace) -> Path | None:
     if not runs:
         raise LaunchError(f"--resume: there is no run under {output_dir}; start one without --resume")
     unfinished = [path for path in runs if not is_finished(path.parent)]
-    resumable = [path for path in unfinished if newest_checkpoint(path.parent)]
-    return (resumable or unfinished or runs)[-1].parent
+    resumable = (path for path in reversed(unfinished) if newest_checkpoint(path.parent))
+    return next(resumable, (unfinished or runs)[-1]).parent
 
 
 def is_finished(run_dir: Path) -> bool:
@@ -1475,6 +1475,11 @@ def read_log(run_dir: Path) -> list[dict]:
             with contextlib.suppress(ValueError):
                 lines.append(json.loads(text))
     return lines
+
+
+def logged_losses(run_dir: Path) -> list[float]:
+    """The training losses that were logged, in the order of their steps."""
+    return [line["loss"] for line in read_log(run_dir) if "loss" in line]
 
 
 def rewind_log(run_dir: Path, step: int) -> None:
@@ -2004,7 +2009,8 @@ class Tracker:
         ready = select.select([process.stdout], [], [], self.READY)[0]
         answer = json.loads(process.stdout.readline() or "{}") if ready else {"trouble": f"no answer in {self.READY} s"}
         self.place, self.trouble = answer.get("place", ""), answer.get("trouble", "its process ended")
-        remember(self.logs, **answer)
+        if self.place:
+            remember(self.logs, dashboard=answer["dashboard"])
         while self.place and process.poll() is None and not self.finished.wait(1):
             pass
         if not self.place or not self.finished.is_set():
@@ -2046,7 +2052,7 @@ def next_segment(run_dir: Path, tracking: Tracking) -> dict:
 
 
 def recall(logs: Path) -> dict:
-    """What is known of a run's SwanLab record: id, starts, place, dashboard; {} where it has none."""
+    """What is known of a run's SwanLab record: id, starts, dashboard; {} where it has none."""
     return read_whole(logs / "swanlab.json")
 
 
@@ -2094,16 +2100,15 @@ def run_tracker() -> int:
 
 def summarize(run_dir: Path, state: str, started: float, **more: object) -> dict:
     """How the run ended, in numbers read from its own log; `started` is in seconds since 1970."""
-    log = read_log(run_dir)
-    losses = [line["loss"] for line in log if "loss" in line]
-    last = log[-1] if log else {}
+    last, losses = (read_log(run_dir) or [{}])[-1], logged_losses(run_dir)
+    good = [path for path in list_checkpoints(run_dir) if not checkpoint_fault(path)]
     return {
         "state": state, "model": str(run_dir) if state == "finished" else None,
-        "steps": max(last.get("current_steps", 0), checkpoint_step(newest_checkpoint(run_dir))),
+        "steps": max(last.get("current_steps", 0), checkpoint_step(next(iter(good), None))),
         "total_steps": last.get("total_steps") or read_plan(run_dir).get("total_steps"),
         "first_loss": losses[0] if losses else None, "last_loss": losses[-1] if losses else None,
         "seconds": round(time.time() - started, 1),
-        "checkpoints": [path.name for path in list_checkpoints(run_dir) if not checkpoint_fault(path)],
+        "checkpoints": [path.name for path in good],
         "curve": str(run_dir / "training_loss.png") if (run_dir / "training_loss.png").exists() else None,
         "dashboard": recall(run_dir / "logs").get("dashboard"), **more,
     }
@@ -2116,9 +2121,9 @@ def draw_curve(run_dir: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5))
+    log, (figure, axes) = read_log(run_dir), pyplot.subplots(figsize=(8, 5))
     for key, label in (("loss", "training loss"), ("eval_loss", "evaluation loss")):
-        points = [(line["current_steps"], line[key]) for line in read_log(run_dir) if key in line]
+        points = [(line["current_steps"], line[key]) for line in log if key in line]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 50 else None)
     axes.set(xlabel="optimizer step", ylabel="loss", title=run_dir.name)
@@ -2128,7 +2133,7 @@ def draw_curve(run_dir: Path) -> None:
 
 def draw_curve_apart(run_dir: Path) -> None:
     """draw_curve in another process, since matplotlib would triple the launcher's memory."""
-    if any("loss" in line for line in read_log(run_dir)):
+    if logged_losses(run_dir):
         script = "import sys, pathlib, train_qwen3_ft; train_qwen3_ft.draw_curve(pathlib.Path(sys.argv[1]))"
         subprocess.run([sys.executable, "-c", script, str(run_dir)], cwd=SCRIPT.parent, capture_output=True)
 
@@ -2332,7 +2337,7 @@ def supervise(command: list[str], env: dict[str, str], run_dir: Path, max_restar
         if status == 0:
             return stop_code(run_dir)
         good = newest_checkpoint(run_dir)
-        say(describe_failure(run_dir, read_from(log, said), status, begun))
+        say(describe_failure(run_dir, log, read_from(log, said), status, begun))
         hopeless = disk_is_full(run_dir) or (run_dir / "STOP").exists()
         if checkpoint_step(good) <= before or start == max_restarts or hopeless:
             if first:
@@ -2361,11 +2366,8 @@ def run_torchrun(command: list[str], env: dict[str, str], log: Path, stop: StopR
 
 
 @contextlib.contextmanager
-def follow(log: Path, wanted: bool) -> Iterator[None]:
-    """Show a growing log on the console while the block runs, with --verbose."""
-    if not wanted:
-        yield
-        return
+def follow(log: Path) -> Iterator[None]:
+    """Show a growing log on the console while the block runs."""
     log.touch()
     tail = subprocess.Popen(["tail", "-n", "0", "-s", "0.2", "-F", str(log)], stderr=subprocess.DEVNULL,
                             preexec_fn=partial(die_with_parent, os.getpid()))
@@ -2396,10 +2398,10 @@ CAUSES = (
 )
 
 
-def describe_failure(run_dir: Path, messages: str, status: int, since: float) -> str:
-    """What went wrong: the first failing rank's own traceback, its cause where known, and where the logs are.
+def describe_failure(run_dir: Path, log: Path, messages: str, status: int, since: float) -> str:
+    """What went wrong: the first failing rank's own traceback, its cause where known, and where the log is.
 
-    `messages` is what torchrun has said in this start.
+    `log` is torchrun's, and `messages` what it has said there in this start.
     """
     errors = [path for path in (run_dir / "logs").glob("rank*.error") if path.stat().st_mtime >= since]
     first = min(errors, key=lambda path: path.stat().st_mtime, default=None)
@@ -2413,9 +2415,8 @@ def describe_failure(run_dir: Path, messages: str, status: int, since: float) ->
     if disk_is_full(run_dir):
         text += f"\nNo space left on device: {run_dir}"
     cause = next((f"\nlikely cause: {hint}" for pattern, hint in CAUSES if re.search(pattern, text)), "")
-    logs = [run_dir / "logs" / name for name in (f"rank{rank}.log", "torchrun.log")]
-    log = next(path for path in logs if path.exists())
-    return f"training failed:\n{text}{cause}\nfull log: {log}"
+    own = run_dir / "logs" / f"rank{rank}.log"
+    return f"training failed:\n{text}{cause}\nfull log: {own if own.exists() else log}"
 
 
 def killed_rank(messages: str) -> tuple[str, str] | None:
@@ -2704,7 +2705,7 @@ def end_record(config: Config, run_dir: Path, state: str, reporter: Reporter) ->
         reporter.tracker.finish(*(("success", None) if state == "finished" else ("aborted", "stopped by the user")))
     if "wandb" in reporters(config.values):
         finish_wandb()
-    if state == "stopped" and config.values.get("plot_loss") and any("loss" in line for line in read_log(run_dir)):
+    if state == "stopped" and config.values.get("plot_loss") and logged_losses(run_dir):
         draw_curve(run_dir)
     write_summary(run_dir, summarize(run_dir, state, float(os.environ[STARTED_VARIABLE]), peak_memory=peak_memory(),
                                      tokens_per_second=reporter.tokens_per_second()))
@@ -2795,7 +2796,7 @@ def agree_on_run(options: argparse.Namespace, env: dict[str, str]) -> Path:
     """Rank 0 checks, plans and creates the run directory, and tells the others through torchrun's own store."""
     nodes = int(env["WORLD_SIZE"]) // int(env["LOCAL_WORLD_SIZE"])
     env = {**env, "NPROC_PER_NODE": env["LOCAL_WORLD_SIZE"], "NNODES": str(nodes), "NODE_RANK": env["GROUP_RANK"]}
-    config = load_config(options.config, options.overrides)
+    config = load_config(Path(options.resume, "config.yaml") if options.resume else options.config, options.overrides)
     devices = resolve_devices(config, env, query_gpus()[0])
     os.environ.update(device_environment(devices, env))  # before torch is imported
     from torch.distributed import PrefixStore, rendezvous
@@ -2804,28 +2805,29 @@ def agree_on_run(options: argparse.Namespace, env: dict[str, str]) -> Path:
     store = PrefixStore("qwen3_ft", store)
     if rank == 0:
         try:
-            store.set("run_dir", open_run(options, env))
+            store.set("answer", str(open_run(options, env) or 0))
         except LaunchError:
-            store.set("run_dir", "")
+            store.set("answer", "2")
             raise
-    run_dir = Path(store.get("run_dir").decode() or leave(2))
-    if run_dir == Path():
-        leave(0)
+    answer = store.get("answer").decode()  # the run directory, or the exit code of all ranks
+    if answer.isdecimal():
+        leave(int(answer))
+    run_dir = Path(answer)
     os.environ.update(build_worker_environment(devices, run_dir, config, dict(os.environ)))
     return run_dir
 
 
-def open_run(options: argparse.Namespace, env: dict[str, str]) -> str:
-    """The run directory, ready and held by this process until it ends; "." where there is nothing to train."""
+def open_run(options: argparse.Namespace, env: dict[str, str]) -> Path | None:
+    """The run directory, ready and held by this process until it ends; None where there is nothing to train."""
     job = get_ready(options, env)
     if not job:
-        return "."
+        return None
     run_dir = take_run_dir(job, env)
     with lock_run(run_dir) as lock:
         os.dup(lock.fileno())  # holds the lock until this process ends
     write_run_files(job, run_dir, env)
     make_ready(run_dir)
-    return str(run_dir)
+    return run_dir
 
 
 def redirect_output(log: Path | None) -> TextIO:
@@ -2987,7 +2989,8 @@ def get_ready(options: argparse.Namespace, env: dict[str, str]) -> Job | None:
 def launch(job: Job, env: dict[str, str], verbose: bool) -> int:
     """Start the run, watch it to its end and give the account; returns the exit code."""
     run_dir, first = take_run_dir(job, env), node_rank(env) == 0
-    with lock_run(run_dir) if first else contextlib.nullcontext(), follow(run_dir / "logs" / "rank0.log", verbose):
+    nothing, log = contextlib.nullcontext(), run_dir / "logs" / "rank0.log"
+    with lock_run(run_dir) if first else nothing, follow(log) if verbose else nothing:
         command, worker_env = write_run_files(job, run_dir, env)
         clear_stale_locks(Path(worker_env["TORCH_EXTENSIONS_DIR"]))
         code = supervise(command, worker_env, run_dir, job.config.values.get("max_restarts", 3), first)
