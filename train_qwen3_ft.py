@@ -89,6 +89,7 @@ SECRET_ENVIRONMENT = {
 INPUT_PATHS = ("deepspeed", "dataset_dir", "media_dir", "resume_from_checkpoint", "tokenized_path", "fsdp_config")
 MODEL_PATHS = ("model_name_or_path", "adapter_name_or_path", "ref_model", "reward_model")
 OUTPUT_PATHS = ("output_dir", "cache_dir", "swanlab_logdir", "profiler_output_dir")
+MEETING_SECONDS = 900  # how long machines wait for one another
 NAMES = ("run_name", *INPUT_PATHS, *MODEL_PATHS, *OUTPUT_PATHS)  # here 1.10 is a name, not a number
 
 
@@ -1367,14 +1368,17 @@ def create_run_dir(config: Config) -> Path:
                               f"{error.strerror.lower()}") from None
 
 
-def await_run_dir(config: Config, seconds: int = 600) -> Path:
+def await_run_dir(config: Config, seconds: int = MEETING_SECONDS) -> Path:
     """On a machine that is not the first: wait for the run directory that the first one creates."""
     run_dir = Path(config.values["output_dir"]) / run_name(config, time.time())
-    deadline = time.time() + seconds
+    begun, waits = time.time(), False
     while not (run_dir / "config.yaml").exists():
-        if time.time() > deadline:
+        if time.time() > begun + seconds:
             raise LaunchError(f"{run_dir}: the machine with NODE_RANK=0 has not created it within {seconds} s; "
                               "output_dir must be on a file system that all machines share, and run_name the same")
+        if not waits and time.time() > begun + 10:
+            waits = True
+            say(f"waiting for the machine with NODE_RANK=0 to create {run_dir}, for up to {seconds // 60} minutes")
         time.sleep(0.5)
     return run_dir
 
@@ -2193,7 +2197,7 @@ def build_torchrun_command(devices: Devices, config_path: Path, env: dict[str, s
 
     One machine: torchrun takes a free port, unless MASTER_PORT is set, and no notice of MASTER_ADDR, which a
     scheduler may have left behind. Several: they meet at MASTER_ADDR,
-    and wait 15 minutes for one that is down. torchrun handles no signal but SIGQUIT: on SIGTERM it would
+    and wait MEETING_SECONDS for one that is down. torchrun handles no signal but SIGQUIT: on SIGTERM it would
     give a checkpoint 30 seconds and then kill it.
     """
     nodes = read_count(env, "NNODES", 1)
@@ -2201,7 +2205,8 @@ def build_torchrun_command(devices: Devices, config_path: Path, env: dict[str, s
     rendezvous = ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-id", config_path.parent.name,
                   "--rdzv-endpoint", f"{host}:{env.get('MASTER_PORT', '0')}"]
     if nodes > 1:
-        rendezvous += ["--rdzv-conf", f"is_host={int(node_rank(env) == 0)},join_timeout=900,read_timeout=900",
+        rendezvous += ["--rdzv-conf", f"is_host={int(node_rank(env) == 0)},"
+                       f"join_timeout={MEETING_SECONDS},read_timeout={MEETING_SECONDS}",
                        "--local-addr", own_address(host)]
     # -P: a torch or random.py of the working directory must not be taken for the package.
     return [sys.executable, "-P", "-m", "torch.distributed.run", "--nproc-per-node", str(devices.processes),
@@ -2301,10 +2306,14 @@ def request_stop(run_dir: Path, number: int) -> None:
 
 
 class StopRequest:
-    """The launcher's signal handler: the first signal asks for a checkpoint, the third Ctrl-C kills."""
+    """The launcher's signal handler: the first signal asks for a checkpoint, the third Ctrl-C kills.
+
+    A STOP file older than this launcher, which the first machine will remove, asks for nothing.
+    """
 
     def __init__(self, run_dir: Path):
         self.run_dir, self.presses, self.process = run_dir, 0, None
+        self.old = self.written()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP: the run goes on
                 signal.signal(number, self.handle)
@@ -2312,14 +2321,30 @@ class StopRequest:
     def handle(self, number: int, frame: object) -> None:
         """Stop gracefully; only Ctrl-C counts presses, since schedulers repeat SIGTERM."""
         self.presses += number == signal.SIGINT
-        if not (self.run_dir / "STOP").exists():
+        if not self.asked():
             request_stop(self.run_dir, number)
             say(f"{signal.Signals(number).name}: stopping at the end of this step, after a checkpoint, which may take "
-                "a while")
+                "a while" if self.works() else f"{signal.Signals(number).name}: stopping")
         elif self.presses == 2:
             say("still stopping; press Ctrl-C once more to kill the run now, without a checkpoint")
         elif self.presses > 2 and self.process:
             self.process.kill()  # the workers die with it
+            say("killed, without a checkpoint")
+
+    def written(self) -> int | None:
+        """When the STOP file was written; None where there is none."""
+        with contextlib.suppress(OSError):
+            return (self.run_dir / "STOP").stat().st_mtime_ns
+        return None
+
+    def asked(self) -> bool:
+        """Whether anybody, on any machine, has asked the run to stop."""
+        return self.written() not in (None, self.old)
+
+    def works(self) -> bool:
+        """Whether torchrun has a worker."""
+        agent = self.process.pid if self.process else -1
+        return any(parent_of(int(path.name)) == agent for path in Path("/proc").glob("[0-9]*"))
 
 
 def supervise(command: list[str], env: dict[str, str], run_dir: Path, max_restarts: int, first: bool) -> int:
@@ -2335,13 +2360,18 @@ def supervise(command: list[str], env: dict[str, str], run_dir: Path, max_restar
         said = log.stat().st_size if log.exists() else 0
         status = run_torchrun(command, env, log, stop)
         if status == 0:
+            return stop_code(run_dir) if read_summary(run_dir).get("state") == "stopped" else 0
+        if status is None:
+            if first:
+                record_end(run_dir, "stopped", float(env[STARTED_VARIABLE]))
             return stop_code(run_dir)
         good = newest_checkpoint(run_dir)
-        say(describe_failure(run_dir, log, read_from(log, said), status, begun))
-        hopeless = disk_is_full(run_dir) or (run_dir / "STOP").exists()
+        if stop.presses < 3:
+            say(describe_failure(run_dir, log, read_from(log, said), status, begun))
+        hopeless = disk_is_full(run_dir) or stop.asked()
         if checkpoint_step(good) <= before or start == max_restarts or hopeless:
             if first:
-                record_failure(run_dir, float(env[STARTED_VARIABLE]))
+                record_end(run_dir, "failed", float(env[STARTED_VARIABLE]))
             return 1
         say(f"restart {start + 1} of at most {max_restarts}: resuming from {good.name}")
     return 1
@@ -2356,12 +2386,24 @@ def make_ready(run_dir: Path) -> None:
         (run_dir / name).unlink(missing_ok=True)
 
 
-def run_torchrun(command: list[str], env: dict[str, str], log: Path, stop: StopRequest) -> int:
-    """One torchrun from start to end; its own messages go to `log`. Returns its exit status."""
+def run_torchrun(command: list[str], env: dict[str, str], log: Path, stop: StopRequest) -> int | None:
+    """One torchrun from start to end; its own messages go to `log`. Returns its exit status; None where the run was
+    asked to stop before a worker started, which takes as long as another machine does not come."""
     with open(log, "ab") as messages:
         env = {**env, LAUNCHER_VARIABLE: str(os.getpid())}
         stop.process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stderr=messages,
                                         start_new_session=True, preexec_fn=partial(before_torchrun, os.getpid()))
+    silent_until = time.time() + (10 if read_count(env, "NNODES", 1) > 1 else math.inf)
+    while stop.process.poll() is None and not stop.works():
+        if stop.asked():
+            stop.process.kill()
+            stop.process.wait()
+            return None
+        if time.time() > silent_until:
+            silent_until = math.inf
+            say(f"waiting for the other machines at {env['MASTER_ADDR']}:{env['MASTER_PORT']}, for up to "
+                f"{MEETING_SECONDS // 60} minutes")
+        time.sleep(0.3)
     return stop.process.wait()
 
 
@@ -2379,9 +2421,7 @@ def follow(log: Path) -> Iterator[None]:
 
 
 def stop_code(run_dir: Path) -> int:
-    """The exit code of a run that ended well: 0, or 128 + the signal that stopped it."""
-    if read_summary(run_dir).get("state") != "stopped":
-        return 0
+    """The exit code of a run that was stopped: 128 + the signal that its STOP file names."""
     with contextlib.suppress(OSError, KeyError):
         return 128 + signal.Signals[(run_dir / "STOP").read_text(encoding="utf-8").strip()]
     return 128 + signal.SIGTERM  # a STOP file made by hand
@@ -2393,6 +2433,8 @@ CAUSES = (
     (r"No space left on device|Errno 28", "the disk is full: make room or lower save_total_limit, then resume"),
     (r"Watchdog caught collective operation timeout|NCCL.*(timeout|timed out)|Timed out waiting",
      "a collective timed out: a rank was stuck or a link is broken; NCCL_DEBUG=INFO shows more"),
+    (r"Rendezvous\w*Error", "the machines did not meet: start the same command on each, and see that all of them reach "
+                            "MASTER_PORT of MASTER_ADDR"),
     (r"killed by SIGKILL", "the kernel's out-of-memory killer, most often (dmesg shows it): use fewer "
                            "preprocessing_num_workers or less offloading"),
 )
@@ -2411,7 +2453,8 @@ def describe_failure(run_dir: Path, log: Path, messages: str, status: int, since
     elif first:
         text, rank = first.read_text(encoding="utf-8").strip(), first.stem.removeprefix("rank")
     else:
-        text, rank = "\n".join(messages.splitlines()[-15:]) or f"torchrun ended with status {status}", "0"
+        apart = re.findall(r"Rendezvous\w*Error[^\n]*", messages)[-1:] or messages.splitlines()[-15:]
+        text, rank = "\n".join(apart) or f"torchrun ended with status {status}", ""
     if disk_is_full(run_dir):
         text += f"\nNo space left on device: {run_dir}"
     cause = next((f"\nlikely cause: {hint}" for pattern, hint in CAUSES if re.search(pattern, text)), "")
@@ -2440,11 +2483,11 @@ def read_from(path: Path, position: int) -> str:
         return file.read().decode("utf-8", errors="replace")
 
 
-def record_failure(run_dir: Path, started: float) -> None:
-    """Leave the account and the curve of a failed run; on a full disk there is no room for them."""
+def record_end(run_dir: Path, state: str, started: float) -> None:
+    """Leave the account and the curve where no rank could; on a full disk there is no room for them."""
     with contextlib.suppress(OSError):
         draw_curve_apart(run_dir)
-        write_summary(run_dir, summarize(run_dir, "failed", started))
+        write_summary(run_dir, summarize(run_dir, state, started))
 
 
 # ---------------------------------------------------------------------------------------------------------

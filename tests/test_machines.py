@@ -52,7 +52,7 @@ def test_two_machines_train_one_run_to_the_weights_of_one_machine(two_machines: 
 def test_only_the_first_machines_console_speaks(two_machines: tuple[Run, Run]):
     first, second = two_machines
     assert "step 20/20" in first.console
-    assert second.console.strip() == ""
+    assert [line for line in second.console.splitlines() if not line.startswith("waiting for")] == []
 
 
 def test_two_machines_make_one_run_directory_and_one_swanlab_record(two_machines: tuple[Run, Run]):
@@ -83,6 +83,32 @@ def test_a_machine_that_dies_and_comes_back_resumes_the_run(tmp_path: Path, one_
         leader.see("restart 1 of at most 3")
         back = run(tmp_path, config, "run_name=back", ranks=1, env=second)
         assert (leader.wait(), back.process.returncode) == (0, 0), leader.console + back.console
+    assert weights(leader.run_dir) == weights(one_machine.run_dir)
+
+
+def test_a_machine_that_waits_for_another_says_so_and_obeys_a_stop_at_once(tmp_path: Path):
+    config = write_config(tmp_path, **SETTINGS)
+    with Run(tmp_path, config, "run_name=alone", ranks=1, env=machines(2)[0]) as leader:
+        leader.see(r"waiting for the other machines at 127\.0\.0\.1:\d+, for up to 15 minutes")
+        leader.process.send_signal(signal.SIGTERM)
+        assert leader.wait(30) == 143
+        assert leader.left_after() == []
+    assert "state       stopped at step 0 of 20" in leader.console
+    assert "failed" not in leader.console
+
+
+def test_a_run_that_was_stopped_while_it_waited_for_a_lost_machine_resumes(tmp_path: Path, one_machine: Run):
+    config, (first, second) = write_config(tmp_path, **SETTINGS), machines(2)
+    with Run(tmp_path, config, "run_name=lost", ranks=1, env=first) as leader:
+        with Run(tmp_path, config, "run_name=lost", ranks=1, env=second):
+            leader.reach(6)
+        leader.see("restart 1 of at most 3")
+        leader.process.send_signal(signal.SIGINT)
+        assert leader.wait(30) == 130, leader.console
+        assert "--resume" in leader.console
+    with Run(tmp_path, config, "run_name=lost", ranks=1, env=second) as back:  # the old STOP file is still there
+        resumed = run(tmp_path, "--resume", leader.run_dir, ranks=1, env=first)
+        assert (resumed.process.returncode, back.wait()) == (0, 0), resumed.console + back.console
     assert weights(leader.run_dir) == weights(one_machine.run_dir)
 
 
