@@ -65,7 +65,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TextIO
 
-import yaml
+try:
+    import yaml
+except ModuleNotFoundError:
+    sys.stderr.write("error: package pyyaml is not installed; pip install -r requirements.txt\n")
+    sys.exit(2)
 
 # torch, transformers, llamafactory, deepspeed and swanlab are imported inside the worker's functions only:
 # CUDA_VISIBLE_DEVICES must be set before torch looks at it, and the parent must start at once.
@@ -598,8 +602,9 @@ def cast(value: object, wanted: Field) -> object:
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
     """`; did you mean WORD?` of the nearest of `words`; '' where none is near."""
-    near = difflib.get_close_matches(word.lower(), words, 1)
-    return f"; did you mean {near[0]}?" if near else ""
+    spelled = {other.lower(): other for other in words}
+    near = difflib.get_close_matches(word.lower(), spelled, 1)
+    return f"; did you mean {spelled[near[0]]}?" if near else ""
 
 
 def check_keys(config: Config, fields: dict[str, Field]) -> tuple[Config, list[Problem]]:
@@ -823,9 +828,8 @@ def inspect_data_set(name: str, info: dict, values: dict) -> tuple[Path | None, 
     that says what is wrong."""
     folder, entry = values.get("dataset_dir", DEFAULTS["dataset_dir"]), info.get(name)
     if not isinstance(entry, dict):
-        near = difflib.get_close_matches(name, info, 1)
         raise LookupError(f"{name} is not in {folder}/dataset_info.json"
-                          + (f"; did you mean {near[0]}?" if near else f"; it has {', '.join(info)}"))
+                          + (did_you_mean(name, info) or f"; it has {', '.join(info)}"))
     if entry.get("ranking") and values.get("stage", DEFAULTS["stage"]) not in ("rm", "dpo"):
         raise LookupError(f"{name}: holds preferences (ranking: true), which stage: dpo or rm takes")
     if {"hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name"} & set(entry):
@@ -1997,15 +2001,14 @@ class Tracker:
 
     def keep(self) -> None:
         """The thread that starts the process and, where that fails, another one in local mode."""
-        sync = f"Later: swanlab sync {self.init['log_dir']}/run-... -i {self.init['id']}"
         if not self.run_process(self.mode):
-            self.warn(f"SwanLab's process ended ({self.trouble}); it is started once more" if self.mode == "local" else
-                      f"SwanLab cannot be reached ({self.trouble}); the run is recorded locally. {sync}")
-            if not self.run_process("local"):
+            note = (f"SwanLab's process ended ({self.trouble}); it was started once more" if self.mode == "local" else
+                    f"SwanLab cannot be reached ({self.trouble}), but the run is recorded locally.")
+            if not self.run_process("local", note):
                 self.warn(f"SwanLab does not record this run ({self.trouble}); see {self.logs}/swanlab.log")
 
-    def run_process(self, mode: str) -> bool:
-        """One process from start to end; False where it did not begin or ended early."""
+    def run_process(self, mode: str, note: str = "") -> bool:
+        """One process from start to end; False where it did not begin or ended early. Says the note once it begins."""
         with open(self.logs / "swanlab.log", "ab") as log:
             process = subprocess.Popen([sys.executable, str(SCRIPT), "--tracker"], stdin=subprocess.PIPE,
                                        stdout=subprocess.PIPE, stderr=log, text=True)
@@ -2015,6 +2018,8 @@ class Tracker:
         self.place, self.trouble = answer.get("place", ""), answer.get("trouble", "its process ended")
         if self.place:
             remember(self.logs, dashboard=answer["dashboard"])
+            if note:
+                self.warn(note + self.later() * (mode != self.mode))
         while self.place and process.poll() is None and not self.finished.wait(1):
             pass
         if not self.place or not self.finished.is_set():
@@ -2024,9 +2029,12 @@ class Tracker:
             process.wait(self.END)
         except subprocess.TimeoutExpired:
             process.kill()
-            self.warn("SwanLab did not take the whole run in time, but it is recorded locally. Later: swanlab sync "
-                      f"{self.place} -i {self.init['id']}")
+            self.warn("SwanLab did not take the whole run in time, but it is recorded locally." + self.later())
         return True
+
+    def later(self) -> str:
+        """How to bring a local record to the service."""
+        return f" Later: swanlab sync {shlex.quote(self.place)} -i {self.init['id']}"
 
     def feed(self, pipe: TextIO, init: dict) -> None:
         """The thread that hands a process everything from the first line on, as it arrives."""
@@ -2306,30 +2314,33 @@ def request_stop(run_dir: Path, number: int) -> None:
 
 
 class StopRequest:
-    """The launcher's signal handler: the first signal asks for a checkpoint, the third Ctrl-C kills.
+    """What the launcher's signals ask for: the first for a checkpoint and the end, the third Ctrl-C for a kill.
 
-    A STOP file older than this launcher, which the first machine will remove, asks for nothing.
+    The handler only takes note, since a signal may arrive while a line is printed. A STOP file older than this
+    launcher, which the first machine will remove, asks for nothing.
     """
 
     def __init__(self, run_dir: Path):
-        self.run_dir, self.presses, self.process = run_dir, 0, None
+        self.run_dir, self.arrived, self.presses, self.process = run_dir, [], 0, None
         self.old = self.written()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP: the run goes on
-                signal.signal(number, self.handle)
+                signal.signal(number, lambda number, frame: self.arrived.append(number))
 
-    def handle(self, number: int, frame: object) -> None:
-        """Stop gracefully; only Ctrl-C counts presses, since schedulers repeat SIGTERM."""
-        self.presses += number == signal.SIGINT
-        if not self.asked():
-            request_stop(self.run_dir, number)
-            say(f"{signal.Signals(number).name}: stopping at the end of this step, after a checkpoint, which may take "
-                "a while" if self.works() else f"{signal.Signals(number).name}: stopping")
-        elif self.presses == 2:
-            say("still stopping; press Ctrl-C once more to kill the run now, without a checkpoint")
-        elif self.presses > 2 and self.process:
-            self.process.kill()  # the workers die with it
-            say("killed, without a checkpoint")
+    def heed(self) -> None:
+        """Do what the signals since the last time ask for; only Ctrl-C counts, since schedulers repeat SIGTERM."""
+        while self.arrived:
+            number = self.arrived.pop(0)
+            self.presses += number == signal.SIGINT
+            if not self.asked():
+                request_stop(self.run_dir, number)
+                say(f"{signal.Signals(number).name}: stopping" + self.works() * (
+                    " at the end of this step, after a checkpoint, which may take a while"))
+            elif self.presses == 2:
+                say("still stopping; press Ctrl-C once more to kill the run now, without a checkpoint")
+            elif self.presses == 3:
+                self.process.kill()  # the workers die with it
+                say("killed, without a checkpoint")
 
     def written(self) -> int | None:
         """When the STOP file was written; None where there is none."""
@@ -2343,8 +2354,7 @@ class StopRequest:
 
     def works(self) -> bool:
         """Whether torchrun has a worker."""
-        agent = self.process.pid if self.process else -1
-        return any(parent_of(int(path.name)) == agent for path in Path("/proc").glob("[0-9]*"))
+        return any(parent_of(int(path.name)) == self.process.pid for path in Path("/proc").glob("[0-9]*"))
 
 
 def supervise(command: list[str], env: dict[str, str], run_dir: Path, max_restarts: int, first: bool) -> int:
@@ -2366,6 +2376,7 @@ def supervise(command: list[str], env: dict[str, str], run_dir: Path, max_restar
                 record_end(run_dir, "stopped", float(env[STARTED_VARIABLE]))
             return stop_code(run_dir)
         good = newest_checkpoint(run_dir)
+        stop.heed()
         if stop.presses < 3:
             say(describe_failure(run_dir, log, read_from(log, said), status, begun))
         hopeless = disk_is_full(run_dir) or stop.asked()
@@ -2394,17 +2405,20 @@ def run_torchrun(command: list[str], env: dict[str, str], log: Path, stop: StopR
         stop.process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stderr=messages,
                                         start_new_session=True, preexec_fn=partial(before_torchrun, os.getpid()))
     silent_until = time.time() + (10 if read_count(env, "NNODES", 1) > 1 else math.inf)
-    while stop.process.poll() is None and not stop.works():
-        if stop.asked():
+    works = False
+    while stop.process.poll() is None:
+        works = works or stop.works()
+        stop.heed()
+        if not works and stop.asked():
             stop.process.kill()
             stop.process.wait()
             return None
-        if time.time() > silent_until:
+        if not works and time.time() > silent_until:
             silent_until = math.inf
             say(f"waiting for the other machines at {env['MASTER_ADDR']}:{env['MASTER_PORT']}, for up to "
                 f"{MEETING_SECONDS // 60} minutes")
-        time.sleep(0.3)
-    return stop.process.wait()
+        time.sleep(0.2)
+    return stop.process.returncode
 
 
 @contextlib.contextmanager

@@ -15,14 +15,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmark_tools import SCRIPT, ZERO3, Watched, describe_machine, launcher, make_config
+from benchmark_tools import SCRIPT, ZERO3, Watched, describe_machine, launcher, make_config, read_repeats
 
 SPLITS = ((2, 8), (4, 4), (8, 2), (16, 1))
 
 
 def main() -> None:
     """Run every split `repeats` times in turn and print the table."""
-    repeats = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+    repeats = read_repeats(__doc__, 3)
     rates, losses, gathered = {split: [] for split in SPLITS}, {}, {}
     with tempfile.TemporaryDirectory() as scratch:
         for repeat in range(repeats):

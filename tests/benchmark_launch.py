@@ -1,6 +1,6 @@
 """Start-up and speed against llamafactory-cli and against the floor, a bare torchrun that only calls run_exp.
 
-    python tests/benchmark_launch.py [PAIRS]        # default 5; about 90 seconds a pair on 2 cores
+    python tests/benchmark_launch.py [REPEATS]      # default 5; about 90 seconds a pair on 2 cores
 
 All three train the same configuration on 2 ranks under ZeRO-3 on a CPU, in turn, so that a busy moment of the
 machine meets all of them. Prints medians and ratios: the time from the command to the first optimizer step (demo
@@ -22,6 +22,7 @@ from benchmark_tools import (
     llamafactory_cli,
     make_config,
     make_model,
+    read_repeats,
 )
 
 BARE = "import sys, yaml\nfrom llamafactory.train.tuner import run_exp\nrun_exp(yaml.safe_load(open(sys.argv[1])))\n"
@@ -51,7 +52,7 @@ def measure(name: str, folder: Path, steps: int, **changes: object) -> Watched:
 
 def main() -> None:
     """Run the pairs and print the tables."""
-    pairs = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    pairs = read_repeats(__doc__, 5)
     start = {name: [] for name in COMMANDS}
     steady = {name: [] for name in COMMANDS}
     memory = {name: [] for name in COMMANDS}

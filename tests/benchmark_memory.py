@@ -11,6 +11,7 @@ weights and the tensors of a step come and go; the plan counts those as buffers 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -58,6 +59,7 @@ def measure(folder: Path, model: Path) -> tuple[int, int]:
 
 def main() -> None:
     """Measure both models and print the comparison."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         large = make_model(Path(scratch, "model"), hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
                            num_attention_heads=12, num_key_value_heads=6, head_dim=64)

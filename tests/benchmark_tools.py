@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -18,6 +19,13 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_qwen3_ft.py"
 ZERO3 = ROOT / "configs" / "deepspeed" / "ds_z3_config.json"
+
+
+def read_repeats(description: str, default: int) -> int:
+    """How often a benchmark measures, from the command line."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("repeats", metavar="REPEATS", type=int, nargs="?", default=default)
+    return parser.parse_args().repeats
 
 
 def make_model(folder: Path, **sizes: int) -> Path:

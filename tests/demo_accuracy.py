@@ -7,8 +7,8 @@ first N held-out pairs (100 by default) are prompted through the chat template t
 thinking off as in training, and decoded greedily.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 HELD_OUT = Path(__file__).resolve().parent.parent / "configs" / "data" / "code2sql_heldout.json"
@@ -51,12 +51,16 @@ def exact_matches(run_dir, limit=100):
     return right, len(pairs)
 
 
-def main(arguments):
-    if not arguments or len(arguments) > 2:
-        sys.exit("usage: python tests/demo_accuracy.py RUN_DIR [N]")
-    right, total = exact_matches(arguments[0], int(arguments[1]) if len(arguments) == 2 else 100)
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path)
+    parser.add_argument("limit", metavar="N", type=int, nargs="?", default=100)
+    options = parser.parse_args()
+    if not (options.run_dir / "model.safetensors").is_file():
+        parser.error(f"{options.run_dir}/model.safetensors does not exist; expected the directory of a finished run")
+    right, total = exact_matches(options.run_dir, options.limit)
     print(f"exact: {right} of {total}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -343,6 +343,12 @@ def test_import_needs_only_pyyaml_and_prints_nothing(bare_python):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_a_python_without_pyyaml_gets_one_line():
+    done = subprocess.run([sys.executable, "-S", str(ROOT / "train_qwen3_ft.py")], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: package pyyaml is not installed; pip install -r requirements.txt\n"
+
+
 def test_import_changes_nothing_in_the_process(bare_python):
     code = ("import os, signal, sys, threading, yaml, argparse\n"
             "def state(): return (dict(os.environ), [signal.getsignal(n) for n in (1, 2, 15)], os.getcwd(),\n"

@@ -488,7 +488,8 @@ def test_a_resumed_run_saves_and_logs_as_it_is_told_now(tmp_path: Path):
 
 def test_a_sigterm_to_everybody_in_tokenization_is_a_stop_before_the_first_step(tmp_path: Path):
     fault = {"point": "hold tokenization", "seconds": 3}
-    with Run(tmp_path, write_config(tmp_path, deepspeed=None), ranks=1, faults=[fault]) as alive:
+    config = write_config(tmp_path, deepspeed=None, overwrite_cache=True)  # an earlier run of this test left a cache
+    with Run(tmp_path, config, ranks=1, faults=[fault]) as alive:
         until(lambda: len(alive.children(0)) >= 2, "the tokenizing processes")
         for pid in everybody(alive):
             with contextlib.suppress(ProcessLookupError):
@@ -563,6 +564,8 @@ def impatient(scratch: Path) -> SimpleNamespace:
 
 def test_two_interrupts_wait_and_the_third_kills_at_once(impatient: SimpleNamespace):
     assert (impatient.alive_at_two, impatient.status) == (True, 1), impatient.console
+    assert "killed, without a checkpoint" in impatient.console
+    assert "training failed" not in impatient.console
 
 
 def test_three_interrupts_leave_no_process(impatient: SimpleNamespace):

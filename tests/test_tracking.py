@@ -172,8 +172,8 @@ def test_a_service_that_cannot_be_used_costs_one_warning(mode: str, cause: str, 
     assert done.process.returncode == 0
     [warning] = [line for line in done.console.splitlines() if "SwanLab cannot be reached" in line]
     assert cause in warning
-    assert "swanlab sync" in warning
     local = [folder for folder in swanlog(done) if (folder / "logs").is_dir() and any((folder / "logs").iterdir())]
+    assert f"swanlab sync {local[-1]} -i " in warning
     assert dashboard_points(local[-1], "train/loss") == list(logged(done).items())
 
 
