@@ -2313,6 +2313,13 @@ def request_stop(run_dir: Path, number: int) -> None:
         (run_dir / "STOP").write_text(signal.Signals(number).name, encoding="utf-8")
 
 
+def modified(path: Path) -> int | None:
+    """When a file was written last, in nanoseconds; None where there is none."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_mtime_ns
+    return None
+
+
 class StopRequest:
     """What the launcher's signals ask for: the first for a checkpoint and the end, the third Ctrl-C for a kill.
 
@@ -2322,7 +2329,7 @@ class StopRequest:
 
     def __init__(self, run_dir: Path):
         self.run_dir, self.arrived, self.presses, self.process = run_dir, [], 0, None
-        self.old = self.written()
+        self.old = modified(run_dir / "STOP")
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP: the run goes on
                 signal.signal(number, lambda number, frame: self.arrived.append(number))
@@ -2339,22 +2346,53 @@ class StopRequest:
             elif self.presses == 2:
                 say("still stopping; press Ctrl-C once more to kill the run now, without a checkpoint")
             elif self.presses == 3:
-                self.process.kill()  # the workers die with it
+                self.kill()
                 say("killed, without a checkpoint")
-
-    def written(self) -> int | None:
-        """When the STOP file was written; None where there is none."""
-        with contextlib.suppress(OSError):
-            return (self.run_dir / "STOP").stat().st_mtime_ns
-        return None
 
     def asked(self) -> bool:
         """Whether anybody, on any machine, has asked the run to stop."""
-        return self.written() not in (None, self.old)
+        return modified(self.run_dir / "STOP") not in (None, self.old)
+
+    def kill(self) -> None:
+        """Kill torchrun; the workers die with it."""
+        self.process.kill()
+        self.process.wait()
 
     def works(self) -> bool:
         """Whether torchrun has a worker."""
         return any(parent_of(int(path.name)) == self.process.pid for path in Path("/proc").glob("[0-9]*"))
+
+
+class Neighbours:
+    """Notices a machine that is lost without a word: ranks would wait for it as long as ddp_timeout.
+
+    While its torchrun runs each launcher touches a file of its own in logs/ every BEAT seconds. Another machine is
+    lost whose file is there but was not touched between MISSED looks; looks, since a shared file system that hangs
+    for a while must not count.
+    """
+
+    BEAT, MISSED = 10, 18
+
+    def __init__(self, run_dir: Path, env: dict[str, str]):
+        files = [run_dir / "logs" / f"machine{number}" for number in range(read_count(env, "NNODES", 1))]
+        self.own, self.next = files.pop(node_rank(env)), 0.0
+        self.looks = {path: (None, 0) for path in files}
+
+    def lost(self) -> list[str]:
+        """The machines that are lost."""
+        if self.looks and time.monotonic() > self.next:
+            self.next = time.monotonic() + self.BEAT
+            with contextlib.suppress(OSError):
+                self.own.touch()
+            for path, (before, count) in self.looks.items():
+                now = modified(path)
+                self.looks[path] = (now, count + 1 if now and now == before else 0)
+        return [path.name.removeprefix("machine") for path, (_, count) in self.looks.items() if count >= self.MISSED]
+
+    def leave(self) -> None:
+        """Torchrun has ended: the others need not wait for a sign of life."""
+        with contextlib.suppress(OSError):
+            self.own.unlink()
 
 
 def supervise(command: list[str], env: dict[str, str], run_dir: Path, max_restarts: int, first: bool) -> int:
@@ -2399,26 +2437,41 @@ def make_ready(run_dir: Path) -> None:
 
 def run_torchrun(command: list[str], env: dict[str, str], log: Path, stop: StopRequest) -> int | None:
     """One torchrun from start to end; its own messages go to `log`. Returns its exit status; None where the run was
-    asked to stop before a worker started, which takes as long as another machine does not come."""
+    asked to stop before a worker started."""
     with open(log, "ab") as messages:
         env = {**env, LAUNCHER_VARIABLE: str(os.getpid())}
         stop.process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stderr=messages,
                                         start_new_session=True, preexec_fn=partial(before_torchrun, os.getpid()))
-    silent_until = time.time() + (10 if read_count(env, "NNODES", 1) > 1 else math.inf)
-    works = False
+    if not await_workers(env, stop):
+        return None
+    neighbours = Neighbours(stop.run_dir, env)
     while stop.process.poll() is None:
-        works = works or stop.works()
         stop.heed()
-        if not works and stop.asked():
-            stop.process.kill()
-            stop.process.wait()
-            return None
-        if not works and time.time() > silent_until:
+        if lost := neighbours.lost():
+            say(f"machine {', '.join(lost)} has not been heard of for {neighbours.BEAT * neighbours.MISSED} s")
+            stop.kill()
+        time.sleep(0.2)
+    neighbours.leave()
+    return stop.process.returncode
+
+
+def await_workers(env: dict[str, str], stop: StopRequest) -> bool:
+    """Wait until torchrun has workers, which takes as long as another machine does not come, or has ended.
+
+    False: the run was asked to stop before, and torchrun is gone.
+    """
+    silent_until = time.time() + (10 if read_count(env, "NNODES", 1) > 1 else math.inf)
+    while stop.process.poll() is None and not stop.works():
+        stop.heed()
+        if stop.asked():
+            stop.kill()
+            return False
+        if time.time() > silent_until:
             silent_until = math.inf
             say(f"waiting for the other machines at {env['MASTER_ADDR']}:{env['MASTER_PORT']}, for up to "
                 f"{MEETING_SECONDS // 60} minutes")
         time.sleep(0.2)
-    return stop.process.returncode
+    return True
 
 
 @contextlib.contextmanager

@@ -112,6 +112,26 @@ def test_a_run_that_was_stopped_while_it_waited_for_a_lost_machine_resumes(tmp_p
     assert weights(leader.run_dir) == weights(one_machine.run_dir)
 
 
+def test_a_machine_that_falls_silent_is_given_up_and_the_run_resumes_when_it_is_back(tmp_path: Path,
+                                                                                     one_machine: Run):
+    text = SCRIPT.read_text(encoding="utf-8")
+    assert "BEAT, MISSED = 10, 18" in text
+    impatient = tmp_path / SCRIPT.name  # the same script that waits for 3 seconds and not for 3 minutes
+    impatient.write_text(text.replace("BEAT, MISSED = 10, 18", "BEAT, MISSED = 1, 3"), encoding="utf-8")
+    config, (first, second) = write_config(tmp_path, **SETTINGS), machines(2)
+    command = [sys.executable, str(impatient)]
+    with Run(tmp_path, config, "run_name=mute", ranks=1, env=first, command=command) as leader:
+        with Run(tmp_path, config, "run_name=mute", ranks=1, env=second, command=command) as lost:
+            leader.reach(6)
+            for pid in lost.pids():
+                os.kill(pid, signal.SIGSTOP)  # as with a machine without power, no connection is closed
+            leader.see("machine 1 has not been heard of for 3 s")
+            leader.see("restart 1 of at most 3")
+        back = run(tmp_path, config, "run_name=mute", ranks=1, env=second, command=command)
+        assert (leader.wait(), back.process.returncode) == (0, 0), leader.console + back.console
+    assert weights(leader.run_dir) == weights(one_machine.run_dir)
+
+
 def test_machines_with_different_numbers_of_processes_are_refused(tmp_path: Path):
     config, (first, second) = write_config(tmp_path, **SETTINGS, deepspeed=None), machines(2)
     with Run(tmp_path, config, "run_name=odd", ranks=2, env=second):
