@@ -13,7 +13,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,7 +50,7 @@ def work(steps: int, tokens: int) -> None:
     model = torch.nn.parallel.DistributedDataParallel(build_model())
     optimizer = torch.optim.AdamW(model.parameters())
     batch = torch.randint(0, 8192, (1, tokens))
-    hooks = Checkpoints(Path(tempfile.mkdtemp()), threading.Event())
+    hooks = Checkpoints(Path(tempfile.mkdtemp()))
     args = SimpleNamespace(device=torch.device("cpu"))
     times: list[list[float]] = [[], []]
     for number in range(steps + 2):  # the first two warm up

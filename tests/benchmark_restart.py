@@ -1,6 +1,8 @@
 """How long a restart takes: from the death of a worker to the next training step, against a cold start.
 
-    python tests/benchmark_restart.py              # five rounds, about 3 minutes on two idle cores
+    python tests/benchmark_restart.py              # five rounds, about 2 minutes on two idle cores
+
+It starts the launcher as the fault tests do, and needs tests/requirements.txt as they do.
 
 Both end when the first training step is done: the cold start begins with the command, the restart with a SIGKILL
 of a rank. Two ranks under ZeRO-3 on the CPU. Prints the medians and the ratio; issue 4 allows 1.3.
