@@ -93,6 +93,7 @@ SECRET_ENVIRONMENT = {
 INPUT_PATHS = ("deepspeed", "dataset_dir", "media_dir", "resume_from_checkpoint", "tokenized_path", "fsdp_config")
 MODEL_PATHS = ("model_name_or_path", "adapter_name_or_path", "ref_model", "reward_model")
 OUTPUT_PATHS = ("output_dir", "cache_dir", "swanlab_logdir", "profiler_output_dir")
+NODE_VARIABLES = ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")  # what each of NNODES machines needs
 MEETING_SECONDS = 900  # how long machines wait for one another
 NAMES = ("run_name", *INPUT_PATHS, *MODEL_PATHS, *OUTPUT_PATHS)  # here 1.10 is a name, not a number
 
@@ -1807,7 +1808,7 @@ def check_nodes(config: Config, env: dict[str, str], nodes: int) -> list[Problem
         return problems
     if nodes > 1:
         problems += [f"environment variable {name}: is needed with NNODES={nodes}" for name in
-                     ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if not env.get(name)]
+                     NODE_VARIABLES if not env.get(name)]
         if env.get("NODE_RANK") and not (env["NODE_RANK"].isdecimal() and int(env["NODE_RANK"]) < nodes):
             problems.append(f"environment variable NODE_RANK: expected a number below NNODES={nodes}, got "
                             f"{env['NODE_RANK']!r}")
@@ -2172,11 +2173,15 @@ def give_account(run_dir: Path, config: Config, console: TextIO) -> None:
 
 
 def resume_command(run_dir: Path) -> str:
-    """What goes on with the run; on a CPU with the number of processes, which no configuration holds."""
-    plan = read_plan(run_dir)
-    processes = (plan.get("world_size") or 1) // read_count(dict(os.environ), "NNODES", 1)
-    count = "" if plan.get("devices") or processes == 1 else f"NPROC_PER_NODE={processes} "
-    return f"{count}python {shlex.quote(str(SCRIPT))} --resume {shlex.quote(str(run_dir))}"
+    """What goes on with the run, with what no configuration holds: the machines and, on a CPU, the processes."""
+    env, plan = dict(os.environ), read_plan(run_dir)
+    nodes = read_count(env, "NNODES", 1)
+    processes = (plan.get("world_size") or 1) // nodes
+    given = {name: env[name] for name in ("NNODES", *NODE_VARIABLES) if nodes > 1 and name in env}
+    if processes > 1 and not plan.get("devices"):
+        given["NPROC_PER_NODE"] = str(processes)
+    words = [*(f"{name}={value}" for name, value in given.items()), "python", str(SCRIPT), "--resume", str(run_dir)]
+    return " ".join(map(shlex.quote, words))
 
 
 def chat_command(run_dir: Path, values: dict) -> str:

@@ -105,7 +105,8 @@ def test_a_run_that_was_stopped_while_it_waited_for_a_lost_machine_resumes(tmp_p
         leader.see("restart 1 of at most 3")
         leader.process.send_signal(signal.SIGINT)
         assert leader.wait(30) == 130, leader.console
-        assert "--resume" in leader.console
+        variables = f"NNODES=2 NODE_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT={first['MASTER_PORT']}"
+        assert f"resume      {variables} python {SCRIPT} --resume {leader.run_dir}" in leader.console
     with Run(tmp_path, config, "run_name=lost", ranks=1, env=second) as back:  # the old STOP file is still there
         resumed = run(tmp_path, "--resume", leader.run_dir, ranks=1, env=first)
         assert (resumed.process.returncode, back.wait()) == (0, 0), resumed.console + back.console
