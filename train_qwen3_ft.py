@@ -1373,19 +1373,28 @@ def create_run_dir(config: Config) -> Path:
                               f"{error.strerror.lower()}") from None
 
 
-def await_run_dir(config: Config, seconds: int = MEETING_SECONDS) -> Path:
+def await_run_dir(config: Config) -> Path:
     """On a machine that is not the first: wait for the run directory that the first one creates."""
     run_dir = Path(config.values["output_dir"]) / run_name(config, time.time())
-    begun, waits = time.time(), False
-    while not (run_dir / "config.yaml").exists():
-        if time.time() > begun + seconds:
-            raise LaunchError(f"{run_dir}: the machine with NODE_RANK=0 has not created it within {seconds} s; "
+    for waited in wait_for(f"the machine with NODE_RANK=0 to create {run_dir}"):
+        if (run_dir / "config.yaml").exists():
+            break
+        if waited > MEETING_SECONDS:
+            raise LaunchError(f"{run_dir}: the machine with NODE_RANK=0 has not created it within {MEETING_SECONDS} s; "
                               "output_dir must be on a file system that all machines share, and run_name the same")
-        if not waits and time.time() > begun + 10:
-            waits = True
-            say(f"waiting for the machine with NODE_RANK=0 to create {run_dir}, for up to {seconds // 60} minutes")
-        time.sleep(0.5)
     return run_dir
+
+
+def wait_for(machines: str) -> Iterator[float]:
+    """The seconds waited so far, five times a second; after 10 it is said once for which machines, where for any."""
+    begun, said = time.time(), not machines
+    while True:
+        waited = time.time() - begun
+        if waited > 10 and not said:
+            said = True
+            say(f"waiting for {machines}, for up to {MEETING_SECONDS // 60} minutes")
+        yield waited
+        time.sleep(0.2)
 
 
 def lock_run(run_dir: Path) -> TextIO:
@@ -2209,9 +2218,8 @@ def build_torchrun_command(devices: Devices, config_path: Path, env: dict[str, s
     """The torchrun command that starts one worker a device on this machine. Starts nothing.
 
     One machine: torchrun takes a free port, unless MASTER_PORT is set, and no notice of MASTER_ADDR, which a
-    scheduler may have left behind. Several: they meet at MASTER_ADDR,
-    and wait MEETING_SECONDS for one that is down. torchrun handles no signal but SIGQUIT: on SIGTERM it would
-    give a checkpoint 30 seconds and then kill it.
+    scheduler may have left behind. Several: they meet at MASTER_ADDR, and wait MEETING_SECONDS for one that is
+    down. torchrun handles no signal but SIGQUIT: on SIGTERM it would give a checkpoint 30 seconds and then kill it.
     """
     nodes = read_count(env, "NNODES", 1)
     host = env.get("MASTER_ADDR", "127.0.0.1") if nodes > 1 else "127.0.0.1"
@@ -2465,17 +2473,14 @@ def await_workers(env: dict[str, str], stop: StopRequest) -> bool:
 
     False: the run was asked to stop before, and torchrun is gone.
     """
-    silent_until = time.time() + (10 if read_count(env, "NNODES", 1) > 1 else math.inf)
-    while stop.process.poll() is None and not stop.works():
+    several = read_count(env, "NNODES", 1) > 1
+    for _ in wait_for(f"the other machines at {env['MASTER_ADDR']}:{env['MASTER_PORT']}" if several else ""):
+        if stop.process.poll() is not None or stop.works():
+            break
         stop.heed()
         if stop.asked():
             stop.kill()
             return False
-        if time.time() > silent_until:
-            silent_until = math.inf
-            say(f"waiting for the other machines at {env['MASTER_ADDR']}:{env['MASTER_PORT']}, for up to "
-                f"{MEETING_SECONDS // 60} minutes")
-        time.sleep(0.2)
     return True
 
 

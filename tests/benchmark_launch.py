@@ -1,6 +1,6 @@
 """Start-up and speed against llamafactory-cli and against the floor, a bare torchrun that only calls run_exp.
 
-    python tests/benchmark_launch.py [REPEATS]      # default 5; about 90 seconds a pair on 2 cores
+    python tests/benchmark_launch.py [REPEATS]      # default 5; about 90 seconds a round on 2 cores
 
 All three train the same configuration on 2 ranks under ZeRO-3 on a CPU, in turn, so that a busy moment of the
 machine meets all of them. Prints medians and ratios: the time from the command to the first optimizer step (demo
@@ -51,24 +51,24 @@ def measure(name: str, folder: Path, steps: int, **changes: object) -> Watched:
 
 
 def main() -> None:
-    """Run the pairs and print the tables."""
-    pairs = read_repeats(__doc__, 5)
+    """Run the rounds and print the tables."""
+    rounds = read_repeats(__doc__, 5)
     start = {name: [] for name in COMMANDS}
     steady = {name: [] for name in COMMANDS}
     memory = {name: [] for name in COMMANDS}
     with tempfile.TemporaryDirectory() as scratch:
         model = make_model(Path(scratch, "model"), hidden_size=512, intermediate_size=2048, num_hidden_layers=8,
                            num_attention_heads=8, num_key_value_heads=4, head_dim=64)
-        for pair in range(pairs + 1):  # the first is thrown away: it compiles DeepSpeed's operator and warms caches
+        for number in range(rounds + 1):  # the first is thrown away: it compiles DeepSpeed's operator and warms caches
             for name in COMMANDS:
-                short = measure(name, Path(scratch, f"start-{pair}-{name}"), 3)
-                long = measure(name, Path(scratch, f"steady-{pair}-{name}"), 16, model_name_or_path=str(model),
+                short = measure(name, Path(scratch, f"start-{number}-{name}"), 3)
+                long = measure(name, Path(scratch, f"steady-{number}-{name}"), 16, model_name_or_path=str(model),
                                per_device_train_batch_size=4, max_samples=400)
-                if pair:
+                if number:
                     start[name].append(short.first_step())
                     steady[name].append(long.rate(skip=5))
                     memory[name].append(long.peak)
-                print(f"# {pair} {name}: first step {short.first_step():.2f} s, {long.rate(5):.3f} steps/s, "
+                print(f"# {number} {name}: first step {short.first_step():.2f} s, {long.rate(5):.3f} steps/s, "
                       f"{long.peak / 2**20:.0f} MiB", flush=True)
     print(describe_machine())
     print("| command | to the first step (s) | steps/s | memory of the first process (MiB) |\n|---|---|---|---|")
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def ratio(values: dict[str, list[float]], other: str) -> float:
-    """The median of the pairs' ratios, launcher to the other."""
+    """The median of the rounds' ratios, launcher to the other."""
     return statistics.median(ours / theirs for ours, theirs in zip(values["launcher"], values[other], strict=True))
 
 
