@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml as pyyaml
-from conftest import ROOT, SCRIPT, write_json
 
+from helpers import ROOT, SCRIPT
+from helpers.config import write_json
 from train_qwen3_ft import LaunchError, build_training_args, load_config
 
 

@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from conftest import FAKES, SCRIPT, fake_gpus, free_port, write_json
 
+from helpers import SCRIPT
+from helpers.config import write_json
+from helpers.launcher import FAKES, fake_gpus, free_port
 from train_qwen3_ft import Config, LaunchError, build_torchrun_command, node_rank, resolve_devices
 
 UUID = "GPU-00000001-0000-4000-8000-000000000000"  # the fake NVML's GPU 1

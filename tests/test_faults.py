@@ -16,19 +16,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import SCRIPT
-from fault_helpers import (
-    DEMO,
-    PATIENCE,
-    Run,
-    committed,
-    losses,
-    run,
-    until,
-    weights,
-    write_config,
-)
 
+from helpers import SCRIPT
+from helpers.config import CONFIGS as DEMO
+from helpers.config import write_config
+from helpers.launcher import PATIENCE, Run, committed, losses, run, until, weights
 from train_qwen3_ft import (
     MANIFEST,
     checkpoint_fault,

@@ -12,8 +12,10 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY_MODEL, fake_gpus, write_json
 
+from helpers import ROOT
+from helpers.config import TINY_MODEL, write_json
+from helpers.launcher import fake_gpus
 from train_qwen3_ft import count_rows, plan_steps
 
 GIB = 1 << 30

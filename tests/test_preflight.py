@@ -12,8 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from conftest import FAKES, TINY_MODEL, fake_gpus, write_json
 
+from helpers.config import TINY_MODEL, write_json
+from helpers.launcher import FAKES, fake_gpus
 from train_qwen3_ft import known_fields
 
 ZERO2 = {"zero_optimization": {"stage": 2}}

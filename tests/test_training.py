@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from benchmark_tools import make_model
-from conftest import ROOT, SCRIPT, write_json
-from fault_helpers import ZERO, Run, losses, run, write_config
-from swanlab_records import read_dashboard, read_record, records
 
+from helpers import ROOT, SCRIPT
+from helpers.config import ZERO3_FILE as ZERO
+from helpers.config import make_model, write_config, write_json
+from helpers.launcher import Run, losses, run
+from helpers.swanlab_records import read_dashboard, read_record, records
 from train_qwen3_ft import chat_command
 
 MINUTES = 60
@@ -74,7 +75,7 @@ def test_the_demo_takes_the_planned_steps(demo: Run) -> None:
 
 def test_the_demo_model_translates_held_out_code(demo: Run) -> None:
     """The README states the number for all 100; here a part of them, through the template it was trained with."""
-    from demo_accuracy import exact_matches
+    from tools.demo_accuracy import exact_matches
 
     right, asked = exact_matches(demo.run_dir, 40)
     assert asked == 40

@@ -1,6 +1,6 @@
 """What the agreement to stop costs: one tiny all-reduce at the end of each step, as a share of the step.
 
-    python tests/benchmark_agreement.py            # a Qwen3 of 34 M parameters, 2 ranks; about 2 minutes on two cores
+    python tests/benchmarks/agreement.py            # a Qwen3 of 34 M parameters, 2 ranks; about 2 minutes on two cores
 
 Each rank trains in plain data-parallel (a step of which is cheaper than one of ZeRO-3, so the share is the larger)
 and calls the launcher's own Checkpoints.agreed_to_stop after each step. A barrier before the call keeps the waiting
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 
 def build_model():

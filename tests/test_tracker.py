@@ -11,10 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import FOREIGN, SCRIPT
-from fault_helpers import Run, command_of, losses, run, write_config
-from swanlab_records import dashboard_points, read_dashboard, read_record, records
-from swanlab_service import SwanLabService
+
+from helpers import SCRIPT
+from helpers.config import write_config
+from helpers.launcher import FOREIGN, Run, command_of, losses, run
+from helpers.swanlab_records import dashboard_points, read_dashboard, read_record, records
+from helpers.swanlab_service import SwanLabService
 
 FAULTS = Path(__file__).resolve().parent / "faults"
 SETTINGS = {"report_to": "swanlab", "deepspeed": None, "max_steps": 12, "logging_steps": 5, "save_steps": 4}

@@ -10,8 +10,10 @@ import uuid
 from pathlib import Path
 
 import pytest
-from conftest import SCRIPT, free_port
-from fault_helpers import Run, committed, losses, run, weights, write_config
+
+from helpers import SCRIPT
+from helpers.config import write_config
+from helpers.launcher import Run, committed, free_port, losses, run, weights
 
 SETTINGS = {"max_samples": 40, "save_steps": 4, "save_total_limit": None}  # 20 steps on two ranks
 

@@ -1,7 +1,7 @@
 """20 random SIGKILLs of workers over one run, each restarted by the launcher, against an uninterrupted run.
 
-    python tests/soak_kills.py                     # about 10 minutes on two cores
-    python tests/soak_kills.py --kills 5 --seed 3
+    python tests/tools/soak_kills.py                     # about 10 minutes on two cores
+    python tests/tools/soak_kills.py --kills 5 --seed 3
 
 Two ranks under ZeRO-3 on the CPU. A kill comes at a random moment (also within a save) after each start has
 committed a checkpoint, so that each one is followed by an automatic restart. Exit code 0: the final weights are
@@ -13,11 +13,14 @@ import os
 import random
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
 
-from fault_helpers import Run, committed, losses, run, until, weights, write_config
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from helpers.config import write_config
+from helpers.launcher import Run, committed, losses, run, until, weights
 
 
 def kill_once(alive: Run, before: int, chance: random.Random) -> str:

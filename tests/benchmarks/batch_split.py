@@ -1,6 +1,6 @@
 """The same global batch, split differently between micro-batch and gradient accumulation, under ZeRO-3 on 2 ranks.
 
-    python tests/benchmark_batch_split.py [REPEATS]        # default 3
+    python tests/benchmarks/batch_split.py [REPEATS]        # default 3
 
 ZeRO-3 gathers all weights for every micro-batch, so fewer and larger micro-batches do the same step with less
 traffic. Prints steps a second (median), the first and last loss, and the bytes each rank gathers a step as planned.
@@ -15,7 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmark_tools import SCRIPT, ZERO3, Watched, describe_machine, launcher, make_config, read_repeats
+from common import SCRIPT, Watched, describe_machine, launcher, make_config, read_repeats
+from helpers.config import ZERO3_FILE
 
 SPLITS = ((2, 8), (4, 4), (8, 2), (16, 1))
 
@@ -29,7 +30,7 @@ def main() -> None:
             for micro, accumulation in SPLITS:
                 folder = Path(scratch, f"{repeat}-{micro}")
                 folder.mkdir()
-                config = make_config(folder, deepspeed=str(ZERO3), max_steps=20, per_device_train_batch_size=micro,
+                config = make_config(folder, deepspeed=ZERO3_FILE, max_steps=20, per_device_train_batch_size=micro,
                                      gradient_accumulation_steps=accumulation)
                 plan = subprocess.run([sys.executable, str(SCRIPT), str(config), "--dry-run", "--json"], check=True,
                                       capture_output=True, env={"NPROC_PER_NODE": "2", "PATH": "/usr/bin:/bin"})

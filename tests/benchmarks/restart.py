@@ -1,6 +1,6 @@
 """How long a restart takes: from the death of a worker to the next training step, against a cold start.
 
-    python tests/benchmark_restart.py              # five rounds, about 2 minutes on two idle cores
+    python tests/benchmarks/restart.py              # five rounds, about 2 minutes on two idle cores
 
 It starts the launcher as the fault tests do, and needs tests/requirements.txt as they do.
 
@@ -13,11 +13,14 @@ import os
 import shutil
 import signal
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 
-from fault_helpers import Run, committed, until, write_config
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from helpers.config import write_config
+from helpers.launcher import Run, committed, until
 
 
 def steps_done(folder: Path) -> list[float]:
