@@ -15,7 +15,7 @@ import pytest
 
 from helpers import ROOT
 from helpers.config import TINY_MODEL, write_json
-from helpers.launcher import fake_gpus
+from helpers.launcher import ask_python, fake_gpus
 from train_qwen3_ft import count_rows, plan_steps
 
 GIB = 1 << 30
@@ -23,15 +23,6 @@ QWEN3_14B = 14_768_307_200  # what transformers counts for Qwen/Qwen3-14B's conf
 LARGEST_LAYER = 151_936 * 5_120
 OFFLOAD = "configs/deepspeed/ds_z3_offload_config.json"
 ZERO3 = {"zero_optimization": {"stage": 3}}
-
-
-def ask_python(code: str, data: object) -> object:
-    """Run code in a fresh Python with `data` in it; it must set `result`. Only here heavy packages are imported."""
-    frame = f"import json, sys\ndata = json.load(sys.stdin)\n{code}\nprint('RESULT', json.dumps(result))"
-    done = subprocess.run([sys.executable, "-c", frame], input=json.dumps(data), capture_output=True, text=True,
-                          env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"})
-    assert "RESULT" in done.stdout, done.stderr
-    return json.loads(done.stdout.partition("RESULT")[2])
 
 
 # --- Steps -----------------------------------------------------------------------------------------------

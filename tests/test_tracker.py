@@ -1,25 +1,21 @@
 """SwanLab for real: what it records, and that nothing it does can hurt the run."""
 
-import json
 import os
-import pty
 import re
 import signal
-import subprocess
-import sys
-import time
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from helpers import SCRIPT
 from helpers.config import write_config
-from helpers.launcher import FOREIGN, Run, command_of, losses, run
+from helpers.launcher import Run, command_of, losses, metrics, run, side_by_side, until
 from helpers.swanlab_records import dashboard_points, read_dashboard, read_record, records
 from helpers.swanlab_service import SwanLabService
 
-FAULTS = Path(__file__).resolve().parent / "faults"
 SETTINGS = {"report_to": "swanlab", "deepspeed": None, "max_steps": 12, "logging_steps": 5, "save_steps": 4}
+SLOW = [{"point": "slow"}]
 
 
 def train(folder: Path, *arguments: object, **options: object) -> Run:
@@ -29,11 +25,12 @@ def train(folder: Path, *arguments: object, **options: object) -> Run:
 
 
 def logged(done: Run) -> dict[int, float]:
-    """{step: loss} of the trainer's own log."""
+    """{step: loss} of the run's own metrics."""
     return {step: values[-1] for step, values in losses(done.run_dir).items()}
 
 
 def swanlog(done: Run) -> list[Path]:
+    """The run's SwanLab folders."""
     return records(done.run_dir.parent / "swanlog")
 
 
@@ -61,19 +58,32 @@ def test_online_the_service_gets_every_point_and_the_end(tmp_path: Path) -> None
     with SwanLabService() as service:
         done = train(tmp_path, env=service.environment)
         [remote] = service.runs.values()
-    assert done.process.returncode == 0
+    assert done.returncode == 0
     assert remote["scalars"]["train/loss"] == logged(done)
     assert remote["state"] == "FINISHED"
     assert remote["name"] == done.run_dir.name
     assert re.search(rf"^dashboard +{re.escape(service.environment['SWANLAB_WEB_HOST'])}/", done.console, re.MULTILINE)
 
 
-def test_the_older_spelling_use_swanlab_works(tmp_path: Path) -> None:
-    done = train(tmp_path, changes={"report_to": None, "use_swanlab": True, "swanlab_run_name": "mine",
-                                    "swanlab_logdir": str(tmp_path / "elsewhere")})
-    [folder] = records(tmp_path / "elsewhere")
+@pytest.fixture(scope="module")
+def older_spelling(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """use_swanlab with a name and a folder, on a PATH that is empty: no git, no shell."""
+    folder = tmp_path_factory.mktemp("older")
+    (folder / "nothing").mkdir()
+    changes = {"report_to": None, "use_swanlab": True, "swanlab_run_name": "mine",
+               "swanlab_logdir": str(folder / "elsewhere")}
+    return train(folder, changes=changes, env={"PATH": str(folder / "nothing")})
+
+
+def test_the_older_spelling_use_swanlab_works(older_spelling: Run) -> None:
+    [folder] = records(older_spelling.folder / "elsewhere")
     assert read_dashboard(folder) == {"name": "mine", "status": "finished"}
-    assert done.process.returncode == 0
+
+
+def test_a_node_without_git_trains_and_records_all_the_same(older_spelling: Run) -> None:
+    assert older_spelling.returncode == 0, older_spelling.console
+    [folder] = records(older_spelling.folder / "elsewhere")
+    assert read_record(folder)["state"] == "finished"
 
 
 EVALUATED = {"val_size": 8, "eval_strategy": "steps", "eval_steps": 6, "per_device_eval_batch_size": 4,
@@ -83,9 +93,8 @@ EVALUATED = {"val_size": 8, "eval_strategy": "steps", "eval_steps": 6, "per_devi
 def test_the_evaluation_loss_is_recorded_once_at_its_step(tmp_path: Path) -> None:
     done = train(tmp_path, changes=EVALUATED)
     [folder] = swanlog(done)
-    log = [json.loads(line) for line in (done.run_dir / "trainer_log.jsonl").read_text().splitlines()]
-    assert read_record(folder)["points"]["eval/loss"] == dashboard_points(folder, "eval/loss") == [
-        (line["current_steps"], line["eval_loss"]) for line in log if "eval_loss" in line]
+    known = [(line["step"], line["eval_loss"]) for line in metrics(done.run_dir) if "eval_loss" in line]
+    assert read_record(folder)["points"]["eval/loss"] == dashboard_points(folder, "eval/loss") == known
     assert re.findall(r"step (\d+)/12  evaluation loss \d", done.console) == ["6", "12"]
 
 
@@ -98,39 +107,49 @@ def test_each_evaluated_data_set_has_its_own_loss(tmp_path: Path) -> None:
         assert len(re.findall(rf"step \d+/12  evaluation loss \d.* on {name}$", done.console, re.MULTILINE)) == 2
 
 
-# --- the state after another end
+# --- stops, resumes, and a tracker that is killed
 
 
-def test_a_stopped_run_is_recorded_as_stopped_by_the_user(tmp_path: Path) -> None:
-    with Run(tmp_path, write_config(tmp_path, **{**SETTINGS, "max_steps": 200, "max_samples": 400}), ranks=1) as live:
-        live.reach(5)
+def stop_and_resume(folder: Path, **options: object) -> tuple[Run, Run]:
+    """A run that is stopped after its first logged step, and the launch that resumes and finishes it."""
+    config = write_config(folder, **{**SETTINGS, "logging_steps": 2})
+    with Run(folder, config, ranks=1, faults=SLOW, **options) as live:
+        live.reach(2)
         live.process.send_signal(signal.SIGTERM)
         live.wait()
-    [folder] = swanlog(live)
-    record = read_record(folder)
+    return live, run(folder, config, "--resume", ranks=1, **options)
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
+    """The same without a key."""
+    return stop_and_resume(tmp_path_factory.mktemp("resumed"))
+
+
+def test_a_stopped_run_is_recorded_as_stopped_by_the_user(resumed: tuple[Run, Run]) -> None:
+    record = read_record(swanlog(resumed[0])[0])
     assert (record["state"], record["error"]) == ("aborted", "stopped by the user")
 
 
-def test_a_killed_run_is_recorded_as_crashed_with_all_points_but_the_one_in_flight(tmp_path: Path) -> None:
-    changes = {"max_steps": 400, "max_samples": 400, "save_strategy": "no", "per_device_train_batch_size": 16}
-    with Run(tmp_path, write_config(tmp_path, **{**SETTINGS, **changes}), ranks=1) as live:
-        live.reach(30)
-        os.kill(live.worker(0), signal.SIGKILL)
-        live.wait()
-        live.left_after(10)
-    [folder] = swanlog(live)
-    record = read_record(folder)
-    assert record["state"] == "crashed"
-    stored, known = record["points"]["train/loss"], list(logged(live).items())
-    assert stored == known[:len(stored)]
-    assert len(stored) >= len(known) - 1
-    assert f"swanlab watch {folder.parent}" in live.console
+def test_a_resumed_run_is_a_second_local_record_whose_name_says_so(resumed: tuple[Run, Run]) -> None:
+    done = resumed[1]
+    names = [read_record(folder)["name"] for folder in swanlog(done)]
+    assert sorted(names) == [done.run_dir.name, f"{done.run_dir.name} (resume 1)"]
+    assert [len(values) for values in losses(done.run_dir).values()] == [1] * 6
+
+
+def test_a_resumed_run_continues_the_same_experiment_online(tmp_path: Path) -> None:
+    with SwanLabService() as service:
+        _, done = stop_and_resume(tmp_path, env=service.environment)
+        [remote] = service.runs.values()
+    assert done.returncode == 0
+    assert list(remote["scalars"]["train/loss"]) == [2, 4, 6, 8, 10, 12]
 
 
 def test_a_killed_tracker_is_replaced_and_no_point_is_lost(tmp_path: Path) -> None:
-    changes = {"max_steps": 200, "max_samples": 400, "save_strategy": "no", "per_device_train_batch_size": 16}
-    with Run(tmp_path, write_config(tmp_path, **{**SETTINGS, **changes}), ranks=1) as live:
-        live.reach(20)
+    config = write_config(tmp_path, **{**SETTINGS, "logging_steps": 1, "max_steps": 20})
+    with Run(tmp_path, config, ranks=1, faults=SLOW) as live:
+        until(lambda: swanlog(live), "SwanLab's first record")
         [tracker] = [pid for pid in live.pids() if "--tracker" in command_of(pid)]
         os.kill(tracker, signal.SIGKILL)
         assert live.wait() == 0
@@ -139,39 +158,29 @@ def test_a_killed_tracker_is_replaced_and_no_point_is_lost(tmp_path: Path) -> No
     assert (record["state"], dict(record["points"]["train/loss"])) == ("finished", logged(live))
 
 
-def test_a_resumed_run_continues_the_same_experiment_online(tmp_path: Path) -> None:
-    config = write_config(tmp_path, **{**SETTINGS, "max_steps": 40, "max_samples": 400})
-    with SwanLabService() as service:
-        with Run(tmp_path, config, ranks=1, env=service.environment) as live:
-            live.reach(5)
-            live.process.send_signal(signal.SIGTERM)
-            live.wait()
-        done = run(tmp_path, config, "--resume", ranks=1, env=service.environment)
-        [remote] = service.runs.values()
-    assert done.process.returncode == 0
-    assert list(remote["scalars"]["train/loss"]) == list(range(5, 41, 5))
+# --- a service that fails: their waits pass side by side
+
+SERVICES = {"refuse": ("refuse",), "hang": ("hang",), "falls silent": (8,), "dies": (8, True)}  # 8: login and creation
 
 
-def test_a_resumed_run_is_a_second_local_record_whose_name_says_so(tmp_path: Path) -> None:
-    config = write_config(tmp_path, **{**SETTINGS, "max_steps": 40, "max_samples": 400})
-    with Run(tmp_path, config, ranks=1) as live:
-        live.reach(5)
-        live.process.send_signal(signal.SIGTERM)
-        live.wait()
-    done = run(tmp_path, config, "--resume", ranks=1)
-    names = [read_record(folder)["name"] for folder in swanlog(done)]
-    assert sorted(names) == [done.run_dir.name, f"{done.run_dir.name} (resume 1)"]
-    assert [len(values) for values in losses(done.run_dir).values()] == [1] * 8
-
-
-# --- a service that fails
+@pytest.fixture(scope="module")
+def failing_services(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """A run under each of the services that fail."""
+    folders = {name: tmp_path_factory.mktemp("service") for name in SERVICES}
+    with ExitStack() as stack:
+        starts = []
+        for name, arguments in SERVICES.items():
+            service = stack.enter_context(SwanLabService(*arguments))
+            config = write_config(folders[name], **SETTINGS)
+            starts.append(partial(Run, folders[name], config, ranks=1, env=service.environment))
+        return dict(zip(SERVICES, side_by_side(starts), strict=True))
 
 
 @pytest.mark.parametrize(("mode", "cause"), [("refuse", "AuthenticationError"), ("hang", "no answer in")])
-def test_a_service_that_cannot_be_used_costs_one_warning(mode: str, cause: str, tmp_path: Path) -> None:
-    with SwanLabService(mode) as service:
-        done = train(tmp_path, env=service.environment)
-    assert done.process.returncode == 0
+def test_a_service_that_cannot_be_used_costs_one_warning(
+        failing_services: dict[str, Run], mode: str, cause: str) -> None:
+    done = failing_services[mode]
+    assert done.returncode == 0
     [warning] = [line for line in done.console.splitlines() if "SwanLab cannot be reached" in line]
     assert cause in warning
     local = [folder for folder in swanlog(done) if (folder / "logs").is_dir() and any((folder / "logs").iterdir())]
@@ -179,11 +188,10 @@ def test_a_service_that_cannot_be_used_costs_one_warning(mode: str, cause: str, 
     assert dashboard_points(local[-1], "train/loss") == list(logged(done).items())
 
 
-@pytest.mark.parametrize("dies", [False, True], ids=["falls silent", "dies"])
-def test_a_service_that_ends_in_the_middle_costs_no_point(dies: bool, tmp_path: Path) -> None:
-    with SwanLabService(8, dies) as service:  # the login and the run's creation are answered
-        done = train(tmp_path, env=service.environment)
-    assert done.process.returncode == 0
+@pytest.mark.parametrize("mode", ["falls silent", "dies"])
+def test_a_service_that_ends_in_the_middle_costs_no_point(failing_services: dict[str, Run], mode: str) -> None:
+    done = failing_services[mode]
+    assert done.returncode == 0
     assert "swanlab sync" in done.console
     [folder] = swanlog(done)
     record = read_record(folder)
@@ -191,21 +199,9 @@ def test_a_service_that_ends_in_the_middle_costs_no_point(dies: bool, tmp_path: 
     assert record["state"] == "finished"
 
 
-def test_a_machine_without_git_trains_and_records_all_the_same(tmp_path: Path) -> None:
-    done = train(tmp_path, env={"PATH": str(tmp_path)})
-    assert done.process.returncode == 0, done.console
-    [folder] = swanlog(done)
-    assert read_record(folder)["state"] == "finished"
+# --- a SwanLab that is broken
 
-
-@pytest.mark.parametrize("fault", ["init raises", "init sleeps", "log raises", "log sleeps"])
-def test_a_broken_swanlab_does_not_touch_training(fault: str, tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(BROKEN.format(*fault.split()), encoding="utf-8")
-    done = train(tmp_path, env={"PYTHONPATH": str(tmp_path)})
-    assert done.process.returncode == 0, done.console
-    assert list(logged(done)) == [5, 10]
-
-
+BREAKS = ["init raises", "init sleeps", "log raises", "log sleeps"]
 BROKEN = """
 import sys
 if "--tracker" in sys.argv:
@@ -221,23 +217,31 @@ if "--tracker" in sys.argv:
 """
 
 
+@pytest.fixture(scope="module")
+def broken_swanlab(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """A run under each of the ways in which SwanLab is broken."""
+    starts = []
+    for name in BREAKS:
+        folder = tmp_path_factory.mktemp("broken")
+        (folder / "sitecustomize.py").write_text(BROKEN.format(*name.split()), encoding="utf-8")
+        config = write_config(folder, **SETTINGS)
+        starts.append(partial(Run, folder, config, ranks=1, env={"PYTHONPATH": str(folder)}))
+    return dict(zip(BREAKS, side_by_side(starts), strict=True))
+
+
+@pytest.mark.parametrize("fault", BREAKS)
+def test_a_broken_swanlab_does_not_touch_training(broken_swanlab: dict[str, Run], fault: str) -> None:
+    done = broken_swanlab[fault]
+    assert done.returncode == 0, done.console
+    assert list(logged(done)) == [5, 10]
+
+
 # --- the console
 
 
 def test_a_terminal_shows_a_live_bar(tmp_path: Path) -> None:
     config = write_config(tmp_path, **{**SETTINGS, "report_to": "none"})
-    leader, follower = pty.openpty()
-    env = {key: value for key, value in os.environ.items() if not FOREIGN.match(key)}
-    process = subprocess.Popen([sys.executable, str(SCRIPT), str(config)], stdin=follower, stdout=follower,
-                               stderr=follower, env={**env, "OMP_NUM_THREADS": "1"}, start_new_session=True)
-    os.close(follower)
-    shown, deadline = b"", time.monotonic() + 240
-    while time.monotonic() < deadline:
-        try:
-            shown += os.read(leader, 65536)
-        except OSError:  # the last writer has closed the terminal
-            break
-    assert process.wait(60) == 0
-    text = shown.decode(errors="replace")
-    assert re.search(r"\r.*loss \d+\.\d+  lr .*\d+/12", text)
-    assert "finished at step 12 of 12" in text
+    done = run(tmp_path, config, ranks=1, terminal=True)
+    assert done.returncode == 0, done.console
+    assert re.search(r"\r.*loss \d+\.\d+  lr .*\d+/12", done.console)
+    assert "finished at step 12 of 12" in done.console

@@ -176,7 +176,7 @@ class Run:
     @property
     def console(self) -> str:
         """What the user has seen so far."""
-        return self.console_path.read_text(encoding="utf-8", errors="replace")
+        return self.console_path.read_bytes().decode("utf-8", errors="replace")
 
     @property
     def errors(self) -> str:
@@ -317,3 +317,12 @@ def losses(run_dir: Path) -> dict[int, list[float]]:
 def committed(run_dir: Path) -> list[int]:
     """The steps of the checkpoints that have a manifest, as the folder shows it."""
     return sorted(int(path.parent.name.rpartition("-")[2]) for path in run_dir.glob("checkpoint-*/manifest.json"))
+
+
+def ask_python(code: str, data: object) -> object:
+    """Run code in a fresh Python with `data` in it; it must set `result`. Heavy packages stay in there."""
+    frame = f"import json, sys\ndata = json.load(sys.stdin)\n{code}\nprint('RESULT', json.dumps(result))"
+    done = subprocess.run([sys.executable, "-c", frame], input=json.dumps(data), capture_output=True, text=True,
+                          env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"})
+    assert "RESULT" in done.stdout, done.stderr
+    return json.loads(done.stdout.partition("RESULT")[2])
