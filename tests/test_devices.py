@@ -146,7 +146,7 @@ def test_ids_that_do_not_exist_are_listed_with_those_that_do(here, write_config)
     done = here(write_config(use_cpu=None, cuda_visible_devices="1,2,5"), "--dry-run",
                 gpus=[{"name": "NVIDIA A", "total": 80}, {"name": "NVIDIA B", "total": 80}])
     assert done.returncode == 2
-    assert re.search(r"GPU 2,5 .*cuda_visible_devices.*0 \(NVIDIA A\), 1 \(NVIDIA B\)", done.stderr)
+    assert re.search(r"config\.yaml:\d+: cuda_visible_devices: GPU 2,5 does not exist; this node has 0 \(NVIDIA A\), 1 \(NVIDIA B\)", done.stderr)
 
 
 @pytest.mark.parametrize(("uuid", "gpus"), [(UUID, 2), (UUID[:12], 2), (UUID[:7], 1)], ids=["full", "prefix", "short"])
@@ -239,8 +239,8 @@ def test_use_cpu_in_other_words(plan_of, write_config, value):
                  id="environment-over-yaml"),
     pytest.param("0,1", "0,1", r"GPUs 0,1 \(from CUDA_VISIBLE_DEVICES\), 2 proc", id="both-agree"),
     pytest.param(None, "1", r"GPU 1 \(from CUDA_VISIBLE_DEVICES\), 1 process\b", id="environment-alone"),
-    pytest.param("2", None, r"GPU 2 \(from cuda_visible_devices.*\), 1 process\b", id="yaml"),
-    pytest.param(None, None, r"GPUs 0,1,2,3 \(all GPUs of this machine\), 4 proc", id="all"),
+    pytest.param("2", None, r"GPU 2 \(from .*config\.yaml:\d+: cuda_visible_devices\), 1 process\b", id="yaml"),
+    pytest.param(None, None, r"GPUs 0,1,2,3 \(all GPUs of this node\), 4 proc", id="all"),
 ])
 def test_plan_says_which_gpus_and_why(here, write_config, yaml, env, line):
     done = here(write_config(use_cpu=None, cuda_visible_devices=yaml), "--dry-run", gpus=fake_gpus(4),
@@ -396,7 +396,7 @@ def test_missing_gpu_does_not_hide_another_problem(here, write_config, tmp_path)
     write_json(tmp_path / "data" / "dataset_info.json", {"other": {"file_name": "tiny.json"}})
     done = here(write_config(use_cpu=None), "--dry-run", gpus=[])
     assert re.search("no GPU", done.stderr)
-    assert re.search("tiny is not in", done.stderr)
+    assert re.search("tiny: is not in", done.stderr)
 
 
 def test_json_reports_the_devices_problems_too(plan_on):

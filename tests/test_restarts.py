@@ -201,8 +201,8 @@ def test_a_failed_run_has_its_curve_of_training_and_of_evaluation(raised: Run):
 @pytest.fixture(scope="module")
 def model_only(scratch: Path) -> Run:
     """A run that saves the model only and is killed in step 4, after checkpoint-2."""
-    return run(scratch / "model only", write_config(scratch / "model only", save_only_model=True),
-               faults=[{"point": "kill", "step": 4}])
+    config = write_config(scratch / "model only", save_only_model=True)
+    return run(scratch / "model only", config, ranks=1, faults=[{"point": "kill", "step": 4}])
 
 
 def test_a_kill_that_leaves_nothing_to_resume_is_not_tried_again(model_only: Run):
@@ -211,7 +211,7 @@ def test_a_kill_that_leaves_nothing_to_resume_is_not_tried_again(model_only: Run
 
 
 def test_a_run_that_saves_the_model_only_is_said_not_to_be_resumable(model_only: Run, tmp_path: Path):
-    done = run(tmp_path, "--resume", model_only.run_dir)
+    done = run(tmp_path, "--resume", model_only.run_dir, ranks=1)
     assert done.returncode == 2, done.console
     assert re.search("save_only_model", done.console)
     assert (model_only.run_dir / "checkpoint-2").is_dir(), "the saved model was moved"

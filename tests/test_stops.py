@@ -147,7 +147,8 @@ def test_a_stop_before_the_first_step_promises_no_resume(tmp_path: Path):
 def window_closed(scratch: Path) -> SimpleNamespace:
     """A run in a terminal whose window is closed after the first step."""
     folder = scratch / "window"
-    with Run(folder, write_config(folder, save_steps=100), faults=[{"point": "slow"}], terminal=True) as alive:
+    config = write_config(folder, save_steps=100)
+    with Run(folder, config, ranks=1, faults=[{"point": "slow"}], terminal=True) as alive:
         alive.reach(1)
         alive.terminal.close()
         status = alive.wait()
@@ -167,7 +168,8 @@ def test_closing_the_terminal_leaves_no_process(window_closed: SimpleNamespace):
 def impatient(scratch: Path) -> SimpleNamespace:
     """A run that cannot reach the end of a step, and three times Ctrl-C."""
     folder = scratch / "impatient"
-    with Run(folder, write_config(folder, **HELD), faults=[{"point": "hold tokenization"}]) as alive:
+    config = write_config(folder, **HELD)
+    with Run(folder, config, ranks=1, faults=[{"point": "hold tokenization"}]) as alive:
         until(lambda: len(alive.children(0)) >= 2, "the tokenizing processes")
         os.kill(alive.process.pid, signal.SIGINT)
         alive.see("SIGINT: stopping")
@@ -209,9 +211,10 @@ def kill_and_look(alive: Run, victim: str) -> list[str]:
 @pytest.mark.parametrize("victim", ["launcher", "torchrun", "rank 1"])
 def test_a_kill_in_training_leaves_no_process(tmp_path: Path, victim: str):
     config = write_config(tmp_path, max_restarts=0, report_to="swanlab", save_steps=100, dataloader_num_workers=1)
-    with Run(tmp_path, config, env={"SWANLAB_MODE": "local"}, faults=[{"point": "slow"}]) as alive:
+    ranks = 2 if victim == "rank 1" else 1
+    with Run(tmp_path, config, ranks=ranks, env={"SWANLAB_MODE": "local"}, faults=[{"point": "slow"}]) as alive:
         alive.reach(1)
-        assert len(alive.children(0)) == len(alive.children(1)) == 1, "no DataLoader workers"
+        assert [len(alive.children(rank)) for rank in range(ranks)] == [1] * ranks, "no DataLoader workers"
         until(lambda: any("--tracker" in command_of(pid) for pid in alive.pids()), "the tracker", 10)
         assert kill_and_look(alive, victim) == []
 
@@ -219,7 +222,7 @@ def test_a_kill_in_training_leaves_no_process(tmp_path: Path, victim: str):
 @pytest.mark.parametrize("victim", ["launcher", "torchrun", "rank 0"])
 def test_a_kill_in_tokenization_leaves_no_process(tmp_path: Path, victim: str):
     config = write_config(tmp_path, max_restarts=0, **HELD)
-    with Run(tmp_path, config, faults=[{"point": "hold tokenization"}]) as alive:
+    with Run(tmp_path, config, ranks=1, faults=[{"point": "hold tokenization"}]) as alive:
         until(lambda: len(alive.children(0)) >= 2, "the tokenizing processes")
         assert kill_and_look(alive, victim) == []
 
