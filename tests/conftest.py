@@ -15,6 +15,16 @@ from helpers.config import STEPS, write_config, write_small_config
 from helpers.launcher import FAKES, Run, clean_environment, losses, run, train
 
 
+# The modules of real runs, longest first: what is left at the end is short, so both workers end together.
+LONG = ("test_training", "test_tracker", "test_restarts", "test_stops", "test_checkpoints", "test_nodes")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long modules first."""
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository."""

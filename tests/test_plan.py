@@ -1,4 +1,4 @@
-"""The plan: samples, steps, memory, disk and traffic, against hand-made tables and against the libraries themselves."""
+"""The plan: samples, steps, memory and disk, against hand-made tables and against the libraries themselves."""
 
 import csv
 import json
@@ -30,7 +30,7 @@ ZERO3 = {"zero_optimization": {"stage": 3, **GATHERED}}
 
 
 def steps(samples: int, micro: int, accumulation: int, ranks: int, epochs: float = 1, **more: object) -> tuple:
-    """(steps an epoch, steps in all)."""
+    """(steps per epoch, steps in all)."""
     values = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulation,
               "num_train_epochs": epochs, **more}
     plan = plan_steps([samples], values, ranks)
@@ -179,7 +179,7 @@ result = {name: len(load_dataset(kinds[name.rpartition(".")[2]], data_files=f"{d
 
 
 def test_limit_keeps_a_long_file_cheap(tmp_path, write_config, clean_env):
-    # At most 0.2 s more; processor time, so that other work on this machine does not count.
+    # At most 0.2 s more; processor time, so that other work on this node does not count.
     config = write_config(max_samples=1000)
     plain = measure(config, clean_env, tmp_path)[0]
     (tmp_path / "data" / "tiny.json").unlink()
@@ -315,6 +315,23 @@ def test_batch_that_disagrees_with_the_accumulation_is_refused(here, write_confi
 def test_batch_that_agrees_with_the_accumulation_is_accepted(plan_of, write_config):
     plan = plan_of(write_config(global_batch_size=64, gradient_accumulation_steps=32))
     assert (plan["problems"], plan["global_batch_size"]) == ([], 64)
+
+
+def test_batch_of_the_command_line_replaces_the_accumulation_of_the_file(plan_of, write_config):
+    plan = plan_of(write_config(gradient_accumulation_steps=8), "global_batch_size=32")
+    assert (plan["problems"], plan["global_batch_size"]) == ([], 32)
+
+
+def test_accumulation_of_the_command_line_replaces_the_batch_of_the_file(plan_of, write_config):
+    config = write_config(global_batch_size=64, gradient_accumulation_steps=None)
+    plan = plan_of(config, "gradient_accumulation_steps=3")
+    assert (plan["problems"], plan["global_batch_size"]) == ([], 6)
+
+
+def test_batch_and_accumulation_that_disagree_on_the_command_line_are_refused(here, write_config):
+    done = here(write_config(), "global_batch_size=32", "gradient_accumulation_steps=2", "--dry-run")
+    assert done.returncode == 2
+    assert re.search(r"command line: global_batch_size: 32 means gradient_accumulation_steps 16", done.stderr)
 
 
 # --- Parameters ------------------------------------------------------------------------------------------
@@ -502,7 +519,7 @@ def test_what_does_not_fit_is_refused_with_what_is_needed_and_what_is_there(here
     assert re.search(r"memory: \d\.\d GiB is needed .*3\.0 GiB is there", done.stderr)
 
 
-def test_force_overrules_what_does_not_fit(here, medium):
+def test_force_starts_what_does_not_fit(here, medium):
     assert here(medium(), "--dry-run", "--force", gpus=fake_gpus(1, 3)).returncode == 0
 
 
@@ -530,11 +547,19 @@ def test_more_gpus_are_named_where_only_they_make_the_run_fit(plan_of):
     assert not_fitting(plan) == []
 
 
+@pytest.mark.parametrize("gpus", [1, 2, 3, 4, 6])
+def test_a_suggested_number_of_gpus_is_one_that_nodes_have(plan_of, gpus):
+    model = "model_name_or_path=Qwen/Qwen3-32B"
+    ids = f"cuda_visible_devices={list(range(gpus))}"
+    _, devices = remedies(plan_of(model, ids, gpus=fake_gpus(gpus, 80))["problems"])
+    assert devices in (2, 4, 8, 16, 32, 64)
+
+
 def test_offload_that_the_host_cannot_hold_is_refused(here):
     done = here("model_name_or_path=Qwen/Qwen3-32B", f"deepspeed={OFFLOAD}", "--dry-run", gpus=fake_gpus(4, 80))
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if host > 900 * GIB:
-        pytest.skip("this machine has the memory")
+        pytest.skip("this node has the memory")
     assert re.search(r"host memory: .*8\d\d\.\d GiB.*this node has", done.stderr)
 
 
@@ -601,7 +626,7 @@ def test_bytes_on_disk(plan_of, words, checkpoint, disk):
     assert plan["disk_bytes"] == pytest.approx(QWEN3_14B * disk, rel=0.01)
 
 
-def test_disk_that_is_too_small_is_refused_and_can_be_overruled(here, write_config, tmp_path):
+def test_disk_that_is_too_small_is_refused_unless_forced(here, write_config, tmp_path):
     config = write_config(save_steps=1)
     write_json(tmp_path / "model" / "config.json", {**MEDIUM, "hidden_size": 32768, "num_hidden_layers": 300})
     done = here(config, "--dry-run")

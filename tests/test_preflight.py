@@ -75,6 +75,8 @@ BAD_VALUES = [
     bad("unknown-key-capitals", r"Learning_Rate: unknown key.*did you mean learning_rate\?", Learning_Rate=1e-5),
     bad("unknown-key-all-capitals", r"LEARNING_RATE: unknown key.*did you mean learning_rate\?", LEARNING_RATE=1e-5),
     bad("unknown-key-own", r"global_batchsize: unknown key.*did you mean global_batch_size\?", global_batchsize=64),
+    bad("unknown-key-without-train", r"per_device_batch_size: unknown key.*did you mean per_device_train_batch_size\?",
+        per_device_batch_size=2),
     bad("unknown-key-like-no-other", r"config\.yaml:\d+: qqqq: unknown key; LLaMA-Factory", qqqq=1),
     bad("unknown-secret", r"wandb_api_key: unknown key", wandb_api_key="x"),
     # wrong types

@@ -26,9 +26,9 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- stops
 
 
-def everybody(alive: Run) -> list[int]:
+def everybody(live: Run) -> list[int]:
     """Whom a scheduler signals: every process of the job."""
-    return [pid for pid in alive.pids() if pid != alive.process.pid] + [alive.process.pid]
+    return [pid for pid in live.pids() if pid != live.process.pid] + [live.process.pid]
 
 
 def signal_all(pids: list[int], number: int) -> None:
@@ -40,29 +40,29 @@ def signal_all(pids: list[int], number: int) -> None:
 
 # How each stop is asked for, of which processes, and the exit code; None: by a STOP file.
 STOPS = {
-    "SIGTERM": (signal.SIGTERM, lambda alive: [alive.process.pid], 143),
-    "SIGINT": (signal.SIGINT, lambda alive: [alive.process.pid], 130),
-    "SIGHUP": (signal.SIGHUP, lambda alive: [alive.process.pid], 129),
-    "SIGTERM to one rank": (signal.SIGTERM, lambda alive: [alive.worker(1)], 143),
+    "SIGTERM": (signal.SIGTERM, lambda live: [live.process.pid], 143),
+    "SIGINT": (signal.SIGINT, lambda live: [live.process.pid], 130),
+    "SIGHUP": (signal.SIGHUP, lambda live: [live.process.pid], 129),
+    "SIGTERM to one rank": (signal.SIGTERM, lambda live: [live.worker(1)], 143),
     "SIGTERM to every process": (signal.SIGTERM, everybody, 143),
     "STOP file": (None, None, 143),
 }
 
 
-def stop(alive: Run, kind: str) -> SimpleNamespace:
+def stop(live: Run, kind: str) -> SimpleNamespace:
     """Ask for a stop in the first step of a start; returns all that the tests look at."""
     number, whom, code = STOPS[kind]
-    loaders = until(lambda: len(alive.children(0)), "a DataLoader worker")
-    kept = committed(alive.run_dir)
+    loaders = until(lambda: len(live.children(0)), "a DataLoader worker")
+    kept = committed(live.run_dir)
     if number is None:
-        (alive.run_dir / "STOP").touch()
+        (live.run_dir / "STOP").touch()
     else:
-        signal_all(whom(alive), number)
-    status = alive.wait()
-    problems = [checkpoint_problem(path) for path in alive.run_dir.glob("checkpoint-*")]
+        signal_all(whom(live), number)
+    status = live.wait()
+    problems = [checkpoint_problem(path) for path in live.run_dir.glob("checkpoint-*")]
     return SimpleNamespace(
-        status=status, wanted=code, console=alive.console, left=alive.left_after(10), step=alive.last_step(), kept=kept,
-        loaders=loaders, committed=committed(alive.run_dir), model=(alive.run_dir / "model.safetensors").exists(),
+        status=status, wanted=code, console=live.console, left=live.left_after(10), step=live.last_step(), kept=kept,
+        loaders=loaders, committed=committed(live.run_dir), model=(live.run_dir / "model.safetensors").exists(),
         problems=[problem for problem in problems if problem])
 
 
@@ -77,9 +77,9 @@ def stopped(scratch: Path) -> SimpleNamespace:
     config = write_config(folder, save_steps=100, save_total_limit=None, dataloader_num_workers=1)
     arguments = (config,)
     for kind in STOPS:
-        with Run(folder, *arguments, faults=slow) as alive:
-            stops[kind] = stop(alive, kind)
-            arguments = ("--resume", alive.run_dir)
+        with Run(folder, *arguments, faults=slow) as live:
+            stops[kind] = stop(live, kind)
+            arguments = ("--resume", live.run_dir)
     with Run(folder, *arguments, nohup=True, faults=slow) as last:
         until(lambda: last.children(0), "a DataLoader worker")
         os.kill(last.process.pid, signal.SIGHUP)
@@ -128,19 +128,19 @@ def test_a_run_that_was_stopped_and_resumed_ends_with_identical_weights(stopped:
 def test_a_sigterm_to_everybody_in_tokenization_is_a_stop_before_the_first_step(tmp_path: Path):
     fault = {"point": "hold tokenization", "seconds": 3}
     config = write_config(tmp_path, deepspeed=None, **HELD)
-    with Run(tmp_path, config, ranks=1, faults=[fault]) as alive:
-        until(lambda: len(alive.children(0)) >= 2, "the tokenizing processes")
-        signal_all(everybody(alive), signal.SIGTERM)
-        assert alive.wait(120) == 143, alive.console
-    assert f"stopped at step 0 of {2 * STEPS}" in alive.console
+    with Run(tmp_path, config, ranks=1, faults=[fault]) as live:
+        until(lambda: len(live.children(0)) >= 2, "the tokenizing processes")
+        signal_all(everybody(live), signal.SIGTERM)
+        assert live.wait(120) == 143, live.console
+    assert f"stopped at step 0 of {2 * STEPS}" in live.console
 
 
 def test_a_stop_before_the_first_step_promises_no_resume(tmp_path: Path):
-    with Run(tmp_path, write_config(tmp_path)) as alive:
-        until(lambda: alive.worker(1), "the ranks")
-        alive.process.terminate()
-        assert alive.wait() == 143, alive.console
-        assert not committed(alive.run_dir) and "--resume" not in alive.console, alive.console
+    with Run(tmp_path, write_config(tmp_path)) as live:
+        until(lambda: live.worker(1), "the ranks")
+        live.process.terminate()
+        assert live.wait() == 143, live.console
+        assert not committed(live.run_dir) and "--resume" not in live.console, live.console
 
 
 @pytest.fixture(scope="module")
@@ -148,12 +148,12 @@ def window_closed(scratch: Path) -> SimpleNamespace:
     """A run in a terminal whose window is closed after the first step."""
     folder = scratch / "window"
     config = write_config(folder, save_steps=100)
-    with Run(folder, config, ranks=1, faults=[{"point": "slow"}], terminal=True) as alive:
-        alive.reach(1)
-        alive.terminal.close()
-        status = alive.wait()
-        return SimpleNamespace(status=status, left=alive.left_after(10), committed=committed(alive.run_dir),
-                               step=alive.last_step())
+    with Run(folder, config, ranks=1, faults=[{"point": "slow"}], terminal=True) as live:
+        live.reach(1)
+        live.terminal.close()
+        status = live.wait()
+        return SimpleNamespace(status=status, left=live.left_after(10), committed=committed(live.run_dir),
+                               step=live.last_step())
 
 
 def test_closing_the_terminal_is_a_stop_with_a_checkpoint(window_closed: SimpleNamespace):
@@ -169,21 +169,21 @@ def impatient(scratch: Path) -> SimpleNamespace:
     """A run that cannot reach the end of a step, and three times Ctrl-C."""
     folder = scratch / "impatient"
     config = write_config(folder, **HELD)
-    with Run(folder, config, ranks=1, faults=[{"point": "hold tokenization"}]) as alive:
-        until(lambda: len(alive.children(0)) >= 2, "the tokenizing processes")
-        os.kill(alive.process.pid, signal.SIGINT)
-        alive.see("SIGINT: stopping")
-        os.kill(alive.process.pid, signal.SIGINT)
-        alive.see("press Ctrl-C once more to kill")
-        alive_at_two = alive.process.poll() is None
-        os.kill(alive.process.pid, signal.SIGINT)
-        status = alive.wait(30)
-        return SimpleNamespace(status=status, left=alive.left_after(10), alive_at_two=alive_at_two,
-                               console=alive.console)
+    with Run(folder, config, ranks=1, faults=[{"point": "hold tokenization"}]) as live:
+        until(lambda: len(live.children(0)) >= 2, "the tokenizing processes")
+        os.kill(live.process.pid, signal.SIGINT)
+        live.see("SIGINT: stopping")
+        os.kill(live.process.pid, signal.SIGINT)
+        live.see("press Ctrl-C once more to kill")
+        live_at_two = live.process.poll() is None
+        os.kill(live.process.pid, signal.SIGINT)
+        status = live.wait(30)
+        return SimpleNamespace(status=status, left=live.left_after(10), live_at_two=live_at_two,
+                               console=live.console)
 
 
 def test_two_interrupts_wait_and_the_third_kills_at_once(impatient: SimpleNamespace):
-    assert (impatient.alive_at_two, impatient.status) == (True, 1), impatient.console
+    assert (impatient.live_at_two, impatient.status) == (True, 1), impatient.console
     assert "killed, without a checkpoint" in impatient.console
     assert "training failed" not in impatient.console
 
@@ -195,40 +195,40 @@ def test_three_interrupts_leave_no_process(impatient: SimpleNamespace):
 # --- no orphans
 
 VICTIMS = {
-    "launcher": lambda alive: alive.process.pid,
-    "torchrun": lambda alive: alive.torchrun(),
-    "rank 0": lambda alive: alive.worker(0),
-    "rank 1": lambda alive: alive.worker(1),
+    "launcher": lambda live: live.process.pid,
+    "torchrun": lambda live: live.torchrun(),
+    "rank 0": lambda live: live.worker(0),
+    "rank 1": lambda live: live.worker(1),
 }
 
 
-def kill_and_look(alive: Run, victim: str) -> list[str]:
+def kill_and_look(live: Run, victim: str) -> list[str]:
     """SIGKILL one process of a run; returns what of the run still lives 10 seconds later."""
-    os.kill(VICTIMS[victim](alive), signal.SIGKILL)
-    return alive.left_after(10)
+    os.kill(VICTIMS[victim](live), signal.SIGKILL)
+    return live.left_after(10)
 
 
 @pytest.mark.parametrize("victim", ["launcher", "torchrun", "rank 1"])
 def test_a_kill_in_training_leaves_no_process(tmp_path: Path, victim: str):
     config = write_config(tmp_path, max_restarts=0, report_to="swanlab", save_steps=100, dataloader_num_workers=1)
     ranks = 2 if victim == "rank 1" else 1
-    with Run(tmp_path, config, ranks=ranks, env={"SWANLAB_MODE": "local"}, faults=[{"point": "slow"}]) as alive:
-        alive.reach(1)
-        assert [len(alive.children(rank)) for rank in range(ranks)] == [1] * ranks, "no DataLoader workers"
-        until(lambda: any("--tracker" in command_of(pid) for pid in alive.pids()), "the tracker", 10)
-        assert kill_and_look(alive, victim) == []
+    with Run(tmp_path, config, ranks=ranks, env={"SWANLAB_MODE": "local"}, faults=[{"point": "slow"}]) as live:
+        live.reach(1)
+        assert [len(live.children(rank)) for rank in range(ranks)] == [1] * ranks, "no DataLoader workers"
+        until(lambda: any("--tracker" in command_of(pid) for pid in live.pids()), "the tracker", 10)
+        assert kill_and_look(live, victim) == []
 
 
 @pytest.mark.parametrize("victim", ["launcher", "torchrun", "rank 0"])
 def test_a_kill_in_tokenization_leaves_no_process(tmp_path: Path, victim: str):
     config = write_config(tmp_path, max_restarts=0, **HELD)
-    with Run(tmp_path, config, ranks=1, faults=[{"point": "hold tokenization"}]) as alive:
-        until(lambda: len(alive.children(0)) >= 2, "the tokenizing processes")
-        assert kill_and_look(alive, victim) == []
+    with Run(tmp_path, config, ranks=1, faults=[{"point": "hold tokenization"}]) as live:
+        until(lambda: len(live.children(0)) >= 2, "the tokenizing processes")
+        assert kill_and_look(live, victim) == []
 
 
 @pytest.mark.parametrize("victim", ["launcher", "torchrun"])
 def test_a_kill_while_the_workers_start_leaves_no_process(tmp_path: Path, victim: str):
-    with Run(tmp_path, write_config(tmp_path)) as alive:
-        until(lambda: alive.worker(1), "the ranks")
-        assert kill_and_look(alive, victim) == []
+    with Run(tmp_path, write_config(tmp_path)) as live:
+        until(lambda: live.worker(1), "the ranks")
+        assert kill_and_look(live, victim) == []

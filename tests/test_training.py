@@ -48,8 +48,8 @@ def test_the_demo_learns(demo: Run) -> None:
     assert logged[-1] < 1.0
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "plan.json", "summary.json", "metrics.jsonl", "training_loss.png",
-                                  "model.safetensors", "tokenizer.json", "logs/rank0.log"])
+@pytest.mark.parametrize("name", ["config.yaml", "plan.json", "summary.json", "metrics.jsonl", "trainer_log.jsonl",
+                                  "training_loss.png", "model.safetensors", "tokenizer.json", "logs/rank0.log"])
 def test_the_demo_leaves(demo: Run, name: str) -> None:
     assert (demo.run_dir / name).stat().st_size > 0
 
@@ -169,23 +169,25 @@ def test_it_works_from_another_directory_in_a_path_with_spaces_and_umlauts(tmp_p
     assert done.run_dir.is_relative_to(elsewhere / "saves" / "demo_cpu")
 
 
-@pytest.mark.parametrize("arguments", [["configs/demo_cpu.yaml"], ["--resume", "some/run"], ["learning_rat=1e-3"]],
-                         ids=["a run", "a resume", "a mistake"])
-def test_a_torchrun_of_the_users_is_refused_in_one_line_that_says_what_to_type(tmp_path: Path, arguments: list[str]):
+def test_a_torchrun_of_the_users_is_refused_in_one_line_that_says_what_to_type(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    done = run(tmp_path, *arguments, ranks=None, command=[*torchrun, str(SCRIPT)])
-    said = [line for line in done.console.splitlines() if SCRIPT.name in line and line.startswith("error: ")]
+    done = run(tmp_path, "configs/demo_cpu.yaml", ranks=None, command=[*torchrun, str(SCRIPT)])
+    said = [line for line in done.console.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0
     assert len(said) == 1, done.console
     assert f"NPROC_PER_NODE=2 python {SCRIPT.name}" in said[0]
     assert not (tmp_path / "saves").exists()
 
 
-def test_a_rank_of_a_torchrun_of_the_users_ends_with_exit_code_2(tmp_path: Path):
-    env = {"TORCHELASTIC_RUN_ID": "none", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    done = run(tmp_path, ROOT / "configs" / "demo_cpu.yaml", ranks=None, env=env)
-    assert done.returncode == 2
-    assert len(done.console.splitlines()) == 1, done.console
+@pytest.mark.parametrize("arguments", [[], ["--resume", "some/run"], ["--dry-run"], ["learning_rat=1e-3"]],
+                         ids=["a run", "a resume", "a dry run", "a mistake"])
+def test_a_rank_of_a_torchrun_of_the_users_ends_with_exit_code_2(tmp_path: Path, arguments: list[str]) -> None:
+    env = {"TORCHELASTIC_RUN_ID": "none", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    first = run(tmp_path, *arguments, ranks=None, env=env)
+    second = run(tmp_path, *arguments, ranks=None, env={**env, "RANK": "1", "LOCAL_RANK": "1"})
+    assert (first.returncode, second.returncode) == (2, 2)
+    assert len(first.console.splitlines()) == 1, first.console
+    assert second.console == ""
 
 
 def test_tensorboard_wandb_offline_and_mlflow_pass_through_at_once(tmp_path: Path) -> None:
