@@ -14,7 +14,10 @@ from helpers.config import STEPS, write_config
 from helpers.launcher import Run, command_of, committed, losses, until, weights
 from train_qwen3_ft import checkpoint_problem
 
-HELD = {"preprocessing_num_workers": 2, "overwrite_cache": True}  # so that tokenizing processes are there
+HELD = {
+    "preprocessing_num_workers": 2,
+    "overwrite_cache": True,
+}  # so that tokenizing processes are there
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +46,6 @@ STOPS = {
     "SIGTERM": (signal.SIGTERM, lambda live: [live.process.pid], 143),
     "SIGINT": (signal.SIGINT, lambda live: [live.process.pid], 130),
     "SIGHUP": (signal.SIGHUP, lambda live: [live.process.pid], 129),
-    "SIGTERM to one rank": (signal.SIGTERM, lambda live: [live.worker(1)], 143),
     "SIGTERM to every process": (signal.SIGTERM, everybody, 143),
     "STOP file": (None, None, 143),
 }
@@ -61,17 +63,26 @@ def stop(live: Run, kind: str) -> SimpleNamespace:
     status = live.wait()
     problems = [checkpoint_problem(path) for path in live.run_dir.glob("checkpoint-*")]
     return SimpleNamespace(
-        status=status, wanted=code, console=live.console, left=live.left_after(10), step=live.last_step(), kept=kept,
-        loaders=loaders, committed=committed(live.run_dir), model=(live.run_dir / "model.safetensors").exists(),
-        problems=[problem for problem in problems if problem])
+        status=status,
+        wanted=code,
+        console=live.console,
+        left=live.left_after(10),
+        step=live.last_step(),
+        kept=kept,
+        loaders=loaders,
+        committed=committed(live.run_dir),
+        model=(live.run_dir / "model.safetensors").exists(),
+        problems=[problem for problem in problems if problem],
+    )
 
 
 @pytest.fixture(scope="module")
 def stopped(scratch: Path) -> SimpleNamespace:
-    """One run that is stopped in each way and resumed each time, at last under nohup with a hangup to the launcher.
+    """One run that is stopped in each way and resumed each time, at last under nohup with a hangup
+    to the launcher and a SIGTERM to one rank.
 
-    It saves at its stops only, and has DataLoader workers. `stops` is {kind: what was seen}, `last` the start that
-    finished.
+    It saves at its stops only, and has DataLoader workers. `stops` is {kind: what was seen}, `last`
+    the start that finished.
     """
     folder, stops, slow = scratch / "stops", {}, [{"point": "slow"}]
     config = write_config(folder, save_steps=100, save_total_limit=None, dataloader_num_workers=1)
@@ -83,12 +94,15 @@ def stopped(scratch: Path) -> SimpleNamespace:
     with Run(folder, *arguments, nohup=True, faults=slow) as last:
         until(lambda: last.children(0), "a DataLoader worker")
         os.kill(last.process.pid, signal.SIGHUP)
+        os.kill(last.worker(1), signal.SIGTERM)
         last.wait()
     return SimpleNamespace(stops=stops, last=last)
 
 
 @pytest.mark.parametrize("kind", STOPS)
-def test_a_stop_leaves_exactly_one_complete_checkpoint_at_its_step(stopped: SimpleNamespace, kind: str):
+def test_a_stop_leaves_exactly_one_complete_checkpoint_at_its_step(
+    stopped: SimpleNamespace, kind: str
+):
     seen = stopped.stops[kind]
     assert (seen.committed, seen.problems) == ([*seen.kept, seen.step], []), seen.console
     assert seen.loaders == 1, "no DataLoader worker lived when the stop was asked for"
@@ -120,7 +134,14 @@ def test_under_nohup_a_hangup_does_not_stop_the_run(stopped: SimpleNamespace):
     assert "SIGHUP" not in stopped.last.console and "stopping" not in stopped.last.console
 
 
-def test_a_run_that_was_stopped_and_resumed_ends_with_identical_weights(stopped: SimpleNamespace, reference: Run):
+def test_a_sigterm_to_one_rank_alone_does_not_stop_or_hurt_the_run(stopped: SimpleNamespace):
+    assert stopped.last.returncode == 0, stopped.last.console
+    assert "training failed" not in stopped.last.console
+
+
+def test_a_run_that_was_stopped_and_resumed_ends_with_identical_weights(
+    stopped: SimpleNamespace, reference: Run
+):
     assert weights(stopped.last.run_dir) == weights(reference.run_dir)
     assert losses(stopped.last.run_dir) == losses(reference.run_dir)
 
@@ -152,8 +173,12 @@ def window_closed(scratch: Path) -> SimpleNamespace:
         live.reach(1)
         live.terminal.close()
         status = live.wait()
-        return SimpleNamespace(status=status, left=live.left_after(10), committed=committed(live.run_dir),
-                               step=live.last_step())
+        return SimpleNamespace(
+            status=status,
+            left=live.left_after(10),
+            committed=committed(live.run_dir),
+            step=live.last_step(),
+        )
 
 
 def test_closing_the_terminal_is_a_stop_with_a_checkpoint(window_closed: SimpleNamespace):
@@ -178,8 +203,9 @@ def impatient(scratch: Path) -> SimpleNamespace:
         live_at_two = live.process.poll() is None
         os.kill(live.process.pid, signal.SIGINT)
         status = live.wait(30)
-        return SimpleNamespace(status=status, left=live.left_after(10), live_at_two=live_at_two,
-                               console=live.console)
+        return SimpleNamespace(
+            status=status, left=live.left_after(10), live_at_two=live_at_two, console=live.console
+        )
 
 
 def test_two_interrupts_wait_and_the_third_kills_at_once(impatient: SimpleNamespace):
@@ -210,11 +236,17 @@ def kill_and_look(live: Run, victim: str) -> list[str]:
 
 @pytest.mark.parametrize("victim", ["launcher", "torchrun", "rank 1"])
 def test_a_kill_in_training_leaves_no_process(tmp_path: Path, victim: str):
-    config = write_config(tmp_path, max_restarts=0, report_to="swanlab", save_steps=100, dataloader_num_workers=1)
+    config = write_config(
+        tmp_path, max_restarts=0, report_to="swanlab", save_steps=100, dataloader_num_workers=1
+    )
     ranks = 2 if victim == "rank 1" else 1
-    with Run(tmp_path, config, ranks=ranks, env={"SWANLAB_MODE": "local"}, faults=[{"point": "slow"}]) as live:
+    with Run(
+        tmp_path, config, ranks=ranks, env={"SWANLAB_MODE": "local"}, faults=[{"point": "slow"}]
+    ) as live:
         live.reach(1)
-        assert [len(live.children(rank)) for rank in range(ranks)] == [1] * ranks, "no DataLoader workers"
+        assert [len(live.children(rank)) for rank in range(ranks)] == [1] * ranks, (
+            "no DataLoader workers"
+        )
         until(lambda: any("--tracker" in command_of(pid) for pid in live.pids()), "the tracker", 10)
         assert kill_and_look(live, victim) == []
 

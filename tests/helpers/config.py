@@ -71,7 +71,9 @@ def write_json(path: Path, content: object) -> Path:
     return path
 
 
-def write_config(folder: Path, base: dict = BASE, name: str = "config.yaml", **changes: object) -> Path:
+def write_config(
+    folder: Path, base: dict = BASE, name: str = "config.yaml", **changes: object
+) -> Path:
     """Write `base` with `changes` (None takes a key out) as folder/name; runs go to folder/out."""
     folder.mkdir(parents=True, exist_ok=True)
     values = {**base, "output_dir": str(folder / "out"), **changes}
@@ -93,7 +95,7 @@ def write_small_config(folder: Path, name: str = "config.yaml", **changes: objec
 
 
 def demo_base() -> dict:
-    """configs/demo_cpu.yaml with absolute paths, a log line per step, no tracker, no checkpoints."""
+    """configs/demo_cpu.yaml with absolute paths, a log line per step, and nothing else written."""
     values = yaml.safe_load((CONFIGS / "demo_cpu.yaml").read_text(encoding="utf-8"))
     return {
         **values,

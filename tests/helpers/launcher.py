@@ -71,7 +71,9 @@ def environment_of(pid: int) -> dict[str, str]:
 def command_of(pid: int) -> str:
     """A process's command line."""
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        return (
+            Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        )
     return ""
 
 
@@ -83,8 +85,9 @@ def parent_of(pid: int) -> int:
 
 
 def settle_signals(nohup: bool, terminal: bool) -> None:
-    """In the launcher's process before it starts: signals as a user's shell leaves them, whatever the tests were
-    started from; under nohup without a hangup; with `terminal` its stdin is the terminal that controls the session.
+    """In the launcher's process before it starts: signals as a user's shell leaves them, whatever
+    the tests were started from; under nohup without a hangup; with `terminal` its stdin is the
+    terminal that controls the session.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
@@ -118,7 +121,8 @@ class Terminal:
 
 
 class Run:
-    """The launcher, started on `arguments` in a session of its own; all that it starts carries a tag.
+    """The launcher, started on `arguments` in a session of its own; all that it starts carries a
+    tag.
 
     `folder` takes what the run shows and its fault markers; `cwd` (default: the same) is where it
     is started. With `apart` the console holds stdout only and `errors` stderr.
@@ -195,11 +199,14 @@ class Run:
         return Path(self.see(r"^run +(/.*)$")[1])
 
     def see(self, pattern: str, seconds: float = PATIENCE) -> re.Match:
-        """Wait until the console shows `pattern`; fail at once where the launcher ends without it."""
+        """Wait until the console shows `pattern`; fail where the launcher ends without it."""
+
         def look() -> re.Match | None:
             ended = self.process.poll() is not None
             found = re.search(pattern, self.console, re.MULTILINE)
-            assert found or not ended, f"ended with {self.process.returncode} before {pattern!r}:\n{self.console}"
+            assert found or not ended, (
+                f"ended with {self.process.returncode} before {pattern!r}:\n{self.console}"
+            )
             return found
 
         return until(look, f"{pattern!r} on the console", seconds)
@@ -216,7 +223,11 @@ class Run:
 
     def wait(self, seconds: float = PATIENCE) -> int:
         """The launcher's exit code."""
-        until(lambda: self.process.poll() is not None, f"the end of the launcher; console:\n{self.console}", seconds)
+        until(
+            lambda: self.process.poll() is not None,
+            f"the end of the launcher; console:\n{self.console}",
+            seconds,
+        )
         return self.process.returncode
 
     def pids(self) -> list[int]:
@@ -226,13 +237,23 @@ class Run:
 
     def torchrun(self) -> int | None:
         """torchrun's pid."""
-        return next((pid for pid in self.pids() if "torch.distributed.run" in command_of(pid)), None)
+        return next(
+            (pid for pid in self.pids() if "torch.distributed.run" in command_of(pid)), None
+        )
 
     def worker(self, rank: int) -> int | None:
         """The pid of a rank, or None."""
         agent = self.torchrun()
-        return next((pid for pid in self.pids() if agent and parent_of(pid) == agent
-                     and environment_of(pid).get("RANK") == str(rank)), None)
+        return next(
+            (
+                pid
+                for pid in self.pids()
+                if agent
+                and parent_of(pid) == agent
+                and environment_of(pid).get("RANK") == str(rank)
+            ),
+            None,
+        )
 
     def children(self, rank: int) -> list[int]:
         """The processes that a rank has forked: DataLoader workers, tokenizers."""
@@ -241,7 +262,9 @@ class Run:
         return [pid for pid in forked if command_of(pid) == command_of(worker)]
 
     def left_after(self, seconds: float = 10) -> list[str]:
-        """The processes of this run that still live `seconds` from now; returns as soon as there are none."""
+        """The processes of this run that still live `seconds` from now; returns as soon as there
+        are none.
+        """
         deadline = time.monotonic() + seconds
         while (pids := self.pids()) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -316,13 +339,24 @@ def losses(run_dir: Path) -> dict[int, list[float]]:
 
 def committed(run_dir: Path) -> list[int]:
     """The steps of the checkpoints that have a manifest, as the folder shows it."""
-    return sorted(int(path.parent.name.rpartition("-")[2]) for path in run_dir.glob("checkpoint-*/manifest.json"))
+    return sorted(
+        int(path.parent.name.rpartition("-")[2])
+        for path in run_dir.glob("checkpoint-*/manifest.json")
+    )
 
 
 def ask_python(code: str, data: object) -> object:
-    """Run code in a fresh Python with `data` in it; it must set `result`. Heavy packages stay in there."""
-    frame = f"import json, sys\ndata = json.load(sys.stdin)\n{code}\nprint('RESULT', json.dumps(result))"
-    done = subprocess.run([sys.executable, "-c", frame], input=json.dumps(data), capture_output=True, text=True,
-                          env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"})
+    """Run code in a fresh Python with `data` in it; it must set `result`. Heavy packages stay in
+    there.
+    """
+    begin = "import json, sys\ndata = json.load(sys.stdin)\n"
+    frame = f"{begin}{code}\nprint('RESULT', json.dumps(result))"
+    done = subprocess.run(
+        [sys.executable, "-c", frame],
+        input=json.dumps(data),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
+    )
     assert "RESULT" in done.stdout, done.stderr
     return json.loads(done.stdout.partition("RESULT")[2])

@@ -1,4 +1,5 @@
-"""NVML as the tests want it. FAKE_GPUS is a JSON list of {name, total, used, processes, uuid}; unset: no driver.
+"""NVML as the tests want it. FAKE_GPUS is a JSON list of {name, total, used, processes, uuid};
+unset: no driver.
 
 Sizes are in GiB, `processes` is a list of [pid, GiB]; all but `total` may be left out.
 """
@@ -45,4 +46,7 @@ def nvmlDeviceGetUUID(handle):  # noqa: N802
 
 
 def nvmlDeviceGetComputeRunningProcesses(handle):  # noqa: N802
-    return [SimpleNamespace(pid=pid, usedGpuMemory=int(size * GIB)) for pid, size in handle.get("processes", [])]
+    return [
+        SimpleNamespace(pid=pid, usedGpuMemory=int(size * GIB))
+        for pid, size in handle.get("processes", [])
+    ]

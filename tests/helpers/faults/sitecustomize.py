@@ -1,7 +1,9 @@
-"""Faults planted into the workers of a run: on PYTHONPATH, Python imports this module before anything else.
+"""Faults planted into the workers of a run: on PYTHONPATH, Python imports this module before
+anything else.
 
-FAULTS is a JSON list of {"point", "step", "rank" (0), "name"}; each strikes once, which a file in FAULT_MARKERS
-remembers, so that the run that is restarted goes through. It acts in workers of torchrun only.
+FAULTS is a JSON list of {"point", "step", "rank" (0), "name"}; each strikes once, which a file in
+FAULT_MARKERS remembers, so that the run that is restarted goes through. It acts in workers of
+torchrun only.
 """
 
 import importlib.abc
@@ -31,11 +33,17 @@ def die(fault):
 
 
 def at_event(fault, wanted, pattern):
-    """Die just before a file of this checkpoint is opened for writing ("open") or renamed ("os.rename")."""
+    """Die just before a file of this checkpoint is opened for writing ("open") or renamed
+    ("os.rename").
+    """
     expression = re.compile(rf"checkpoint-{fault['step']}/{pattern}")
 
     def hook(event, arguments):
-        if event == wanted and expression.search(str(arguments[0])) and (wanted != "open" or "w" in str(arguments[1])):
+        if (
+            event == wanted
+            and expression.search(str(arguments[0]))
+            and (wanted != "open" or "w" in str(arguments[1]))
+        ):
             die(fault)
 
     sys.addaudithook(hook)
@@ -46,7 +54,9 @@ def in_rotation(fault):
     left = [0]
 
     def hook(event, arguments):
-        if event == "shutil.rmtree" and re.search(rf"checkpoint-{fault['step']}\b", str(arguments[0])):
+        if event == "shutil.rmtree" and re.search(
+            rf"checkpoint-{fault['step']}\b", str(arguments[0])
+        ):
             left[0] = 3
         elif event == "os.remove" and left[0]:
             left[0] -= 1
@@ -94,18 +104,27 @@ def after_weights(fault):
         if folder.endswith(f"checkpoint-{fault['step']}"):
             die(fault)
 
-    Patch("deepspeed.runtime.engine", lambda module: before(module.DeepSpeedEngine, "save_checkpoint", action))
+    Patch(
+        "deepspeed.runtime.engine",
+        lambda module: before(module.DeepSpeedEngine, "save_checkpoint", action),
+    )
 
 
 def after_one_shard(fault):
-    """Rank 1 dies before it writes its shard, once rank 0 has written its own (and the script that lies beside it)."""
+    """Rank 1 dies before it writes its shard, once rank 0 has written its own (and the script that
+    lies beside it).
+    """
+
     def action(engine, folder, tag):
         if folder.endswith(f"checkpoint-{fault['step']}"):
             while not os.path.exists(os.path.join(folder, "zero_to_fp32.py")):
                 time.sleep(0.01)
             die(fault)
 
-    Patch("deepspeed.runtime.engine", lambda module: before(module.DeepSpeedEngine, "_save_zero_checkpoint", action))
+    Patch(
+        "deepspeed.runtime.engine",
+        lambda module: before(module.DeepSpeedEngine, "_save_zero_checkpoint", action),
+    )
 
 
 def in_step(fault, act):
@@ -129,11 +148,15 @@ def kill():
 
 def slow_down(fault):
     """Give the test time to act between two steps."""
-    Patch("transformers.trainer", lambda module: before(module.Trainer, "training_step", lambda *args: time.sleep(0.4)))
+    Patch(
+        "transformers.trainer",
+        lambda module: before(module.Trainer, "training_step", lambda *args: time.sleep(0.4)),
+    )
 
 
 def clock(fault):
     """Write down when each training step was done."""
+
     def change(module):
         original = module.Trainer.training_step
 
@@ -152,12 +175,15 @@ def hold_tokenization(fault):
     def action(self, *args):
         time.sleep(fault.get("seconds", 300))
 
-    Patch("llamafactory.data.processor.supervised",
-          lambda module: before(module.SupervisedDatasetProcessor, "preprocess_dataset", action))
+    Patch(
+        "llamafactory.data.processor.supervised",
+        lambda module: before(module.SupervisedDatasetProcessor, "preprocess_dataset", action),
+    )
 
 
 def before_final_save(fault):
     """Die when all checkpoints are committed and the final model is about to be written."""
+
     def change(module):
         original = module.Trainer.save_model
 
