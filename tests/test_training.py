@@ -173,6 +173,12 @@ def test_the_console_of_two_ranks_says_each_thing_once(sharded: Run) -> None:
     assert "Warning" not in sharded.console
 
 
+def test_the_plan_names_the_log_to_follow(sharded: Run) -> None:
+    log = sharded.run_dir / "logs" / "rank0.log"
+    assert re.search(rf"^follow +tail -F {log}$", sharded.console, re.MULTILINE)
+    assert "***** Running training *****" in log.read_text(encoding="utf-8")
+
+
 def test_every_rank_has_its_own_log(sharded: Run) -> None:
     for rank in (0, 1):
         assert (

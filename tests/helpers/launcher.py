@@ -56,7 +56,7 @@ def until(condition: Callable[[], object], what: str, seconds: float = PATIENCE)
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
-        time.sleep(0.02)
+        time.sleep(0.05)
     return value
 
 
