@@ -20,6 +20,7 @@ import pytest
 
 from helpers.config import write_config
 from helpers.launcher import PATIENCE, Run, committed, losses, run, weights
+from helpers.swanlab_records import dashboard_points, read_record, records
 from train_qwen3_ft import (
     MANIFEST,
     checkpoint_problem,
@@ -53,16 +54,21 @@ IN_SAVES = {
 
 @pytest.fixture(scope="module")
 def killed_in_saves(scratch: Path) -> Run:
-    """A run that saves at each step, keeps one checkpoint, and is killed in six saves, each time at
-    another point.
+    """A run that saves at each step, keeps one checkpoint, reports to SwanLab, and is killed in six
+    saves, each time at another point.
     """
     faults = [
         {"point": point, "step": step, "rank": rank} for point, (step, rank) in IN_SAVES.items()
     ]
     config = write_config(
-        scratch / "saves", save_steps=1, save_total_limit=1, max_restarts=len(faults)
+        scratch / "saves",
+        save_steps=1,
+        save_total_limit=1,
+        max_restarts=len(faults),
+        report_to="swanlab",
     )
-    return run(scratch / "saves", config, faults=faults, seconds=3 * PATIENCE)
+    options = {"env": {"SWANLAB_MODE": "local"}, "seconds": 3 * PATIENCE}
+    return run(scratch / "saves", config, faults=faults, **options)
 
 
 @pytest.mark.parametrize("point", IN_SAVES)
@@ -70,9 +76,8 @@ def test_a_kill_in_a_save_resumes_from_the_committed_checkpoint_before_it(
     killed_in_saves: Run, point: str
 ):
     step = IN_SAVES[point][0]
-    wanted = (
-        step + 1 if point == "rotation" else step - 1
-    )  # the old one is removed after the new one's commit
+    # The old one is removed after the new one's commit.
+    wanted = step + 1 if point == "rotation" else step - 1
     assert (killed_in_saves.folder / "markers" / f"{point}-{step}").exists(), (
         "the fault did not strike"
     )
@@ -99,6 +104,16 @@ def test_a_run_killed_in_its_saves_has_logged_each_loss_once_and_equal(
     killed_in_saves: Run, reference: Run
 ):
     assert losses(killed_in_saves.run_dir) == losses(reference.run_dir)
+
+
+def test_a_run_killed_six_times_is_one_experiment_with_each_step_once(
+    killed_in_saves: Run, reference: Run
+):
+    [folder] = records(killed_in_saves.run_dir.parent / "swanlog")
+    record = read_record(folder)
+    wanted = [(step, values[0]) for step, values in losses(reference.run_dir).items()]
+    assert (record["state"], record["points"]["train/loss"]) == ("finished", wanted)
+    assert dashboard_points(folder, "train/loss") == wanted
 
 
 def test_a_run_killed_in_its_saves_keeps_as_many_checkpoints_as_it_should(killed_in_saves: Run):

@@ -6,7 +6,6 @@ Several tests look at one run; the fixtures of a module's scope say which.
 import os
 import re
 import shutil
-import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -105,7 +104,9 @@ def test_a_second_launcher_leaves_the_live_run_as_it_is(failed: SimpleNamespace)
 def test_resuming_on_ranks_that_cannot_share_the_samples_of_a_step_is_refused(
     failed: SimpleNamespace,
 ):
-    assert "global_batch_size: 2 cannot be split into micro-batches" in refusal(failed, ranks=3)
+    done = run(failed.folder, "--resume", failed.run_dir, ranks=3)
+    assert done.returncode == 2
+    assert "global_batch_size: 2 cannot be split into micro-batches" in done.console
 
 
 def test_resuming_with_another_learning_rate_is_refused(failed: SimpleNamespace):
@@ -238,71 +239,33 @@ def test_a_failed_run_has_its_curve_of_training_and_of_evaluation(raised: Run):
     assert {(31, 119, 180), (255, 127, 14)} <= colours, "matplotlib's first two line colours"
 
 
-@pytest.fixture(scope="module")
-def model_only(scratch: Path) -> Run:
-    """A run that saves the model only and is killed in step 4, after checkpoint-2."""
-    config = write_config(scratch / "model only", save_only_model=True)
-    return run(scratch / "model only", config, ranks=1, faults=[{"point": "kill", "step": 4}])
-
-
-def test_a_kill_that_leaves_nothing_to_resume_is_not_tried_again(model_only: Run):
-    assert model_only.returncode == 1
-    assert (
-        "restart" not in model_only.console
-        and "there is no checkpoint to resume from" in model_only.console
-    )
-
-
-def test_a_run_that_saves_the_model_only_is_said_not_to_be_resumable(
-    model_only: Run, tmp_path: Path
-):
-    done = run(tmp_path, "--resume", model_only.run_dir, ranks=1)
-    assert done.returncode == 2, done.console
-    assert re.search("save_only_model", done.console)
-    assert (model_only.run_dir / "checkpoint-2").is_dir(), "the saved model was moved"
-
-
 # --- what a run records however it goes
 
 
 @pytest.fixture(scope="module")
-def killed_twice(scratch: Path) -> Run:
-    """A run that reports to SwanLab and whose ranks are killed twice, each time after progress."""
-    folder = scratch / "twice"
-    config = write_config(folder, report_to="swanlab", save_steps=3)
-    faults = [
-        {"point": "kill", "step": 5, "rank": 0, "name": "rank 0"},
-        {"point": "kill", "step": 7, "rank": 1, "name": "rank 1"},
-    ]  # the seventh of a start: step 10
+def rank_0_killed(scratch: Path) -> Run:
+    """A run that saves the model only, so that it cannot restart, and whose rank 0 is killed in the
+    middle, between two steps that are logged.
+    """
+    folder = scratch / "rank 0"
+    config = write_config(folder, report_to="swanlab", save_only_model=True, plot_loss=True)
+    faults = [{"point": "kill", "step": 8}]
     return run(folder, config, faults=faults, env={"SWANLAB_MODE": "local"})
 
 
-def test_a_run_with_two_kills_is_one_experiment_with_each_step_once(
-    killed_twice: Run, reference: Run
+def test_a_kill_that_leaves_nothing_to_resume_is_not_tried_again(rank_0_killed: Run):
+    console = rank_0_killed.console
+    assert rank_0_killed.returncode == 1
+    assert "restart" not in console and "there is no checkpoint to resume from" in console
+
+
+def test_a_run_that_saves_the_model_only_is_said_not_to_be_resumable(
+    rank_0_killed: Run, tmp_path: Path
 ):
-    assert killed_twice.returncode == 0, killed_twice.console
-    assert killed_twice.console.count("resuming from checkpoint-") == 2
-    [folder] = records(killed_twice.run_dir.parent / "swanlog")
-    record = read_record(folder)
-    wanted = [(step, values[0]) for step, values in losses(reference.run_dir).items()]
-    assert (record["state"], record["points"]["train/loss"]) == ("finished", wanted)
-
-
-def test_a_run_with_two_kills_has_the_metrics_of_an_undisturbed_one(
-    killed_twice: Run, reference: Run
-):
-    assert losses(killed_twice.run_dir) == losses(reference.run_dir)
-    assert weights(killed_twice.run_dir) == weights(reference.run_dir)
-
-
-@pytest.fixture(scope="module")
-def rank_0_killed(scratch: Path) -> Run:
-    """A run without restarts whose rank 0 is killed in the middle, between two steps that are
-    logged.
-    """
-    folder = scratch / "rank 0"
-    config = write_config(folder, report_to="swanlab", max_restarts=0, plot_loss=True)
-    return run(folder, config, faults=[{"point": "kill", "step": 8}], env={"SWANLAB_MODE": "local"})
+    done = run(tmp_path, "--resume", rank_0_killed.run_dir)
+    assert done.returncode == 2, done.console
+    assert re.search("save_only_model", done.console)
+    assert (rank_0_killed.run_dir / "checkpoint-6").is_dir(), "the saved model was moved"
 
 
 def test_a_kill_of_rank_0_leaves_every_logged_step_in_the_metrics(
@@ -340,8 +303,7 @@ def test_a_kill_of_rank_0_leaves_the_curve_of_every_logged_step(
 
 @pytest.fixture(scope="module")
 def alone(scratch: Path) -> SimpleNamespace:
-    """One process without DeepSpeed: undisturbed, and killed in a save, in a step and before the
-    final model.
+    """One process without DeepSpeed: undisturbed, and killed in a save and before the final model.
 
     In the first one's folder of compiled operators lies a build lock that nobody holds.
     """
@@ -349,11 +311,10 @@ def alone(scratch: Path) -> SimpleNamespace:
     lock = folder / "extensions" / "operator" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
-    config = write_config(folder, deepspeed=None, max_samples=12)
+    config = write_config(folder, deepspeed=None, max_samples=12, save_total_limit=None)
     whole = train(folder, config, ranks=1, env={"TORCH_EXTENSIONS_DIR": str(folder / "extensions")})
     faults = [
         {"point": "trainer state", "step": 6},
-        {"point": "kill", "step": 7},
         {"point": "final save", "step": 12},
     ]
     killed = run(folder, config, ranks=1, faults=faults)
@@ -362,7 +323,7 @@ def alone(scratch: Path) -> SimpleNamespace:
 
 def test_one_process_without_zero_resumes_to_identical_weights(alone: SimpleNamespace):
     assert alone.killed.returncode == 0, alone.killed.console
-    assert re.findall(r"resuming from checkpoint-(\d+)", alone.killed.console) == ["4", "10", "12"]
+    assert re.findall(r"resuming from checkpoint-(\d+)", alone.killed.console) == ["4", "12"]
     assert weights(alone.killed.run_dir) == weights(alone.whole.run_dir)
 
 
@@ -375,33 +336,32 @@ def test_a_stale_build_lock_is_cleared_at_the_start(alone: SimpleNamespace):
     assert not alone.lock.exists()
 
 
-# --- resumed after a stop
+# --- resumed in the middle
+
+
+def interrupted_copy(done: Run, folder: Path, step: int) -> Path:
+    """A copy of a finished run's directory, as if it had ended after its checkpoint `step`."""
+    run_dir = folder / "out" / "copy"
+    shutil.copytree(done.run_dir, run_dir)
+    for path in (run_dir / "summary.json", run_dir / "model.safetensors"):
+        path.unlink()
+    for path in run_dir.glob("checkpoint-*"):
+        if int(path.name.rpartition("-")[2]) > step:
+            shutil.rmtree(path)
+    return run_dir
 
 
 def test_two_ranks_without_deepspeed_resume_to_identical_weights(tmp_path: Path):
-    whole, cut = (
-        write_config(tmp_path / name, deepspeed=None, save_steps=100) for name in ("whole", "cut")
-    )
-    uninterrupted = train(tmp_path / "whole", whole)
-    with Run(tmp_path / "cut", cut, faults=[{"point": "slow"}]) as live:
-        live.reach(3)
-        live.process.send_signal(signal.SIGTERM)
-        live.wait()
-    resumed = train(tmp_path / "cut", "--resume", live.run_dir)
-    assert weights(resumed.run_dir) == weights(uninterrupted.run_dir)
-    assert losses(resumed.run_dir) == losses(uninterrupted.run_dir)
+    config = write_config(tmp_path / "whole", deepspeed=None, save_steps=5, save_total_limit=None)
+    whole = train(tmp_path / "whole", config)
+    resumed = train(tmp_path, "--resume", interrupted_copy(whole, tmp_path, 5))
+    assert weights(resumed.run_dir) == weights(whole.run_dir)
+    assert losses(resumed.run_dir) == losses(whole.run_dir)
 
 
-def test_a_resumed_run_saves_and_logs_as_it_is_told_now(tmp_path: Path):
-    config = write_config(tmp_path, deepspeed=None, max_steps=12)
-    with Run(tmp_path, config, ranks=1, faults=[{"point": "slow"}]) as live:
-        live.reach(3)
-        live.process.send_signal(signal.SIGTERM)
-        live.wait()
-    stopped = max(committed(live.run_dir))
+def test_a_resumed_run_saves_and_logs_as_it_is_told_now(alone: SimpleNamespace, tmp_path: Path):
+    run_dir = interrupted_copy(alone.whole, tmp_path, 4)
     changes = ("save_steps=5", "logging_steps=5", "save_total_limit=9")
-    train(tmp_path, "--resume", live.run_dir, *changes, ranks=1)
-    assert [step for step in losses(live.run_dir) if step > stopped] == [
-        step for step in (5, 10) if step > stopped
-    ]
-    assert {10, 12} <= set(committed(live.run_dir)) and 8 not in committed(live.run_dir)
+    train(tmp_path, "--resume", run_dir, *changes, ranks=1)
+    assert sorted(losses(run_dir)) == [1, 2, 3, 4, 5, 10]
+    assert committed(run_dir) == [2, 4, 5, 10, 12]

@@ -43,19 +43,20 @@ def signal_all(pids: list[int], number: int) -> None:
             os.kill(pid, number)
 
 
-# How each stop is asked for, of which processes, and the exit code; None: by a STOP file.
+# On how many ranks, how the stop is asked for, of which processes, and the exit code; None: by a
+# STOP file. Two ranks train under ZeRO-3, one without.
 STOPS = {
-    "SIGTERM": (signal.SIGTERM, lambda live: [live.process.pid], 143),
-    "SIGINT": (signal.SIGINT, lambda live: [live.process.pid], 130),
-    "SIGHUP": (signal.SIGHUP, lambda live: [live.process.pid], 129),
-    "SIGTERM to every process": (signal.SIGTERM, everybody, 143),
-    "STOP file": (None, None, 143),
+    "SIGTERM": (2, signal.SIGTERM, lambda live: [live.process.pid], 143),
+    "SIGTERM to every process": (2, signal.SIGTERM, everybody, 143),
+    "STOP file": (2, None, None, 143),
+    "SIGINT": (1, signal.SIGINT, lambda live: [live.process.pid], 130),
+    "SIGHUP": (1, signal.SIGHUP, lambda live: [live.process.pid], 129),
 }
 
 
 def stop(live: Run, kind: str) -> SimpleNamespace:
     """Ask for a stop in the first step of a start; returns all that the tests look at."""
-    number, whom, code = STOPS[kind]
+    _, number, whom, code = STOPS[kind]
     loaders = until(lambda: len(live.children(0)), "a DataLoader worker")
     kept = committed(live.run_dir)
     if number is None:
@@ -65,6 +66,7 @@ def stop(live: Run, kind: str) -> SimpleNamespace:
     status = live.wait()
     problems = [checkpoint_problem(path) for path in live.run_dir.glob("checkpoint-*")]
     return SimpleNamespace(
+        run_dir=live.run_dir,
         status=status,
         wanted=code,
         console=live.console,
@@ -80,20 +82,21 @@ def stop(live: Run, kind: str) -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def stopped(scratch: Path) -> SimpleNamespace:
-    """One run that is stopped in each way and resumed each time, at last under nohup with a hangup
-    to the launcher and a SIGTERM to one rank.
+    """Two runs that are stopped and resumed again and again; the one of two ranks is finished at
+    last under nohup, with a hangup to the launcher and a SIGTERM to one rank.
 
-    It saves at its stops only, and has DataLoader workers. `stops` is {kind: what was seen}, `last`
-    the start that finished.
+    They save at their stops only, and have DataLoader workers. `stops` is {kind: what was seen},
+    `last` the start that finished.
     """
-    folder, stops, slow = scratch / "stops", {}, [{"point": "slow"}]
-    config = write_config(folder, save_steps=100, save_total_limit=None, dataloader_num_workers=1)
-    arguments = (config,)
-    for kind in STOPS:
-        with Run(folder, *arguments, faults=slow) as live:
+    stops, slow, arguments = {}, [{"point": "slow"}], {}
+    for ranks, more in ((1, PLAIN), (2, {})):
+        workers = {"save_steps": 100, "save_total_limit": None, "dataloader_num_workers": 1}
+        arguments[ranks] = (write_config(scratch / str(ranks), **workers, **more),)
+    for kind, (ranks, *_) in STOPS.items():
+        with Run(scratch / str(ranks), *arguments[ranks], ranks=ranks, faults=slow) as live:
             stops[kind] = stop(live, kind)
-            arguments = ("--resume", live.run_dir)
-    with Run(folder, *arguments, nohup=True, faults=slow) as last:
+            arguments[ranks] = ("--resume", live.run_dir)
+    with Run(scratch / "2", *arguments[2], nohup=True, faults=slow) as last:
         until(lambda: last.children(0), "a DataLoader worker")
         os.kill(last.process.pid, signal.SIGHUP)
         os.kill(last.worker(1), signal.SIGTERM)
@@ -127,8 +130,10 @@ def test_a_stop_writes_no_final_model(stopped: SimpleNamespace, kind: str):
 
 @pytest.mark.parametrize("kind", STOPS)
 def test_a_stop_says_how_to_resume(stopped: SimpleNamespace, kind: str):
-    found = re.search(r"^resume +(.*)$", stopped.stops[kind].console, re.MULTILINE)
-    assert found[1] == f"NPROC_PER_NODE=2 python {SCRIPT} --resume {stopped.last.run_dir}"
+    seen = stopped.stops[kind]
+    found = re.search(r"^resume +(.*)$", seen.console, re.MULTILINE)
+    variables = "NPROC_PER_NODE=2 " if STOPS[kind][0] == 2 else ""
+    assert found[1] == f"{variables}python {SCRIPT} --resume {seen.run_dir}"
 
 
 def test_under_nohup_a_hangup_does_not_stop_the_run(stopped: SimpleNamespace):
@@ -159,8 +164,8 @@ def test_a_sigterm_to_everybody_in_tokenization_is_a_stop_before_the_first_step(
 
 
 def test_a_stop_before_the_first_step_promises_no_resume(tmp_path: Path):
-    with Run(tmp_path, write_config(tmp_path, **PLAIN)) as live:
-        until(lambda: live.worker(1), "the ranks")
+    with Run(tmp_path, write_config(tmp_path, **PLAIN), ranks=1) as live:
+        until(lambda: live.worker(0), "the rank")
         live.process.terminate()
         assert live.wait() == 143, live.console
         assert not committed(live.run_dir) and "--resume" not in live.console, live.console

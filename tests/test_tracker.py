@@ -3,14 +3,15 @@
 import os
 import re
 import signal
+from collections.abc import Iterator
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from helpers.config import write_config
-from helpers.launcher import Run, command_of, losses, metrics, run, side_by_side, until
+from helpers.launcher import Run, command_of, losses, metrics, run, until
 from helpers.swanlab_records import dashboard_points, read_dashboard, read_record, records
 from helpers.swanlab_service import SwanLabService
 
@@ -42,15 +43,98 @@ def swanlog(done: Run) -> list[Path]:
     return records(done.run_dir.parent / "swanlog")
 
 
+# --- runs whose SwanLab fails: what waits is begun first and looked at last
+
+# The arguments of the service, of which 8 requests are the login and the run's creation; or what is
+# broken in SwanLab itself, and how.
+FAILURES = {
+    "hang": ("hang",),
+    "falls silent": (8,),
+    "init sleeps": "init sleeps",
+    "log sleeps": "log sleeps",
+    "refuse": ("refuse",),
+    "dies": (8, True),
+    "init raises": "init raises",
+    "log raises": "log raises",
+}
+WAITING = list(FAILURES)[:4]
+BROKEN = """
+import sys
+if "--tracker" in sys.argv:
+    import time
+    import swanlab
+    def broken(*args, **kwargs):
+        time.sleep(600) if "{1}" == "sleeps" else 1 / 0
+    if "{0}" == "init":
+        swanlab.init = broken
+    else:
+        from swanlab.sdk.internal.run import Run
+        Run.log = broken
+"""
+
+
+def begin(name: str, folder: Path, stack: ExitStack) -> Run:
+    """Start a run under one of the failures; `stack` ends it and its service."""
+    if isinstance(FAILURES[name], str):
+        (folder / "sitecustomize.py").write_text(BROKEN.format(*name.split()), encoding="utf-8")
+        env = {"PYTHONPATH": str(folder)}
+    else:
+        env = stack.enter_context(SwanLabService(*FAILURES[name])).environment
+    return stack.enter_context(Run(folder, write_config(folder, **SETTINGS), ranks=1, env=env))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def waiting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]:
+    """The runs that wait for long, while the other tests of this module run."""
+    with ExitStack() as stack:
+        yield {name: begin(name, tmp_path_factory.mktemp("waiting"), stack) for name in WAITING}
+
+
+@pytest.fixture(scope="module")
+def failures(waiting: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """A run under each of the failures, ended."""
+    with ExitStack() as stack:
+        prompt = [name for name in FAILURES if name not in WAITING]
+        runs = {name: begin(name, tmp_path_factory.mktemp("prompt"), stack) for name in prompt}
+        runs |= waiting
+        for started in runs.values():
+            started.wait()
+    return runs
+
+
 # --- modes
 
 
-def test_without_a_key_the_run_is_recorded_locally(tmp_path: Path) -> None:
-    done = train(tmp_path)
-    assert "SwanLab local (no API key was found)" in done.console
-    [folder] = swanlog(done)
-    assert dashboard_points(folder, "train/loss") == list(logged(done).items())
+EVALUATED = {
+    "val_size": 8,
+    "eval_strategy": "steps",
+    "eval_steps": 6,
+    "per_device_eval_batch_size": 4,
+    "max_samples": 40,
+}
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run without a key that evaluates."""
+    return train(tmp_path_factory.mktemp("local"), changes=EVALUATED)
+
+
+def test_without_a_key_the_run_is_recorded_locally(local: Run) -> None:
+    assert "SwanLab local (no API key was found)" in local.console
+    [folder] = swanlog(local)
+    assert dashboard_points(folder, "train/loss") == list(logged(local).items())
     assert [step for step, _ in dashboard_points(folder, "train/loss")] == [5, 10]
+
+
+def test_the_evaluation_loss_is_recorded_once_at_its_step(local: Run) -> None:
+    [folder] = swanlog(local)
+    # LLaMA-Factory evaluates once more at the end, at the same step.
+    lines = [line for line in metrics(local.run_dir) if "eval_loss" in line]
+    known = {line["step"]: line["eval_loss"] for line in lines}
+    assert read_record(folder)["points"]["eval/loss"] == list(known.items())
+    assert dashboard_points(folder, "eval/loss") == list(known.items())
+    assert re.findall(r"step (\d+)/12  evaluation loss \d", local.console) == ["6", "12"]
 
 
 def test_offline_mode_keeps_every_point_for_a_later_sync(tmp_path: Path) -> None:
@@ -60,21 +144,6 @@ def test_offline_mode_keeps_every_point_for_a_later_sync(tmp_path: Path) -> None
     record = read_record(folder)
     assert dict(record["points"]["train/loss"]) == logged(done)
     assert record["state"] == "finished"
-
-
-def test_online_the_service_gets_every_point_and_the_end(tmp_path: Path) -> None:
-    with SwanLabService() as service:
-        done = train(tmp_path, env=service.environment)
-        [remote] = service.runs.values()
-    assert done.returncode == 0
-    assert remote["scalars"]["train/loss"] == logged(done)
-    assert remote["state"] == "FINISHED"
-    assert remote["name"] == done.run_dir.name
-    assert re.search(
-        rf"^dashboard +{re.escape(service.environment['SWANLAB_WEB_HOST'])}/",
-        done.console,
-        re.MULTILINE,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -102,26 +171,6 @@ def test_a_node_without_git_trains_and_records_all_the_same(older_spelling: Run)
     assert read_record(folder)["state"] == "finished"
 
 
-EVALUATED = {
-    "val_size": 8,
-    "eval_strategy": "steps",
-    "eval_steps": 6,
-    "per_device_eval_batch_size": 4,
-    "max_samples": 40,
-}
-
-
-def test_the_evaluation_loss_is_recorded_once_at_its_step(tmp_path: Path) -> None:
-    done = train(tmp_path, changes=EVALUATED)
-    [folder] = swanlog(done)
-    # LLaMA-Factory evaluates once more at the end, at the same step.
-    lines = [line for line in metrics(done.run_dir) if "eval_loss" in line]
-    known = {line["step"]: line["eval_loss"] for line in lines}
-    assert read_record(folder)["points"]["eval/loss"] == list(known.items())
-    assert dashboard_points(folder, "eval/loss") == list(known.items())
-    assert re.findall(r"step (\d+)/12  evaluation loss \d", done.console) == ["6", "12"]
-
-
 def test_each_evaluated_data_set_has_its_own_loss(tmp_path: Path) -> None:
     done = train(
         tmp_path,
@@ -136,14 +185,8 @@ def test_each_evaluated_data_set_has_its_own_loss(tmp_path: Path) -> None:
     [folder] = swanlog(done)
     for name in ("code2sql_demo", "code2sql_heldout"):
         assert [step for step, _ in read_record(folder)["points"][f"eval/{name}_loss"]] == [6, 12]
-        assert (
-            len(
-                re.findall(
-                    rf"step \d+/12  evaluation loss \d.* on {name}$", done.console, re.MULTILINE
-                )
-            )
-            == 2
-        )
+        shown = rf"step \d+/12  evaluation loss \d.* on {name}$"
+        assert len(re.findall(shown, done.console, re.MULTILINE)) == 2
 
 
 # --- stops, resumes, and a tracker that is killed
@@ -181,12 +224,28 @@ def test_a_resumed_run_is_a_second_local_record_whose_name_says_so(
     assert [len(values) for values in losses(done.run_dir).values()] == [1] * 6
 
 
-def test_a_resumed_run_continues_the_same_experiment_online(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def online(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """The same with a service; `remote` is {run id: what the service has}."""
     with SwanLabService() as service:
-        _, done = stop_and_resume(tmp_path, env=service.environment)
-        [remote] = service.runs.values()
-    assert done.returncode == 0
+        folder = tmp_path_factory.mktemp("online")
+        _, done = stop_and_resume(folder, env=service.environment)
+        web = service.environment["SWANLAB_WEB_HOST"]
+        return SimpleNamespace(done=done, remote=service.runs, web=web)
+
+
+def test_a_resumed_run_continues_the_same_experiment_online(online: SimpleNamespace) -> None:
+    assert online.done.returncode == 0, online.done.console
+    [remote] = online.remote.values()
     assert list(remote["scalars"]["train/loss"]) == [2, 4, 6, 8, 10, 12]
+
+
+def test_online_the_service_gets_every_point_and_the_end(online: SimpleNamespace) -> None:
+    [remote] = online.remote.values()
+    assert remote["scalars"]["train/loss"] == logged(online.done)
+    assert (remote["state"], remote["name"]) == ("FINISHED", online.done.run_dir.name)
+    place = re.compile(rf"^dashboard +{re.escape(online.web)}/", re.MULTILINE)
+    assert place.search(online.done.console)
 
 
 def test_a_killed_tracker_is_replaced_and_no_point_is_lost(tmp_path: Path) -> None:
@@ -201,36 +260,16 @@ def test_a_killed_tracker_is_replaced_and_no_point_is_lost(tmp_path: Path) -> No
     assert (record["state"], dict(record["points"]["train/loss"])) == ("finished", logged(live))
 
 
-# --- a service that fails: their waits pass side by side
-
-SERVICES = {
-    "refuse": ("refuse",),
-    "hang": ("hang",),
-    "falls silent": (8,),
-    "dies": (8, True),
-}  # 8: login and creation
-
-
-@pytest.fixture(scope="module")
-def failing_services(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    """A run under each of the services that fail."""
-    folders = {name: tmp_path_factory.mktemp("service") for name in SERVICES}
-    with ExitStack() as stack:
-        starts = []
-        for name, arguments in SERVICES.items():
-            service = stack.enter_context(SwanLabService(*arguments))
-            config = write_config(folders[name], **SETTINGS)
-            starts.append(partial(Run, folders[name], config, ranks=1, env=service.environment))
-        return dict(zip(SERVICES, side_by_side(starts), strict=True))
+# --- a service that fails, and a SwanLab that is broken
 
 
 @pytest.mark.parametrize(
     ("mode", "cause"), [("refuse", "AuthenticationError"), ("hang", "no answer in")]
 )
 def test_a_service_that_cannot_be_used_costs_one_warning(
-    failing_services: dict[str, Run], mode: str, cause: str
+    failures: dict[str, Run], mode: str, cause: str
 ) -> None:
-    done = failing_services[mode]
+    done = failures[mode]
     assert done.returncode == 0
     [warning] = [line for line in done.console.splitlines() if "SwanLab cannot be reached" in line]
     assert cause in warning
@@ -245,9 +284,9 @@ def test_a_service_that_cannot_be_used_costs_one_warning(
 
 @pytest.mark.parametrize("mode", ["falls silent", "dies"])
 def test_a_service_that_ends_in_the_middle_costs_no_point(
-    failing_services: dict[str, Run], mode: str
+    failures: dict[str, Run], mode: str
 ) -> None:
-    done = failing_services[mode]
+    done = failures[mode]
     assert done.returncode == 0
     assert "swanlab sync" in done.console
     [folder] = swanlog(done)
@@ -256,41 +295,9 @@ def test_a_service_that_ends_in_the_middle_costs_no_point(
     assert record["state"] == "finished"
 
 
-# --- a SwanLab that is broken
-
-BREAKS = ["init raises", "init sleeps", "log raises", "log sleeps"]
-BROKEN = """
-import sys
-if "--tracker" in sys.argv:
-    import time
-    import swanlab
-    def broken(*args, **kwargs):
-        time.sleep(600) if "{1}" == "sleeps" else 1 / 0
-    if "{0}" == "init":
-        swanlab.init = broken
-    else:
-        from swanlab.sdk.internal.run import Run
-        Run.log = broken
-"""
-
-
-@pytest.fixture(scope="module")
-def broken_swanlab(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    """A run under each of the ways in which SwanLab is broken."""
-    starts = []
-    for name in BREAKS:
-        folder = tmp_path_factory.mktemp("broken")
-        (folder / "sitecustomize.py").write_text(BROKEN.format(*name.split()), encoding="utf-8")
-        config = write_config(folder, **SETTINGS)
-        starts.append(partial(Run, folder, config, ranks=1, env={"PYTHONPATH": str(folder)}))
-    return dict(zip(BREAKS, side_by_side(starts), strict=True))
-
-
-@pytest.mark.parametrize("fault", BREAKS)
-def test_a_broken_swanlab_does_not_touch_training(
-    broken_swanlab: dict[str, Run], fault: str
-) -> None:
-    done = broken_swanlab[fault]
+@pytest.mark.parametrize("fault", ["init raises", "init sleeps", "log raises", "log sleeps"])
+def test_a_failures_does_not_touch_training(failures: dict[str, Run], fault: str) -> None:
+    done = failures[fault]
     assert done.returncode == 0, done.console
     assert list(logged(done)) == [5, 10]
 

@@ -16,7 +16,7 @@ import termios
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -283,15 +283,6 @@ def train(folder: Path, *arguments: object, **options: object) -> Run:
     done = run(folder, *arguments, **options)
     assert done.process.returncode == 0, done.console
     return done
-
-
-def side_by_side(starts: Iterable[Callable[[], Run]], seconds: float = PATIENCE) -> list[Run]:
-    """Start several launchers at once, so that their waits pass together, and wait for all ends."""
-    with contextlib.ExitStack() as stack:
-        runs = [stack.enter_context(start()) for start in starts]
-        for started in runs:
-            started.wait(seconds)
-    return runs
 
 
 def weights(run_dir: Path) -> str:
