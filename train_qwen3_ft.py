@@ -107,10 +107,10 @@ NAMES = ("run_name", *INPUT_PATHS, *MODEL_PATHS, *OUTPUT_PATHS)  # here 1.10 is 
 
 @dataclass(frozen=True)
 class Problem:
-    """What the user can mend: what is wrong, where, what was expected, how to mend it. --force may overrule it."""
+    """What the user can mend: what is wrong, where, what was expected, how to mend it. --force may can_force it."""
 
     text: str
-    overrule: bool = False
+    can_force: bool = False
 
 
 class LaunchError(Exception):
@@ -272,7 +272,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Job:
+class Preflight:
     """A run that could start: its configuration with every value cast, its plan, and what speaks against it.
 
     `plan` is None where a value is so wrong that there is nothing to plan; `model` is what the plan says of the
@@ -305,19 +305,19 @@ class Tracking:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the launcher, or a worker where torchrun started this process; returns the exit code."""
-    settle_streams()
+    open_standard_streams()
     try:
         options, env = parse_arguments(sys.argv[1:] if argv is None else argv), dict(os.environ)
         if options.tracker:
             return run_tracker()
         if UNDER_TORCHRUN in env:
-            return run_worker(options, env)
-        job = get_ready(options, env)
+            return run_rank(options, env)
+        job = preflight_or_stop(options, env)
         return launch(job, env, options.verbose) if job else 0
     except LaunchError as error:
         for problem in error.problems:
             say(
-                f"error: {problem.text}{' (--force overrules this)' if problem.overrule else ''}",
+                f"error: {problem.text}{' (--force overrules this)' if problem.can_force else ''}",
                 sys.stderr,
             )
         return 2
@@ -325,7 +325,7 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + signal.SIGINT  # before the run began; from then on StopRequest takes Ctrl-C
 
 
-def settle_streams() -> None:
+def open_standard_streams() -> None:
     """Open what was closed of stdin, stdout and stderr, and print what a terminal cannot encode all the same."""
     for descriptor in (0, 1, 2):
         try:
@@ -403,10 +403,10 @@ class ArgumentParser(argparse.ArgumentParser):
         raise LaunchError(f"{message}; see python {SCRIPT.name} --help")
 
 
-def get_ready(options: argparse.Namespace, env: dict[str, str]) -> Job | None:
+def preflight_or_stop(options: argparse.Namespace, env: dict[str, str]) -> Preflight | None:
     """The job to start; None after a dry run, and where the run to resume is finished.
 
-    Raises LaunchError with all problems that --force does not overrule.
+    Raises LaunchError with all problems that --force does not can_force.
     """
     run_dir = find_run(options)
     if run_dir and is_finished(run_dir):
@@ -415,10 +415,10 @@ def get_ready(options: argparse.Namespace, env: dict[str, str]) -> Job | None:
             f"model_name_or_path={run_dir}"
         )
         return None
-    job = prepare(options, env, run_dir)
+    job = preflight(options, env, run_dir)
     if options.dry_run:
         dry_run(job, options.json, env)
-    stopping = [problem for problem in job.problems if not (problem.overrule and options.force)]
+    stopping = [problem for problem in job.problems if not (problem.can_force and options.force)]
     if stopping:
         raise LaunchError(*stopping)
     return None if options.dry_run else job
@@ -455,10 +455,10 @@ def is_finished(run_dir: Path) -> bool:
 
 def read_summary(run_dir: Path) -> dict:
     """summary.json, the account of how the run ended; {} while there is none."""
-    return read_whole(run_dir / "summary.json")
+    return read_json_or_empty(run_dir / "summary.json")
 
 
-def prepare(options: argparse.Namespace, env: dict[str, str], run_dir: Path | None) -> Job:
+def preflight(options: argparse.Namespace, env: dict[str, str], run_dir: Path | None) -> Preflight:
     """From the command line to a plan and all problems, writing nothing; `run_dir` is the run that is resumed.
 
     Raises LaunchError for unreadable input.
@@ -489,7 +489,7 @@ def prepare(options: argparse.Namespace, env: dict[str, str], run_dir: Path | No
         problems += (check_alive(run_dir) if node_rank(env) == 0 else []) or check_resume(
             config, plan, run_dir
         )
-    return Job(config, plan, name, problems, run_dir)
+    return Preflight(config, plan, name, problems, run_dir)
 
 
 LAUNCHER_FIELDS = {
@@ -1073,7 +1073,7 @@ def check_packages(config: Config, zero: Zero, env: dict[str, str]) -> list[Prob
         f"package {', '.join(missing)} is not installed in {sys.prefix}; pip install -r requirements.txt"
     ]
     problems = problems if missing else []
-    for name in reporters(values):
+    for name in tracking_backends(values):
         if name not in BACKENDS:
             problems.append(
                 f"{where('report_to')}: report_to: {name} is unknown{did_you_mean(name, BACKENDS)}"
@@ -1084,11 +1084,11 @@ def check_packages(config: Config, zero: Zero, env: dict[str, str]) -> list[Prob
                 f"pip install {BACKENDS[name][0]}"
             )
     mode = env.get("SWANLAB_MODE") or "local"
-    if "swanlab" in reporters(values) and mode not in SWANLAB_MODES:
+    if "swanlab" in tracking_backends(values) and mode not in SWANLAB_MODES:
         problems.append(
             f"environment variable SWANLAB_MODE: expected one of {', '.join(SWANLAB_MODES)}, got {mode!r}"
         )
-    if "wandb" in reporters(values) and not wandb_login(env):
+    if "wandb" in tracking_backends(values) and not wandb_login(env):
         problems.append(
             f"{where('report_to')}: report_to: wandb: no login was found and nobody is there to ask; run "
             "wandb login, or set WANDB_API_KEY or WANDB_MODE=offline"
@@ -1099,11 +1099,11 @@ def check_packages(config: Config, zero: Zero, env: dict[str, str]) -> list[Prob
             "flash_attn: auto"
         )
     if zero.used and (values.get("use_cpu") or zero.offload_optimizer):
-        problems += compiler_troubles(env, cuda=not values.get("use_cpu"))
+        problems += compiler_problems(env, cuda=not values.get("use_cpu"))
     versions = [
-        Problem(text, overrule=True)
+        Problem(text, can_force=True)
         for name in needed
-        if not missing and (text := version_trouble(name))
+        if not missing and (text := version_problem(name))
     ]
     return [Problem(text) for text in problems] + versions
 
@@ -1119,7 +1119,7 @@ def wandb_login(env: dict[str, str]) -> bool:
     return False
 
 
-def compiler_troubles(env: dict[str, str], cuda: bool) -> list[str]:
+def compiler_problems(env: dict[str, str], cuda: bool) -> list[str]:
     """What keeps DeepSpeed from compiling its operator when training starts: no C++ compiler, no nvcc of torch's CUDA.
 
     torch looks for nvcc in CUDA_HOME, on PATH and in /usr/local/cuda. DeepSpeed wants it to be of torch's CUDA
@@ -1164,7 +1164,7 @@ WORKING_VERSIONS = {
 }
 
 
-def version_trouble(name: str) -> str:
+def version_problem(name: str) -> str:
     """Why the installed version of a package does not work with the pinned LLaMA-Factory; '' where it does."""
     found = installed_version(name)
     if not found:
@@ -1506,8 +1506,8 @@ def inspect_data(config: Config, key: str) -> tuple[list[int | None], list[Probl
         try:
             path, count = inspect_data_set(name, info, config.values)
             rows.append(count)
-            fault = missing_columns(path, info[name]) if path else ""
-            problems += [Problem(f"{where}: {name}: {fault}", overrule=True)] if fault else []
+            fault = column_problem(path, info[name]) if path else ""
+            problems += [Problem(f"{where}: {name}: {fault}", can_force=True)] if fault else []
         except (LookupError, ValueError, OSError) as error:
             problems.append(
                 Problem(f"{where}: {error.args[0] if isinstance(error, LookupError) else error}")
@@ -1687,7 +1687,7 @@ def json_elements(path: Path, chunk: int = 1 << 20) -> Iterator[object]:
                 yield element
 
 
-def missing_columns(path: Path, entry: dict) -> str:
+def column_problem(path: Path, entry: dict) -> str:
     """What is wrong with the columns of a data set: LLaMA-Factory stops at a row that lacks one it reads; '' if none.
 
     It reads what `columns` of dataset_info.json names or, without it, the columns of the format's own example.
@@ -1967,7 +1967,7 @@ def check_plan(plan: Plan, config: Config, gpus: list[Gpu]) -> list[Problem]:
         for gpu in gpus
         if gpu.used > 1 << 30
     ]
-    estimates = [Problem(text, overrule=True) for text in problems]
+    estimates = [Problem(text, can_force=True) for text in problems]
     if plan.steps.samples is not None and plan.steps.samples < 1:
         estimates.append(
             Problem(
@@ -2088,13 +2088,13 @@ def check_resume(config: Config, plan: Plan, run_dir: Path) -> list[Problem]:
                 Problem(
                     f"{path}: has changed since the run began; put the old file back, or start a new "
                     "run",
-                    overrule=True,
+                    can_force=True,
                 )
             )
     good = newest_checkpoint(run_dir)
     if not good:
         faults = "; ".join(
-            f"{folder.name}: {checkpoint_fault(folder)}" for folder in list_checkpoints(run_dir)
+            f"{folder.name}: {checkpoint_problem(folder)}" for folder in list_checkpoints(run_dir)
         )
         problems.append(
             Problem(
@@ -2103,7 +2103,7 @@ def check_resume(config: Config, plan: Plan, run_dir: Path) -> list[Problem]:
             )
         )
     elif plan.zero.used:
-        ranks = read_whole(good / MANIFEST)["world_size"]
+        ranks = read_json_or_empty(good / MANIFEST)["world_size"]
         if ranks != plan.world_size:
             problems.append(
                 Problem(
@@ -2133,9 +2133,9 @@ def data_files(config: Config) -> dict[str, str]:
     return files
 
 
-def checkpoint_fault(folder: Path) -> str:
+def checkpoint_problem(folder: Path) -> str:
     """Why a checkpoint cannot be trusted: no manifest, or a file that differs from it; '' where it can."""
-    manifest = read_whole(folder / MANIFEST)
+    manifest = read_json_or_empty(folder / MANIFEST)
     if not manifest:
         return "it was not committed"
     for name, size in manifest["files"].items():
@@ -2146,7 +2146,7 @@ def checkpoint_fault(folder: Path) -> str:
     return "" if manifest["resumable"] else "save_only_model left out what resuming needs"
 
 
-def dry_run(job: Job, as_json: bool, env: dict[str, str]) -> None:
+def dry_run(job: Preflight, as_json: bool, env: dict[str, str]) -> None:
     """Print the plan and the exact command; start nothing and write nothing."""
     if job.plan is None:
         say(
@@ -2194,7 +2194,7 @@ PLAN_KEYS = (
 )
 
 
-def plan_data(job: Job, command: list[str] | None, environment: dict[str, str]) -> dict:
+def plan_data(job: Preflight, command: list[str] | None, environment: dict[str, str]) -> dict:
     """The plan as one JSON object; null where something cannot be known. Sizes in bytes."""
     plan = job.plan
     known = (
@@ -2238,7 +2238,7 @@ def run_name(config: Config, now: float) -> str:
 
 
 def commands(
-    job: Job, run_dir: Path, env: dict[str, str]
+    job: Preflight, run_dir: Path, env: dict[str, str]
 ) -> tuple[list[str], dict[str, str], dict]:
     """The torchrun command, the workers' environment, and the plan as data with what of both may be shown."""
     command = build_torchrun_command(job.plan.devices, run_dir / "config.yaml", env)
@@ -2320,9 +2320,9 @@ def build_worker_environment(
         "TORCH_EXTENSIONS_DIR": extensions_folder(),
         "TENSORBOARD_LOGGING_DIR": run_dir / "tensorboard",
     }
-    if "wandb" in reporters(config.values):
+    if "wandb" in tracking_backends(config.values):
         places |= {"WANDB_DIR": run_dir, "WANDB_PROJECT": project(config.values)}
-    if "mlflow" in reporters(config.values):
+    if "mlflow" in tracking_backends(config.values):
         places |= {
             "MLFLOW_TRACKING_URI": f"sqlite:///{run_dir.parent / 'mlflow.db'}",
             "MLFLOW_EXPERIMENT_NAME": project(config.values),
@@ -2366,11 +2366,11 @@ def project(values: dict) -> str:
     return str(values.get("swanlab_project") or values.get("project") or "qwen3-ft")
 
 
-def show_plan(job: Job, run_dir: Path, env: dict[str, str]) -> None:
+def show_plan(job: Preflight, run_dir: Path, env: dict[str, str]) -> None:
     """Print the plan, one screen."""
     tracking = setup_experiment_tracking(job.config, run_dir, env)
     trackers = [str(tracking)] * bool(tracking) + [
-        name for name in reporters(job.config.values) if name != "swanlab"
+        name for name in tracking_backends(job.config.values) if name != "swanlab"
     ]
     lines = [
         *plan_lines(job.plan, job.model),
@@ -2389,7 +2389,7 @@ def setup_experiment_tracking(
     The mode is SWANLAB_MODE, else `swanlab_mode`, else online where a key is found and local where not.
     """
     values = config.values
-    if "swanlab" not in reporters(values):
+    if "swanlab" not in tracking_backends(values):
         return None
     key = find_swanlab_key(config, env)
     if env.get("SWANLAB_MODE"):
@@ -2551,9 +2551,9 @@ def suggest_split(plan: Plan) -> str:
     return ""
 
 
-def launch(job: Job, env: dict[str, str], verbose: bool) -> int:
+def launch(job: Preflight, env: dict[str, str], verbose: bool) -> int:
     """Start the run, watch it to its end and give the account; returns the exit code."""
-    run_dir, first = take_run_dir(job, env), node_rank(env) == 0
+    run_dir, first = new_or_resumed_run_dir(job, env), node_rank(env) == 0
     nothing, log = contextlib.nullcontext(), run_dir / "logs" / "rank0.log"
     with lock_run(run_dir) if first else nothing, follow(log) if verbose else nothing:
         command, worker_env = write_run_files(job, run_dir, env)
@@ -2562,14 +2562,14 @@ def launch(job: Job, env: dict[str, str], verbose: bool) -> int:
             command, worker_env, run_dir, job.config.values.get("max_restarts", 3), first
         )
     if first:
-        give_account(run_dir, job.config, sys.stdout)
+        print_summary(run_dir, job.config, sys.stdout)
     return code
 
 
-def take_run_dir(job: Job, env: dict[str, str]) -> Path:
+def new_or_resumed_run_dir(job: Preflight, env: dict[str, str]) -> Path:
     """The run directory: the old one of a run that goes on, else a new one, which the first machine creates."""
     return job.run_dir or (
-        create_run_dir(job.config) if node_rank(env) == 0 else await_run_dir(job.config)
+        create_run_dir(job.config) if node_rank(env) == 0 else wait_for_run_dir(job.config)
     )
 
 
@@ -2596,7 +2596,7 @@ def create_run_dir(config: Config) -> Path:
             ) from None
 
 
-def await_run_dir(config: Config) -> Path:
+def wait_for_run_dir(config: Config) -> Path:
     """On a machine that is not the first: wait for the run directory that the first one creates."""
     run_dir = Path(config.values["output_dir"]) / run_name(config, time.time())
     for waited in wait_for(f"the machine with NODE_RANK=0 to create {run_dir}"):
@@ -2639,7 +2639,7 @@ def follow(log: Path) -> Iterator[None]:
 
 
 def write_run_files(
-    job: Job, run_dir: Path, env: dict[str, str]
+    job: Preflight, run_dir: Path, env: dict[str, str]
 ) -> tuple[list[str], dict[str, str]]:
     """Write config.yaml and plan.json (the first machine does) and show the plan; returns torchrun's command and
     the workers' environment."""
@@ -2647,8 +2647,8 @@ def write_run_files(
     if node_rank(env) == 0:
         (run_dir / "STOP").unlink(missing_ok=True)  # an old one; from here on it is ours
         try:
-            write_whole(run_dir / "plan.json", json.dumps(data, indent=1) + "\n")
-            write_whole(run_dir / "config.yaml", launchable_config(job.config, job.plan.devices))
+            write_atomically(run_dir / "plan.json", json.dumps(data, indent=1) + "\n")
+            write_atomically(run_dir / "config.yaml", launchable_config(job.config, job.plan.devices))
         except OSError as error:
             raise LaunchError(
                 f"{error.filename}: cannot be written: {error.strerror.lower()}"
@@ -2657,7 +2657,7 @@ def write_run_files(
     return command, worker_env
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Write a text file wholly or, where that fails, leave the old one as it was."""
     draft = path.with_name(f"{path.name}.draft")
     draft.write_text(text, encoding="utf-8")
@@ -2710,14 +2710,14 @@ def supervise(
     for start in range(max_restarts + 1):
         begun, before = time.time(), checkpoint_step(newest_checkpoint(run_dir))
         if first:
-            make_ready(run_dir)
+            roll_back_to_checkpoint(run_dir)
         said = log.stat().st_size if log.exists() else 0
         status = run_torchrun(command, env, log, stop)
         if status == 0:
             return stop_code(run_dir) if read_summary(run_dir).get("state") == "stopped" else 0
         if status is None:
             if first:
-                record_end(run_dir, "stopped", float(env[STARTED_VARIABLE]))
+                write_failed_summary(run_dir, "stopped", float(env[STARTED_VARIABLE]))
             return stop_code(run_dir)
         good = newest_checkpoint(run_dir)
         stop.heed()
@@ -2726,7 +2726,7 @@ def supervise(
         hopeless = disk_is_full(run_dir) or stop.asked()
         if checkpoint_step(good) <= before or start == max_restarts or hopeless:
             if first:
-                record_end(run_dir, "failed", float(env[STARTED_VARIABLE]))
+                write_failed_summary(run_dir, "failed", float(env[STARTED_VARIABLE]))
             return 1
         say(f"restart {start + 1} of at most {max_restarts}: resuming from {good.name}")
     return 1
@@ -2802,21 +2802,21 @@ def parent_of(pid: int) -> int:
     return 0
 
 
-def make_ready(run_dir: Path) -> None:
+def roll_back_to_checkpoint(run_dir: Path) -> None:
     """Before a start: nothing torn in the way, no log line beyond the checkpoint, no old account."""
-    for line in set_aside_torn(run_dir):
+    for line in quarantine_incomplete_checkpoints(run_dir):
         say(line)
     rewind_log(run_dir, checkpoint_step(newest_checkpoint(run_dir)))
     for name in ("summary.json", "training_loss.png"):
         (run_dir / name).unlink(missing_ok=True)
 
 
-def set_aside_torn(run_dir: Path) -> list[str]:
+def quarantine_incomplete_checkpoints(run_dir: Path) -> list[str]:
     """Rename every checkpoint that is newer than the newest good one, so that nobody resumes from it; a line each."""
     good, lines = checkpoint_step(newest_checkpoint(run_dir)), []
     for folder in list_checkpoints(run_dir):
         if checkpoint_step(folder) > good:
-            fault, aside = checkpoint_fault(folder), free_name(run_dir / f"torn-{folder.name}")
+            fault, aside = checkpoint_problem(folder), free_name(run_dir / f"torn-{folder.name}")
             folder.rename(aside)
             lines.append(f"{folder.name} is not resumed from: {fault}; moved to {aside.name}")
     return lines
@@ -2835,7 +2835,7 @@ def rewind_log(run_dir: Path, step: int) -> None:
         kept = [
             json.dumps(line) + "\n" for line in read_log(run_dir) if line["current_steps"] <= step
         ]
-        write_whole(path, "".join(kept))
+        write_atomically(path, "".join(kept))
 
 
 def read_log(run_dir: Path) -> list[dict]:
@@ -2863,18 +2863,18 @@ def run_torchrun(
             start_new_session=True,
             preexec_fn=partial(before_torchrun, os.getpid()),
         )
-    if not await_workers(env, stop):
+    if not wait_for_ranks(env, stop):
         return None
-    neighbours = Neighbours(stop.run_dir, env)
+    heartbeat = NodeHeartbeat(stop.run_dir, env)
     while stop.process.poll() is None:
         stop.heed()
-        if lost := neighbours.lost():
+        if lost := heartbeat.lost():
             say(
-                f"machine {', '.join(lost)} has not been heard of for {neighbours.BEAT * neighbours.MISSED} s"
+                f"machine {', '.join(lost)} has not been heard of for {heartbeat.BEAT * heartbeat.MISSED} s"
             )
             stop.kill()
         time.sleep(0.2)
-    neighbours.leave()
+    heartbeat.exit_now()
     return stop.process.returncode
 
 
@@ -2885,7 +2885,7 @@ def before_torchrun(parent: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def await_workers(env: dict[str, str], stop: StopRequest) -> bool:
+def wait_for_ranks(env: dict[str, str], stop: StopRequest) -> bool:
     """Wait until torchrun has workers, which takes as long as another machine does not come, or has ended.
 
     False: the run was asked to stop before, and torchrun is gone.
@@ -2903,7 +2903,7 @@ def await_workers(env: dict[str, str], stop: StopRequest) -> bool:
     return True
 
 
-class Neighbours:
+class NodeHeartbeat:
     """Notices a machine that is lost without a word: ranks would wait for it as long as ddp_timeout.
 
     While its torchrun runs each launcher touches a file of its own in logs/ every BEAT seconds. Another machine is
@@ -2935,7 +2935,7 @@ class Neighbours:
             if count >= self.MISSED
         ]
 
-    def leave(self) -> None:
+    def exit_now(self) -> None:
         """Torchrun has ended: the others need not wait for a sign of life."""
         with contextlib.suppress(OSError):
             self.own.unlink()
@@ -2948,7 +2948,7 @@ def stop_code(run_dir: Path) -> int:
     return 128 + signal.SIGTERM  # a STOP file made by hand
 
 
-def record_end(run_dir: Path, state: str, started: float) -> None:
+def write_failed_summary(run_dir: Path, state: str, started: float) -> None:
     """Leave the account and the curve where no rank could; on a full disk there is no room for them."""
     with contextlib.suppress(OSError):
         draw_curve_apart(run_dir)
@@ -2971,13 +2971,13 @@ def logged_losses(run_dir: Path) -> list[float]:
 
 def write_summary(run_dir: Path, summary: dict) -> None:
     """Write summary.json."""
-    write_whole(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_atomically(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
 
 
 def summarize(run_dir: Path, state: str, started: float, **more: object) -> dict:
     """How the run ended, in numbers read from its own log; `started` is in seconds since 1970."""
     last, losses = (read_log(run_dir) or [{}])[-1], logged_losses(run_dir)
-    good = [path for path in list_checkpoints(run_dir) if not checkpoint_fault(path)]
+    good = [path for path in list_checkpoints(run_dir) if not checkpoint_problem(path)]
     return {
         "state": state,
         "model": str(run_dir) if state == "finished" else None,
@@ -2990,14 +2990,14 @@ def summarize(run_dir: Path, state: str, started: float, **more: object) -> dict
         "curve": str(run_dir / "training_loss.png")
         if (run_dir / "training_loss.png").exists()
         else None,
-        "dashboard": recall(run_dir / "logs").get("dashboard"),
+        "dashboard": read_swanlab_state(run_dir / "logs").get("dashboard"),
         **more,
     }
 
 
-def recall(logs: Path) -> dict:
+def read_swanlab_state(logs: Path) -> dict:
     """What is known of a run's SwanLab record: id, starts, dashboard; {} where it has none."""
-    return read_whole(logs / "swanlab.json")
+    return read_json_or_empty(logs / "swanlab.json")
 
 
 CAUSES = (
@@ -3076,7 +3076,7 @@ def read_from(path: Path, position: int) -> str:
         return file.read().decode("utf-8", errors="replace")
 
 
-def give_account(run_dir: Path, config: Config, console: TextIO) -> None:
+def print_summary(run_dir: Path, config: Config, console: TextIO) -> None:
     """Print the final account, from summary.json."""
     summary = read_summary(run_dir) or summarize(run_dir, "failed", time.time())
     rate, peak, state, resume = (
@@ -3160,17 +3160,17 @@ def chat_command(run_dir: Path, values: dict) -> str:
 # ====================================================================================================
 
 
-def run_worker(options: argparse.Namespace, env: dict[str, str]) -> int:
+def run_rank(options: argparse.Namespace, env: dict[str, str]) -> int:
     """Train as one rank: everything it prints goes to logs/rank<R>.log, rank 0 speaks on the console."""
     agent, rank = os.getppid(), env["RANK"]
     os.environ.setdefault(STARTED_VARIABLE, str(time.time()))
     die_with_parent(agent)
     if LAUNCHER_VARIABLE in env and parent_of(agent) != int(env[LAUNCHER_VARIABLE]):
-        leave(1)  # torchrun died before this process could ask to die with it
-    os.register_at_fork(after_in_child=settle_child)
+        exit_now(1)  # torchrun died before this process could ask to die with it
+    os.register_at_fork(after_in_child=init_forked_child)
     run_dir, config = join_run(options, env)
     # Our torchrun's SIGTERM means that another rank died; a torchrun of the user's passes on what it was sent.
-    heed_sigterm(
+    exit_on_sigterm_of(
         agent if LAUNCHER_VARIABLE in env else 0, partial(request_stop, run_dir, signal.SIGTERM)
     )
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -3178,12 +3178,12 @@ def run_worker(options: argparse.Namespace, env: dict[str, str]) -> int:
     try:
         train(config, run_dir, console, env)
     except BaseException:
-        record_error(run_dir, rank, traceback.format_exc(), console)
-        leave(1)
-    leave(0)
+        write_rank_error(run_dir, rank, traceback.format_exc(), console)
+        exit_now(1)
+    exit_now(0)
 
 
-def leave(code: int) -> None:
+def exit_now(code: int) -> None:
     """End this process now: no thread or hook of a library may keep a finished rank."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
@@ -3191,15 +3191,15 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-def settle_child() -> None:
+def init_forked_child() -> None:
     """In a process that a worker forks, to tokenize or to load data: die with it, and end at its SIGTERM only, since
     a scheduler's SIGTERM to everybody must cost neither the checkpoint nor a pool that the worker waits for."""
     parent = os.getppid()
     die_with_parent(parent)
-    heed_sigterm(parent, lambda: None)
+    exit_on_sigterm_of(parent, lambda: None)
 
 
-def heed_sigterm(boss: int, otherwise: Callable[[], None]) -> None:
+def exit_on_sigterm_of(boss: int, otherwise: Callable[[], None]) -> None:
     """End this process at the `boss` process's SIGTERM, and do `otherwise` at anybody else's.
 
     A thread waits for it, since a rank inside a collective runs no Python signal handler.
@@ -3251,7 +3251,7 @@ def agree_on_run(options: argparse.Namespace, env: dict[str, str]) -> Path:
             raise
     answer = store.get("answer").decode()  # the run directory, or the exit code of all ranks
     if answer.isdecimal():
-        leave(int(answer))
+        exit_now(int(answer))
     run_dir = Path(answer)
     os.environ.update(build_worker_environment(devices, run_dir, config, dict(os.environ)))
     return run_dir
@@ -3259,14 +3259,14 @@ def agree_on_run(options: argparse.Namespace, env: dict[str, str]) -> Path:
 
 def open_run(options: argparse.Namespace, env: dict[str, str]) -> Path | None:
     """The run directory, ready and held by this process until it ends; None where there is nothing to train."""
-    job = get_ready(options, env)
+    job = preflight_or_stop(options, env)
     if not job:
         return None
-    run_dir = take_run_dir(job, env)
+    run_dir = new_or_resumed_run_dir(job, env)
     with lock_run(run_dir) as lock:
         os.dup(lock.fileno())  # holds the lock until this process ends
     write_run_files(job, run_dir, env)
-    make_ready(run_dir)
+    roll_back_to_checkpoint(run_dir)
     return run_dir
 
 
@@ -3304,11 +3304,11 @@ def train(config: Config, run_dir: Path, console: TextIO, env: dict[str, str]) -
         state = "stopped"
     reporter.close()
     if records:
-        end_record(config, run_dir, state, reporter)
+        close_trackers(config, run_dir, state, reporter)
     if (
         speaks and RUN_DIR_VARIABLE not in env
     ):  # a torchrun of the user's: no launcher will give the account
-        give_account(run_dir, config, console)
+        print_summary(run_dir, config, console)
 
 
 def import_trainer(config: Config) -> Callable:
@@ -3519,7 +3519,7 @@ class Tracker:
             answer.get("trouble", "its process ended"),
         )
         if self.place:
-            remember(self.logs, dashboard=answer["dashboard"])
+            update_swanlab_state(self.logs, dashboard=answer["dashboard"])
             if note:
                 self.warn(note + self.later() * (mode != self.mode))
         while self.place and process.poll() is None and not self.finished.wait(1):
@@ -3560,18 +3560,18 @@ def next_segment(run_dir: Path, tracking: Tracking) -> dict:
 
     Elsewhere each start is a record of its own, so its name tells which resume it is.
     """
-    known = recall(run_dir / "logs")
+    known = read_swanlab_state(run_dir / "logs")
     starts = known.get("starts", 0)
     name = known.get("id") or f"{re.sub(r'[^a-zA-Z0-9]', '-', run_dir.name)}-{os.urandom(4).hex()}"
-    remember(run_dir / "logs", id=name, starts=starts + 1)
+    update_swanlab_state(run_dir / "logs", id=name, starts=starts + 1)
     again = f" (resume {starts})" if starts and tracking.mode != "online" else ""
     return {"id": name, "name": tracking.init["name"] + again}
 
 
-def remember(logs: Path, **more: object) -> None:
+def update_swanlab_state(logs: Path, **more: object) -> None:
     """Add to what is known of the run's SwanLab record."""
     with contextlib.suppress(OSError):  # a full disk
-        write_whole(logs / "swanlab.json", json.dumps({**recall(logs), **more}))
+        write_atomically(logs / "swanlab.json", json.dumps({**read_swanlab_state(logs), **more}))
 
 
 def open_tracker(
@@ -3726,7 +3726,7 @@ def build_training_args(config: Config, run_dir: Path) -> dict:
         "deepspeed"
     ):  # with use_cpu transformers would not initialize DeepSpeed; no GPU is visible anyway
         args.pop("use_cpu", None)
-    args["report_to"] = [name for name in reporters(config.values) if name != "swanlab"] or ["none"]
+    args["report_to"] = [name for name in tracking_backends(config.values) if name != "swanlab"] or ["none"]
     args.setdefault("disable_tqdm", True)  # the console has a bar of ours; the logs need none
     # For tokens per second; neat_packing's attention mask is no count of tokens.
     args.setdefault(
@@ -3746,7 +3746,7 @@ def build_training_args(config: Config, run_dir: Path) -> dict:
         args["resume_from_checkpoint"] = str(checkpoint)
         total = (
             read_plan(run_dir).get("total_steps")
-            or read_whole(checkpoint / "trainer_state.json")["max_steps"]
+            or read_json_or_empty(checkpoint / "trainer_state.json")["max_steps"]
         )
         if checkpoint_step(checkpoint) >= total and not args.get("streaming"):
             # The last checkpoint was written, the model was not. The trainer would train a step more.
@@ -3762,13 +3762,13 @@ def as_callback(hooks: object) -> object:
     return hooks
 
 
-def end_record(config: Config, run_dir: Path, state: str, reporter: Reporter) -> None:
+def close_trackers(config: Config, run_dir: Path, state: str, reporter: Reporter) -> None:
     """On rank 0, after training: end SwanLab's record, draw what LLaMA-Factory has not drawn, write summary.json."""
     if reporter.tracker:
         reporter.tracker.finish(
             *(("success", None) if state == "finished" else ("aborted", "stopped by the user"))
         )
-    if "wandb" in reporters(config.values):
+    if "wandb" in tracking_backends(config.values):
         finish_wandb()
     if state == "stopped" and config.values.get("plot_loss") and logged_losses(run_dir):
         draw_curve(run_dir)
@@ -3824,7 +3824,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def record_error(run_dir: Path, rank: str, text: str, console: TextIO) -> None:
+def write_rank_error(run_dir: Path, rank: str, text: str, console: TextIO) -> None:
     """Leave a rank's traceback in its log and, for the launcher, in rank<R>.error; on a full disk on the console."""
     say(text, sys.stderr)
     path = run_dir / "logs" / f"rank{rank}.error"
@@ -4083,7 +4083,7 @@ def format_bytes(count: float) -> str:
     return f"{count:.2f} TiB"
 
 
-def reporters(values: dict) -> list[str]:
+def tracking_backends(values: dict) -> list[str]:
     """The backends of `report_to` as a list; none is []. `use_swanlab` is LLaMA-Factory's older spelling."""
     names = [name for name in name_list(values.get("report_to")) if name != "none"]
     if "all" in names:
@@ -4091,7 +4091,7 @@ def reporters(values: dict) -> list[str]:
     return names + ["swanlab"] * (values.get("use_swanlab") is True and "swanlab" not in names)
 
 
-def read_whole(path: Path) -> dict:
+def read_json_or_empty(path: Path) -> dict:
     """A JSON object of ours; {} where the file is missing or broken."""
     with contextlib.suppress(OSError, ValueError):
         return json.loads(path.read_text(encoding="utf-8"))
@@ -4100,7 +4100,7 @@ def read_whole(path: Path) -> dict:
 
 def read_plan(run_dir: Path) -> dict:
     """plan.json, the plan with which the run was started last; {} where it is gone."""
-    return read_whole(run_dir / "plan.json")
+    return read_json_or_empty(run_dir / "plan.json")
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -4118,7 +4118,7 @@ def checkpoint_step(folder: Path | None) -> int:
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
     """The newest checkpoint that can be trusted; None: there is none."""
-    return next((path for path in list_checkpoints(run_dir) if not checkpoint_fault(path)), None)
+    return next((path for path in list_checkpoints(run_dir) if not checkpoint_problem(path)), None)
 
 
 def die_with_parent(parent: int) -> None:

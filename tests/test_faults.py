@@ -31,12 +31,12 @@ from fault_helpers import (
 
 from train_qwen3_ft import (
     MANIFEST,
-    checkpoint_fault,
+    checkpoint_problem,
     clear_stale_locks,
     commit_checkpoint,
     lock_run,
     newest_checkpoint,
-    set_aside_torn,
+    quarantine_incomplete_checkpoints,
 )
 
 STEPS = 20
@@ -152,7 +152,7 @@ def test_any_torn_file_of_the_newest_checkpoint_makes_the_older_one_count(refere
         tear(run_dir / "checkpoint-20" / name, how)
         if newest_checkpoint(run_dir) != run_dir / "checkpoint-18":
             trusted.append(name)
-        lines = set_aside_torn(run_dir)
+        lines = quarantine_incomplete_checkpoints(run_dir)
         assert len(lines) == 1 and lines[0].startswith("checkpoint-20 is not resumed from: "), name
         assert sorted(path.name for path in run_dir.iterdir()) == ["checkpoint-18", "torn-checkpoint-20"], name
     assert trusted == []
@@ -168,14 +168,14 @@ def test_a_file_system_without_locks_and_folder_syncs_holds_runs_and_checkpoints
     shutil.copytree(reference / "checkpoint-20", tmp_path / "checkpoint-20")
     lock_run(tmp_path).close()
     commit_checkpoint(tmp_path / "checkpoint-20", 2, True)
-    assert checkpoint_fault(tmp_path / "checkpoint-20") == ""
+    assert checkpoint_problem(tmp_path / "checkpoint-20") == ""
 
 
 def test_moving_aside_never_overwrites_what_was_moved_aside_before(reference: Path, tmp_path: Path):
     for _ in range(2):
         shutil.copytree(reference / "checkpoint-20", tmp_path / "checkpoint-20")
         (tmp_path / "checkpoint-20" / MANIFEST).unlink()
-        set_aside_torn(tmp_path)
+        quarantine_incomplete_checkpoints(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["torn-checkpoint-20", "torn-checkpoint-20.1"]
 
 
@@ -401,7 +401,7 @@ def stop(alive: Run, step: int, kind: str) -> SimpleNamespace:
     return SimpleNamespace(
         status=status, wanted=code, console=alive.console, left=alive.left_after(10), step=alive.last_step(), kept=kept,
         loaders=loaders, committed=committed(alive.run_dir), model=(alive.run_dir / "model.safetensors").exists(),
-        faults=[fault for path in alive.run_dir.glob("checkpoint-*") if (fault := checkpoint_fault(path))])
+        faults=[fault for path in alive.run_dir.glob("checkpoint-*") if (fault := checkpoint_problem(path))])
 
 
 @pytest.fixture(scope="module")
@@ -635,7 +635,7 @@ def full_disk(scratch: Path) -> Iterator[SimpleNamespace]:
         pytest.skip("a small file system cannot be mounted here (it needs root)")
     try:
         full = run(folder, write_config(folder, save_total_limit=4), "--force")
-        kept = [path.name for path in full.run_dir.glob("checkpoint-*") if not checkpoint_fault(path)]
+        kept = [path.name for path in full.run_dir.glob("checkpoint-*") if not checkpoint_problem(path)]
         described = [(full.run_dir / name).read_bytes() for name in ("config.yaml", "plan.json")]
         still_full = run(folder, "--resume", full.run_dir, "--force", "logging_steps=1")
         after = [(full.run_dir / name).read_bytes() for name in ("config.yaml", "plan.json")]
