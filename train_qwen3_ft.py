@@ -51,6 +51,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import copy
 import csv
 import difflib
 import errno
@@ -78,6 +79,7 @@ from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TextIO
 
 try:
@@ -119,6 +121,7 @@ DEFAULTS = {
     "save_strategy": "steps",
     "save_steps": 500,
     "eval_strategy": "no",
+    "enable_thinking": True,
     "output_dir": ".",
 }
 
@@ -176,24 +179,27 @@ class Values(dict):
 
 @dataclass(frozen=True)
 class Config:
-    """A resolved configuration: absolute paths, no secrets in `values`, and where each key was
-    given.
+    """A resolved configuration: absolute paths, and no secrets in `values`.
 
+    `lines` are the lines of the keys in the file, `overridden` the keys of the command line;
     `refused` are keys whose value was wrong: they are not in `values` any more.
     """
 
     source: str
-    values: dict
+    values: Values
     lines: dict[str, int] = field(default_factory=dict)
     secrets: dict[str, str] = field(default_factory=dict)
+    overridden: frozenset[str] = frozenset()
     refused: frozenset[str] = frozenset()
+
+    def __post_init__(self):
+        object.__setattr__(self, "values", Values(self.values))
 
     def place(self, key: str) -> str:
         """Where `key` was given: `file.yaml:12` or `command line`; the file where it was not."""
-        if key in self.lines:
-            return f"{self.source}:{self.lines[key]}"
-        given = key in self.values or key in self.secrets or key in self.refused
-        return "command line" if given else self.source
+        if key in self.overridden:
+            return "command line"
+        return f"{self.source}:{self.lines[key]}" if key in self.lines else self.source
 
     def where(self, key: str) -> str:
         """The place where to fix `key`, for a message: `file.yaml:12: key`."""
@@ -435,7 +441,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def split_words(options: argparse.Namespace) -> None:
     """Set `config` and `overrides` from the words of the command line."""
     words = options.words
-    if options.resume and (OVERRIDE.match(options.resume) or Path(options.resume).is_file()):
+    if options.resume and (OVERRIDE.match(options.resume) or os.path.isfile(options.resume)):
         words = [options.resume, *words]  # --resume CONFIG.yaml key=value: no RUN_DIR was given
         options.resume = ""
     options.overrides = dict(word.split("=", 1) for word in words if OVERRIDE.match(word))
@@ -465,18 +471,15 @@ def preflight_or_stop(options: argparse.Namespace, env: dict[str, str]) -> Prefl
 
     Raises LaunchError with all problems that --force does not start anyway.
     """
-    run = find_run(options)
-    if (
-        run
-        and run.is_finished()
-        and not {"max_steps", "num_train_epochs"} & set(options.overrides)
-    ):
-        say(
-            f"{run.path}: this run is finished, there is nothing to resume; to train its model "
-            f"further: python {SCRIPT.name} model_name_or_path={run.path}"
-        )
-        return None
     try:
+        run = find_run(options)
+        longer = {"max_steps", "num_train_epochs"} & options.overrides.keys()
+        if run and run.is_finished() and not longer:
+            say(
+                f"{run.path}: this run is finished, there is nothing to resume; to train its "
+                f"model further: python {SCRIPT.name} model_name_or_path={run.path}"
+            )
+            return None
         found = preflight(options, env, run)
     except OSError as error:
         raise LaunchError(describe_os_error(error)) from None
@@ -495,7 +498,7 @@ def preflight(options: argparse.Namespace, env: dict[str, str], run: Run | None)
     """
     config = load_config(run.config_file if run else options.config, options.overrides)
     if run:
-        config = config.update(output_dir=str(run.path.parent), run_name=run.path.name)
+        config = resumed_config(config, run)
     problems = Problems()
     config = check_keys(config, known_fields(), problems)
     before_devices = len(problems)
@@ -513,6 +516,7 @@ def preflight(options: argparse.Namespace, env: dict[str, str], run: Run | None)
     inspect_data(config, "eval_dataset", problems)
     plan = make_plan(config, devices, gpus, zero, model, rows, ranks)
     check_rules(config, plan, problems)
+    check_access(config, problems)
     check_output(config, problems)
     if has_devices:
         check_plan(plan, config, run, problems)
@@ -521,6 +525,18 @@ def preflight(options: argparse.Namespace, env: dict[str, str], run: Run | None)
     else:
         problems.attempt(run_name, config, time.time())
     return Preflight(config, plan, problems, run)
+
+
+def resumed_config(config: Config, run: Run) -> Config:
+    """The configuration to resume with: the samples per step stay the same on any number of
+    GPUs.
+    """
+    config = config.update(output_dir=str(run.path.parent), run_name=run.path.name)
+    batch = run.read("plan.json").get("global_batch_size")
+    if batch and not {"global_batch_size", ACCUMULATION} & config.overridden:
+        config = replace(config, values=without(config.values, ACCUMULATION))
+        config = config.update(global_batch_size=batch)
+    return config
 
 
 # --- configuration ------------------------------------------------------------------------------
@@ -564,10 +580,10 @@ def load_config(path: Path, overrides: dict[str, str]) -> Config:
             raise LaunchError(f"{path}:{line}: {key!r}: expected a key that is a word")
     for key, text in overrides.items():
         values[key] = parse_yaml(text, f"command line: {key}", key)[0]
-        lines.pop(key, None)
     values = {key: value for key, value in values.items() if value is not None}
     secrets = {key: str(values.pop(key)) for key in list(values) if SECRET_KEY.search(key)}
-    return Config(str(path), resolve_paths(values, Path.cwd()), lines, secrets)
+    values = resolve_paths(values, Path.cwd())
+    return Config(str(path), values, lines, secrets, frozenset(overrides))
 
 
 def read_text(path: Path) -> str:
@@ -586,19 +602,6 @@ def read_text(path: Path) -> str:
         raise LaunchError(
             f"{path}: {error.strerror.lower()}: expected a YAML file{hint}"
         ) from None
-
-
-def read_json(path: Path, hint: str = "copy it again") -> dict:
-    """A JSON object. Raises LaunchError that names the file and what is wrong with it."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise LaunchError(f"{path}: {error.strerror.lower()}; {hint}") from None
-    except ValueError as error:
-        raise LaunchError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise LaunchError(f"{path}: expected a JSON object; {hint}")
-    return content
 
 
 class ConfigDumper(yaml.SafeDumper):
@@ -708,7 +711,7 @@ def resolve_paths(values: dict, cwd: Path) -> dict:
         path = cwd / text
         if key not in OUTPUT_PATHS:
             path = find_input(text, cwd) or path
-        if key not in MODEL_PATHS or path.exists():
+        if key not in MODEL_PATHS or os.path.exists(path):
             resolved[key] = str(path)
         else:
             resolved[key] = text
@@ -717,7 +720,13 @@ def resolve_paths(values: dict, cwd: Path) -> dict:
 
 def find_input(text: str, cwd: Path) -> Path | None:
     """Where an input is: under the working directory, else beside the script; None: nowhere."""
-    return next((base / text for base in (cwd, SCRIPT.parent) if (base / text).exists()), None)
+    places = (base / text for base in (cwd, SCRIPT.parent))
+    return next((path for path in places if os.path.exists(path)), None)
+
+
+def without(values: dict, *keys: str) -> dict:
+    """A copy of a dict without some keys."""
+    return {key: value for key, value in values.items() if key not in keys}
 
 
 # --- keys ---------------------------------------------------------------------------------------
@@ -956,7 +965,7 @@ def inspect_devices(
     config: Config, env: dict[str, str], problems: Problems
 ) -> tuple[Devices, list[Gpu]]:
     """The devices to train on, and what NVML knows of them; their problems are gathered."""
-    on_cpu = config.values.get("use_cpu") is True
+    on_cpu = config.values.use_cpu is True
     gpus, note = ([], "") if on_cpu else query_gpus()
     devices = problems.attempt(resolve_devices, config, env, gpus)
     if devices is None:
@@ -1027,7 +1036,7 @@ def resolve_devices(config: Config, env: dict[str, str], gpus: list[Gpu] | None)
 
     Pure: `gpus` is what NVML found (None: unknown). Raises LaunchError.
     """
-    if config.values.get("use_cpu") is True:
+    if config.values.use_cpu is True:
         return Devices((), "use_cpu: true", read_count(env, "NPROC_PER_NODE", 1))
     where, asked = config.where("cuda_visible_devices"), None
     if "cuda_visible_devices" in config.values:
@@ -1098,6 +1107,9 @@ def read_count(env: dict[str, str], name: str, default: int) -> int:
     return int(text)
 
 
+SHARED_MEMORY = 256 << 20  # bytes; containers get 64 MiB where nobody asks for more
+
+
 def check_devices(
     devices: Devices, gpus: list[Gpu] | None, note: str, problems: Problems
 ) -> None:
@@ -1113,6 +1125,12 @@ def check_devices(
         problems.add(f"{where}: no GPU to train on: {note or 'NVML finds none'}; {hint}{demo}")
     if len(devices.ids) > 1 and any(device.startswith("MIG-") for device in devices.ids):
         problems.add(f"{where}: CUDA shows a process one MIG instance only; name one")
+    if len(devices.ids) > 1 and shutil.disk_usage("/dev/shm").total < SHARED_MEMORY:
+        problems.add(
+            "/dev/shm: too small for NCCL and data loading on several GPUs; start the container "
+            "with --shm-size=16g or --ipc=host",
+            can_force=True,
+        )
     if gpus is None:
         return
     found = []
@@ -1133,6 +1151,8 @@ def check_devices(
         problems.add(f"{where}: GPU {','.join(missing)} does not exist; this node has {there}")
 
 
+# The oldest driver for each major version of CUDA (NVIDIA's minor version compatibility).
+OLDEST_DRIVERS = {"13": "580", "12": "525"}
 # What keys need of a GPU. torch emulates bf16 on older ones, slowly, so that can be forced.
 KEY_CAPABILITY = {
     "flash_attn": ("fa2", (8, 0), "use sdpa"),
@@ -1150,17 +1170,17 @@ def check_cuda(config: Config, devices: Devices, gpus: list[Gpu], problems: Prob
             "pip install -r requirements.txt"
         )
     driver = max((gpu.driver_cuda or 0 for gpu in gpus), default=0)
-    if built and driver and driver // 1000 < int(built.split(".")[0]):
+    major = (built or "0").split(".")[0]
+    if driver and driver // 1000 < int(major):
         problems.add(
-            f"{where}: the NVIDIA driver supports CUDA {driver // 1000}.{driver % 1000 // 10}, but "
-            f"torch was built for CUDA {built} and would see no GPU; update the driver, or "
-            "install a "
-            "torch for the older CUDA"
+            f"{where}: the NVIDIA driver supports CUDA {driver // 1000}.{driver % 1000 // 10}, "
+            f"but torch was built for CUDA {built} and would see no GPU; install driver "
+            f"{OLDEST_DRIVERS.get(major, 'for it')} or newer, or a torch for the older CUDA"
         )
     for gpu in gpus:
         has = tuple(gpu.capability or (99, 0))
         shown = f"GPU {gpu.index} ({gpu.name}) has compute capability {has[0]}.{has[1]}"
-        if built and built.startswith("13.") and has < (7, 5):
+        if major == "13" and has < (7, 5):
             problems.add(f"{where}: {shown}, torch for CUDA {built} needs 7.5; use other GPUs")
         for key, (value, least, advice) in KEY_CAPABILITY.items():
             if config.values.get(key) == value and has < least:
@@ -1287,8 +1307,8 @@ def check_packages(config: Config, zero: Zero, env: dict[str, str], problems: Pr
         problems.attempt(check_version, name)
     check_keyed_packages(config, env, problems)
     check_backends(config, env, problems)
-    if zero.used and (config.values.get("use_cpu") or zero.offload_optimizer):
-        check_compilers(env, not config.values.get("use_cpu"), problems)
+    if zero.used and (config.values.use_cpu or zero.offload_optimizer):
+        check_compilers(env, not config.values.use_cpu, problems)
 
 
 def check_version(name: str) -> None:
@@ -1331,7 +1351,9 @@ def check_keyed_packages(config: Config, env: dict[str, str], problems: Problems
             )
     for hub in ("modelscope", "openmind"):
         variable = f"USE_{hub.upper()}_HUB"
-        if env.get(variable, "0").lower() in ("true", "y", "1") and find_spec(hub) is None:
+        is_on = env.get(variable, "0").lower() in ("true", "y", "1")
+        is_local = os.path.isdir(values.model_name_or_path or "")
+        if is_on and not is_local and find_spec(hub) is None:
             problems.add(f"environment variable {variable}: needs a package; pip install {hub}")
 
 
@@ -1470,7 +1492,7 @@ def read_model(values: Values) -> Model:
     size = f"{format_bytes(2 * parameters)} to " if parameters else "to "
     label = f"{name} (not in the local cache: {size}download)"
     if snapshot:
-        label = f"{name} (not all in the local cache: the rest is downloaded)"
+        label = f"{name} (not in the local cache, the rest is downloaded)"
     return Model(label, parameters, shape or {}, 2 * (parameters or 0))
 
 
@@ -1604,8 +1626,9 @@ def read_deepspeed(values: dict) -> Zero:
         'expected {"zero_optimization": {"stage": 0 to 3, ...}, ...} as in '
         "configs/deepspeed/ds_z3_config.json"
     )
-    name = "the mapping" if isinstance(given, dict) else given
-    content = given if isinstance(given, dict) else read_json(Path(given), hint)
+    name, content = "the mapping", given
+    if isinstance(given, str):
+        name, content = given, read_json(Path(given), hint)
     try:
         section = content["zero_optimization"]
         stage = (0, 1, 2, 3).index(section["stage"])
@@ -1617,6 +1640,19 @@ def read_deepspeed(values: dict) -> Zero:
     except (KeyError, TypeError, AttributeError, ValueError):
         raise LaunchError(f"{name}: {hint}") from None
     return Zero(stage, *moved, used=True, saves_weights=saves or stage < 3, settings=content)
+
+
+def read_json(path: Path, hint: str = "copy it again") -> dict:
+    """A JSON object. Raises LaunchError that names the file and what is wrong with it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LaunchError(f"{path}: {error.strerror.lower()}; {hint}") from None
+    except ValueError as error:
+        raise LaunchError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise LaunchError(f"{path}: expected a JSON object; {hint}")
+    return content
 
 
 # --- data ---------------------------------------------------------------------------------------
@@ -1638,7 +1674,7 @@ def inspect_data(config: Config, key: str, problems: Problems) -> list[int | Non
         path = problems.attempt(find_data, name, info, config.values, where=where)
         count = None
         if path:
-            limit = config.values.get("max_samples")
+            limit = config.values.max_samples
             count = problems.attempt(
                 count_data, path, info[name], limit, where=f"{where}: {name}"
             )
@@ -1818,8 +1854,8 @@ ROLES = {
     "sharegpt": {"messages": "conversations"},
 }
 OPTIONAL_ROLES = {
-    "alpaca": ("system", "tools", "history", "images", "videos", "audios"),
-    "sharegpt": ("images", "videos", "audios"),
+    "alpaca": ("system", "tools", "history", "images", "chosen", "rejected", "kto_tag"),
+    "sharegpt": ("images", "chosen", "rejected", "kto_tag"),
 }
 
 
@@ -1885,11 +1921,9 @@ def derive_accumulation(config: Config, ranks: int) -> Config:
 
     What the command line says wins over the file, also between these two. Raises LaunchError.
     """
-    wanted, given = (config.values.get(key) for key in ("global_batch_size", ACCUMULATION))
-    on_command_line = {key for key in config.values if key not in config.lines}
-    if wanted is None or (
-        ACCUMULATION in on_command_line and "global_batch_size" in config.lines
-    ):
+    wanted, given = config.values.global_batch_size, config.values.get(ACCUMULATION)
+    newer = config.overridden
+    if wanted is None or (ACCUMULATION in newer and "global_batch_size" not in newer):
         return replace(config, values=without(config.values, "global_batch_size"))
     micro = (DEFAULTS | config.values)["per_device_train_batch_size"]
     at_once, where = micro * ranks, config.where("global_batch_size")
@@ -1897,23 +1931,19 @@ def derive_accumulation(config: Config, ranks: int) -> Config:
     steps, rest = divmod(wanted, at_once)
     if rest:
         near = " and ".join(str(n * at_once) for n in (steps, steps + 1) if n)
+        fitting = [str(n) for n in range(1, 65) if wanted % (micro * n) == 0]
+        others = f"; or use {' or '.join(fitting)} processes" if fitting else ""
         raise LaunchError(
             f"{where}: {wanted} cannot be split into micro-batches of {arithmetic}; the "
-            "nearest that "
-            f"can: {near}"
+            f"nearest that can: {near}{others}"
         )
-    replaces = "global_batch_size" in on_command_line and ACCUMULATION in config.lines
+    replaces = "global_batch_size" in newer and ACCUMULATION not in newer
     if given not in (None, steps) and not replaces:
         raise LaunchError(
             f"{where}: {wanted} means gradient_accumulation_steps {steps} ({arithmetic}), but "
             f"{config.where(ACCUMULATION)} is {given}; remove one of the two"
         )
     return config.update(gradient_accumulation_steps=steps)
-
-
-def without(values: dict, *keys: str) -> dict:
-    """A copy of a dict without some keys."""
-    return {key: value for key, value in values.items() if key not in keys}
 
 
 def make_plan(
@@ -1930,8 +1960,7 @@ def make_plan(
     """
     values = Values(DEFAULTS | config.values)
     if devices.ids:
-        sizes = [gpu.total for gpu in gpus]
-        room = min(sizes) if sizes and None not in sizes else None
+        room = min((gpu.total for gpu in gpus if gpu.total), default=None)
     else:
         room = host_bytes() // max(devices.processes, 1)
     steps, free = plan_steps(rows, values, world_size), free_bytes(Path(values.output_dir))
@@ -1988,7 +2017,7 @@ def uncountable_reason(rows: list[int | None], values: Values) -> str:
     packs = values.stage == "pt" if values.packing is None else values.packing
     if packs or values.neat_packing:
         return "packing joins samples"
-    if values.tokenized_path and Path(values.tokenized_path).is_dir():
+    if values.tokenized_path and os.path.isdir(values.tokenized_path):
         return "tokenized_path holds the samples"
     if None in rows or not rows:
         return "the rows of the data are counted when it is loaded"
@@ -2104,9 +2133,21 @@ def host_bytes() -> int:
 
 def free_bytes(folder: Path) -> int:
     """Free disk for `folder`, which need not exist yet."""
-    while not folder.exists():
+    while not os.path.exists(folder):
         folder = folder.parent
     return shutil.disk_usage(folder).free
+
+
+def check_access(config: Config, problems: Problems) -> None:
+    """Paths that lead through a folder of another user."""
+    for key in (*INPUT_PATHS, *MODEL_PATHS, *OUTPUT_PATHS):
+        path = config.values.get(key)
+        try:
+            os.stat(path if isinstance(path, str) else "/")
+        except PermissionError:
+            problems.add(f"{config.where(key)}: {path}: permission denied; use a path of yours")
+        except OSError:
+            pass  # what must exist is checked with its subject
 
 
 def check_output(config: Config, problems: Problems) -> None:
@@ -2322,7 +2363,7 @@ def differing_settings(v: Values) -> str:
 def is_incomplete_data(folder: str | None) -> bool:
     """Whether a folder holds something, but no tokenized data that was written to its end."""
     files = []
-    if folder and Path(folder).is_dir():
+    if folder and os.path.isdir(folder):
         files = [path.name for path in Path(folder).rglob("*")]
     return bool(files) and "state.json" not in files
 
@@ -2377,7 +2418,7 @@ RULES = (
         "resume_from_checkpoint",
         lambda v: (
             isinstance(v.resume_from_checkpoint, str)
-            and not Path(v.resume_from_checkpoint).is_dir()
+            and not os.path.isdir(v.resume_from_checkpoint)
             and v.resume_from_checkpoint
         ),
         "{} does not exist; expected a checkpoint folder",
@@ -2397,8 +2438,14 @@ RULES = (
     keep_one("fp16", "bf16"),
     keep_one("pure_bf16", "bf16"),
     keep_one("pure_bf16", "fp16"),
+    *(
+        Rule(key, lambda v, key=key: v[key] and v.use_cpu, "cannot be used on a CPU; use bf16")
+        for key in ("fp16", "pure_bf16")
+    ),
     Rule(
-        "fp16", lambda v: v.fp16 and v.use_cpu, "cannot be used on a CPU; use bf16, or neither"
+        "flash_attn",
+        lambda v: v.flash_attn == "fa3",
+        "LLaMA-Factory cannot switch fa3 on; use fa2 or auto",
     ),
     not_with_zero3("pure_bf16", "use bf16: true"),
     Rule(
@@ -2480,19 +2527,22 @@ RULES = (
     ),
     Rule(
         "deepspeed",
-        lambda v: v.offloads_optimizer and v.optim and not v.optim.startswith("adamw_torch"),
-        "offloading replaces the optimizer by Adam; set optim: adamw_torch, or do not offload",
+        lambda v: (
+            v.offloads_optimizer and not (v.optim or "adamw_torch").startswith("adamw_torch")
+        ),
+        "offloading replaces it by Adam; set optim: adamw_torch, or do not offload",
     ),
     not_with_zero3("auto_find_batch_size", "set per_device_train_batch_size, or use ZeRO-2"),
     not_with_zero3("use_unsloth", "use ZeRO-2"),
     needs("quantization_bit", "finetuning_type", "lora", "oft"),
     *(needs(key, "finetuning_type", "full", "freeze") for key in ("use_galore", "use_apollo")),
-    Rule(
-        "dataloader_prefetch_factor",
-        lambda v: (
-            v.dataloader_prefetch_factor and not (v.dataloader_num_workers or v.streaming)
-        ),
-        "needs dataloader_num_workers: 1 or more",
+    *(
+        Rule(
+            key,
+            lambda v, key=key: v[key] and not (v.dataloader_num_workers or v.streaming),
+            "needs dataloader_num_workers: 1 or more",
+        )
+        for key in ("dataloader_prefetch_factor", "dataloader_persistent_workers")
     ),
 )
 
@@ -2602,8 +2652,8 @@ def check_resume(
     old = load_config(run.config_file, {})
     for key in old.values.keys() | config.values.keys():
         if key in FIXED_KEYS or key.startswith("lora_"):
-            was, now = old.values.get(key), config.values.get(key)
-            if was != now:
+            was, now = (DEFAULTS | old.values).get(key), plan.values[key]
+            if (was or None) != (now or None):  # false is what most are where not given
                 refuse_change(config, key, was, now, problems)
     old_zero = Problems().attempt(read_deepspeed, old.values) or Zero()
     if old_zero.kind != plan.zero.kind:
@@ -2661,11 +2711,11 @@ def check_checkpoint(plan: Plan, run: Run, problems: Problems) -> None:
             "run_name or after removing this folder"
         )
         return
-    ranks = read_json_or_empty(good / MANIFEST)["world_size"]
-    if plan.zero.used and ranks != plan.world_size:
+    optimizer = plan.values.optim or "adamw_torch"
+    if run.checkpoint_ranks() != plan.world_size and not optimizer.startswith("adamw_torch"):
         problems.add(
-            f"{good.name} was saved by {plural(ranks, 'rank')}, this run has {plan.world_size}: "
-            "ZeRO's shards fit the same number only; use as many GPUs as then"
+            f"{good.name} was saved by {plural(run.checkpoint_ranks(), 'rank')}, this run has "
+            f"{plan.world_size}: only torch's AdamW can be resharded; use as many GPUs as then"
         )
 
 
@@ -2699,11 +2749,21 @@ def print_plan(found: Preflight, run: Run, env: dict[str, str]) -> None:
     print_lines(
         {
             **plan_lines(found.plan),
+            "resharded": describe_resharding(found.plan, run),
             "tracking": ", ".join(names) or "none",
             "run": str(run.path),
             "follow": f"tail -F {shlex.quote(str(run.logs / 'rank0.log'))}",
         }
     )
+
+
+def describe_resharding(plan: Plan, run: Run) -> str:
+    """`checkpoint-40: 4 ranks -> 2 ranks`; '' where the number of ranks is the same."""
+    before = run.checkpoint_ranks()
+    if before in (None, plan.world_size):
+        return ""
+    old, new = plural(before, "rank"), plural(plan.world_size, "rank")
+    return f"{run.newest_checkpoint().name}: {old} -> {new}"
 
 
 def print_lines(lines: dict[str, object]) -> None:
@@ -2815,7 +2875,7 @@ def resource_lines(plan: Plan) -> dict[str, str]:
 def data_advice(plan: Plan) -> str:
     """What to know of tokenized data; '' for none."""
     folder = plan.values.tokenized_path
-    if folder and Path(folder).is_dir():
+    if folder and os.path.isdir(folder):
         return f"as it was tokenized into {folder}, whatever the data keys say now"
     if not folder and (plan.steps.samples or 0) >= 100_000:
         return "tokenized_path=FOLDER would keep the tokenized data for the next run"
@@ -3188,7 +3248,8 @@ class Supervisor:
         self.config, self.run, self.command, self.env = found.config, run, command, env
         self.leads, self.started = node_rank(env) == 0, time.time()
         self.log = run.logs / f"torchrun{'' if self.leads else node_rank(env)}.log"
-        self.process, self.ranks = None, []
+        self.process, self.ranks, self.halvings = None, [], 0
+        self.devices = found.plan.devices
         self.stop = StopRequest(run, self.kill)
         self.metrics, self.console = Follower(run.metrics_file), Console()
         tracking = setup_experiment_tracking(found.config, run, env)
@@ -3199,8 +3260,8 @@ class Supervisor:
 
     def supervise(self) -> int:
         """Run torchrun, and again as long as it fails after progress; returns the exit code."""
-        limit = self.config.values.get("max_restarts", 3)
-        for restart in range(1, limit + 2):
+        limit, restarts = self.config.values.get("max_restarts", 3), 0
+        while True:
             before = checkpoint_step(self.run.newest_checkpoint())
             if self.leads:
                 roll_back_to_checkpoint(self.run)
@@ -3213,13 +3274,37 @@ class Supervisor:
                 cause = cause or describe_failure(self.run, self.log, said)
                 say(f"training failed:\n{cause}")
             good = self.run.newest_checkpoint()
-            hopeless = self.stop.is_requested() or disk_is_full(self.run.path)
-            if restart > limit or checkpoint_step(good) <= before or hopeless:
+            if self.stop.is_requested() or disk_is_full(self.run.path):
                 break
-            say(f"restart {restart} of {limit}: resuming from {good.name}")
+            if OUT_OF_MEMORY in cause and self.halve_micro_batch():
+                continue
+            if restarts == limit or checkpoint_step(good) <= before:
+                break
+            restarts += 1
+            say(f"restart {restarts} of {limit}: resuming from {good.name}")
         if self.leads:
             self.close(state, cause)
         return {"finished": 0, "stopped": self.stop.exit_code()}.get(state, 1)
+
+    def halve_micro_batch(self) -> bool:
+        """After a GPU was out of memory: the same optimizer step in smaller parts, where
+        possible.
+        """
+        values = Values(DEFAULTS | self.config.values)
+        micro, steps = values.per_device_train_batch_size // 2, values[ACCUMULATION] * 2
+        if self.halvings == 3 or values.per_device_train_batch_size % 2:
+            return False
+        self.halvings += 1
+        self.config = self.config.update(
+            per_device_train_batch_size=micro, **{ACCUMULATION: steps}
+        )
+        if self.leads:
+            write_atomically(self.run.config_file, launchable_config(self.config, self.devices))
+        say(
+            f"starting again with per_device_train_batch_size={micro} {ACCUMULATION}={steps}, "
+            "the same samples per step"
+        )
+        return True
 
     def outcome(self, status: int | None) -> tuple[str, str]:
         """(finished, stopped or failed, why) after torchrun ended with `status`; None: stopped
@@ -3230,7 +3315,7 @@ class Supervisor:
         if status:
             return "failed", ""
         ends = [line for line in self.run.read_metrics() if line.get("event") == "end"]
-        state = ends[-1]["state"] if ends else "finished"
+        state = next(reversed(ends), {"state": "finished"})["state"]
         if state == "finished" and not has_weights(self.run.path):
             return "failed", f"training ended, but {self.run.path} has no model weights"
         return state, ""
@@ -3269,9 +3354,10 @@ class Supervisor:
 
         False: the run was asked to stop before, and torchrun is gone.
         """
-        several = read_count(self.env, "NNODES", 1) > 1
-        place = "{MASTER_ADDR}:{MASTER_PORT}".format_map(self.env) if several else ""
-        for _ in wait_for(f"the other nodes at {place}" if several else ""):
+        missing = ""
+        if read_count(self.env, "NNODES", 1) > 1:
+            missing = "the other nodes at {MASTER_ADDR}:{MASTER_PORT}".format_map(self.env)
+        for _ in wait_for(missing):
             self.ranks = children_of(self.process.pid)
             if self.process.poll() is not None or self.ranks:
                 break
@@ -3325,6 +3411,33 @@ def roll_back_to_checkpoint(run: Run) -> None:
     ]
     for path in old:
         path.unlink(missing_ok=True)
+
+
+def quarantine_incomplete_checkpoints(run: Run) -> list[str]:
+    """Rename every checkpoint that is newer than the newest good one, so that nobody resumes
+    from it.
+
+    Returns a line for each.
+    """
+    good, lines = checkpoint_step(run.newest_checkpoint()), []
+    for folder in run.checkpoints():
+        if checkpoint_step(folder) > good:
+            problem, aside = (
+                checkpoint_problem(folder),
+                free_name(run.path / f"incomplete-{folder.name}"),
+            )
+            folder.rename(aside)
+            lines.append(f"{folder.name} is incomplete ({problem}); moved to {aside.name}")
+    return lines
+
+
+def free_name(path: Path) -> Path:
+    """`path`, or `path` with the first number behind it that is not taken."""
+    number, name = 0, path
+    while name.exists():
+        number += 1
+        name = path.with_name(f"{path.name}.{number}")
+    return name
 
 
 def before_torchrun(parent: int) -> None:
@@ -3390,6 +3503,13 @@ class StopRequest:
         with contextlib.suppress(OSError, KeyError):
             return 128 + signal.Signals[self.run.stop_file.read_text(encoding="utf-8").strip()]
         return 128 + signal.SIGTERM
+
+
+def modified(path: Path) -> int | None:
+    """When a file was written last, in nanoseconds; None where there is none."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_mtime_ns
+    return None
 
 
 class NodeHeartbeat:
@@ -3652,6 +3772,7 @@ def describe_run(found: Preflight, run: Run) -> dict:
 
 # --- why a run failed ---------------------------------------------------------------------------
 
+OUT_OF_MEMORY = "a GPU is out of memory"
 # (what the messages show, its likely cause and what to do)
 CAUSES = (
     (
@@ -3661,7 +3782,7 @@ CAUSES = (
     ),
     (
         r"CUDA out of memory|OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED",
-        "a GPU is out of memory: use a smaller per_device_train_batch_size or cutoff_len, or "
+        f"{OUT_OF_MEMORY}: use a smaller per_device_train_batch_size or cutoff_len, or "
         "configs/deepspeed/ds_z3_offload_config.json",
     ),
     (
@@ -3727,6 +3848,14 @@ def describe_failure(run: Run, log: Path, position: int) -> str:
     return f"{text}\nfull log: {own if own.exists() else log}"
 
 
+def read_from(path: Path, position: int) -> str:
+    """The text of a file from a byte on; '' where it cannot be read."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        file.seek(position)
+        return file.read().decode("utf-8", errors="replace")
+    return ""
+
+
 def killed_rank(messages: str) -> tuple[str, str] | None:
     """(rank, signal name) where torchrun says that a rank was killed, other than by its own
     SIGTERM.
@@ -3748,30 +3877,34 @@ def disk_is_full(folder: Path) -> bool:
 def summarize(run: Run, state: str, cause: str, started: float) -> dict:
     """How the run ended, in numbers from its own files; `started` is in seconds since 1970."""
     lines, good = run.read_metrics(), run.committed_checkpoints()
-    losses = [line["loss"] for line in lines if "loss" in line]
-    total = [line["total_steps"] for line in lines if "total_steps" in line]
-    peaks = [line["peak_memory"] for line in lines if "peak_memory" in line]
-    curve, model = run.path / "training_loss.png", None
+    losses, totals = logged(lines, "loss"), logged(lines, "total_steps")
+    steps = [0, *logged(lines, "step"), *(checkpoint_step(path) for path in good)]
+    curve, resume, model = run.path / "training_loss.png", None, None
     if state == "finished":
         model = str(run.path)
+    elif good:
+        resume = resume_command(run)
     return {
         "state": state,
         "cause": cause,
         "model": model,
-        "steps": max(
-            [line["step"] for line in lines] + [checkpoint_step(path) for path in good] + [0]
-        ),
-        "total_steps": total[-1] if total else run.read("plan.json").get("total_steps"),
-        "first_loss": losses[0] if losses else None,
-        "last_loss": losses[-1] if losses else None,
+        "steps": max(steps),
+        "total_steps": next(reversed(totals), run.read("plan.json").get("total_steps")),
+        "first_loss": next(iter(losses), None),
+        "last_loss": next(reversed(losses), None),
         "seconds": round(time.time() - started, 1),
         "tokens_per_second": throughput(lines),
-        "peak_memory": peaks[-1] if peaks else None,
+        "peak_memory": next(reversed(logged(lines, "peak_memory")), None),
         "checkpoints": [path.name for path in good],
         "curve": str(curve) if curve.exists() else None,
         "dashboard": run.read_swanlab_state().get("dashboard"),
-        "resume": resume_command(run) if good and state != "finished" else None,
+        "resume": resume,
     }
+
+
+def logged(lines: list[dict], key: str) -> list:
+    """All values of a key of metrics.jsonl."""
+    return [line[key] for line in lines if key in line]
 
 
 def throughput(lines: list[dict]) -> float | None:
@@ -3999,6 +4132,8 @@ def train(run: Run, env: dict[str, str]) -> None:
 
     callback_class = type("RankCallback", (RankCallback, TrainerCallback), {})
     callback = callback_class(run, config)
+    if run.checkpoint_ranks() not in (None, ranks):
+        reshard_on_load()
     state = "finished"
     try:
         run_exp(build_training_args(config, run), [callback])
@@ -4028,7 +4163,7 @@ def import_trainer(config: Config, env: dict[str, str]) -> Callable:
         # Several CPU ranks resume to the device cpu:0, which torch.load knows as cpu only.
         on_cpu = lambda storage, place: storage if place.startswith("cpu:") else None  # noqa: E731
         register_package(99, lambda storage: None, on_cpu)
-    if config.values.get("deepspeed"):
+    if config.values.deepspeed:
         import deepspeed  # noqa: F401  run_exp would, with the collector on
     gc.enable()
     gc.freeze()
@@ -4153,7 +4288,7 @@ class RankCallback:
                 folder, args.world_size, problem or resume_problem(self.config.values)
             )
             best = Path(state.best_model_checkpoint or "").name
-            rotate_checkpoints(self.run, self.config.values.get("save_total_limit"), best)
+            rotate_checkpoints(self.run, self.config.values.save_total_limit, best)
         self.saved = None
 
     def on_epoch_begin(self, args, state, control, **kwargs):
@@ -4256,6 +4391,196 @@ def exit_now(code: int) -> None:
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
+
+
+# --- resume on another number of ranks
+#
+# ZeRO cuts vectors into equal parts, one for each rank. Under ZeRO-3 every parameter is a vector,
+# and the parts of many parameters lie one behind the other in a rank's flat groups; under ZeRO-1
+# and 2 all parameters of a flat group are one vector. Every rank reads its part of each vector out
+# of the old ranks' files, which are mapped into memory: nothing is computed or written.
+
+
+def reshard_on_load() -> None:
+    """Let transformers and DeepSpeed load a checkpoint of another number of ranks than there
+    are now.
+    """
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from transformers import Trainer
+
+    load_rng_state, load_module = (
+        Trainer._load_rng_state,
+        DeepSpeedEngine.load_module_state_dict,
+    )
+
+    def load_first_rng_state(trainer, checkpoint):
+        """One random state for all: a new rank has no file, and samplers must not draw apart."""
+        with TemporaryDirectory() as folder:
+            for name in ("rng_state.pth", f"rng_state_{trainer.args.process_index}.pth"):
+                shutil.copy(min(Path(checkpoint).glob("rng_state*")), Path(folder, name))
+            load_rng_state(trainer, folder)
+
+    def load_trained(engine, checkpoint, **options):
+        """Without the frozen parameters, cut for the old ranks: they are what the base model
+        has.
+        """
+        load_module(engine, checkpoint | {"frozen_param_fragments": None}, **options)
+
+    Trainer._load_rng_state = load_first_rng_state
+    DeepSpeedEngine.load_module_state_dict = load_trained
+    DeepSpeedEngine._get_all_ckpt_names = lambda engine, *path: [
+        engine._get_ckpt_name(*path, "00", "0")
+    ]
+    DeepSpeedEngine._load_zero_checkpoint = load_resharded
+
+
+# What ZeRO-1 and 2, and what ZeRO-3, call the fp32 weights and the optimizer's state.
+ZERO_KEYS = (
+    ("single_partition_of_fp32_groups", "base_optimizer_state"),
+    ("fp32_flat_groups", "optimizer_state_dict"),
+)
+VECTORS = ("fp32", "exp_avg", "exp_avg_sq")  # of Adam
+
+
+@dataclass(frozen=True)
+class Vector:
+    """Where every rank has its part of a vector: in a flat group, from `start` on. The last are
+    padded.
+    """
+
+    group: int
+    start: int
+    part: int
+    size: int  # without padding
+
+    def span(self, rank: int) -> tuple[int, int]:
+        """Which elements of the vector a rank has."""
+        begin = min(rank * self.part, self.size)
+        return begin, min(begin + self.part, self.size)
+
+    def parts(self, flats: list[list[dict]], key: str) -> list:
+        """The part of each rank, out of its flat groups."""
+        return [
+            groups[self.group][key][self.start : self.start + self.part] for groups in flats
+        ]
+
+
+def load_resharded(engine, *folder: str, load_optimizer_states: bool = True) -> bool:
+    """In place of DeepSpeedEngine._load_zero_checkpoint. Raises ValueError where it would not
+    be exact.
+    """
+    stage, rank = engine.zero_optimization_stage(), engine.global_rank
+    weights, state = ZERO_KEYS[stage == 3]
+    shards = [shard["optimizer_state_dict"] for shard in read_shards(Path(*folder), "optim")]
+    shapes = read_shards(Path(*folder), "model")[0]["param_shapes"]
+    old = find_vectors(shapes, len(shards), stage)
+    new = find_vectors(engine._get_zero_param_shapes(), engine.dp_world_size, stage)
+    flats = [flat_groups(shard, stage) for shard in shards]
+    check_layout(flats[0], old, engine)
+    saved, own = shards[0], engine.optimizer.state_dict()
+    for group, size in group_sizes(new).items():
+        # each group with a step of its own: a tensor that they share would count once for each
+        moments = {key: own[weights][group].new_zeros(size) for key in VECTORS[1:]}
+        own[state]["state"][group] = moments | {"step": copy.deepcopy(flats[0][0]["step"])}
+    for group, before in zip(
+        own[state]["param_groups"], saved[state]["param_groups"], strict=True
+    ):
+        group |= before | {"params": group["params"]}
+    for source, target in zip(old, new, strict=True):
+        copy_part(source, flats, target, flat_groups(own, stage), rank)
+    content = saved | {weights: own[weights], state: own[state]}
+    engine.optimizer.load_state_dict({rank: content}, load_from_fp32_weights=True)
+    verify(old, flats, new, flat_groups(engine.optimizer.state_dict(), stage), rank)
+    return True
+
+
+def read_shards(folder: Path, kind: str) -> list[dict]:
+    """What the files of all ranks hold, in their order; tensors are read when they are used."""
+    import torch
+
+    paths = sorted(
+        folder.glob(f"*_{kind}_states.pt"),
+        key=lambda path: int(re.search(r"rank_(\d+)", path.name)[1]),
+    )
+    return [torch.load(path, "cpu", mmap=True, weights_only=False) for path in paths]
+
+
+def flat_groups(zero: dict, stage: int) -> list[dict]:
+    """A rank's flat groups: {"fp32": weights, "exp_avg": moment, "exp_avg_sq": moment, "step":
+    20}.
+    """
+    weights, state = ZERO_KEYS[stage == 3]
+    return [
+        {"fp32": flat.detach()} | zero[state]["state"][i]
+        for i, flat in enumerate(zero[weights])
+    ]
+
+
+def find_vectors(param_shapes: list[dict], ranks: int, stage: int) -> list[Vector]:
+    """The vectors that DeepSpeed cuts, out of {parameter: shape} of each flat group."""
+    found = []
+    for group, shapes in enumerate(param_shapes):
+        sizes, unit, start = [shape.numel() for shape in shapes.values()], 1, 0
+        if stage < 3:
+            sizes, unit = [sum(sizes)], 2
+        for size in sizes:
+            found.append(Vector(group, start, math.ceil(size / (ranks * unit)) * unit, size))
+            start += found[-1].part
+    return found
+
+
+def group_sizes(vectors: list[Vector]) -> dict[int, int]:
+    """Elements of each flat group."""
+    return {vector.group: vector.start + vector.part for vector in vectors}
+
+
+def check_layout(flats: list[dict], old: list[Vector], engine) -> None:
+    """Raises ValueError where shards are missing or not what find_vectors knows."""
+    sizes = {group: len(flat.get("exp_avg", ())) for group, flat in enumerate(flats)}
+    if set(flats[0]) != {*VECTORS, "step"} or engine.zero_round_robin_gradients():
+        raise ValueError(
+            "only Adam can be resharded, and without DeepSpeed's round_robin_gradients"
+        )
+    if sizes != group_sizes(old):
+        raise ValueError("not all ZeRO shards are here, or they were cut in another way")
+
+
+def copy_part(
+    old: Vector, flats: list[list[dict]], new: Vector, live: list[dict], rank: int
+) -> None:
+    """Copy what this rank has of a vector, weights and moments, out of the old ranks' parts."""
+    import torch
+
+    begin, end = new.span(rank)
+    for key in VECTORS:
+        pieces = [
+            part[max(begin - i * old.part, 0) : max(end - i * old.part, 0)]
+            for i, part in enumerate(old.parts(flats, key))
+        ]
+        live[new.group][key][new.start : new.start + end - begin] = torch.cat(pieces)
+
+
+def verify(
+    old: list[Vector], flats: list[list[dict]], new: list[Vector], live: list[dict], rank: int
+) -> None:
+    """Compare a hundred numbers of each vector with what the optimizer has now. Raises
+    ValueError.
+    """
+    for source, target in zip(old, new, strict=True):
+        begin, end = target.span(rank)
+        step = target.part // 100 + 1
+        for key in VECTORS:
+            parts = source.parts(flats, key)
+            expected = [
+                parts[i // source.part][i % source.part].item() for i in range(begin, end, step)
+            ]
+            found = live[target.group][key][
+                target.start : target.start + end - begin : step
+            ].tolist()
+            if found != expected:
+                raise ValueError(
+                    f"resharding changed {key} of a parameter of {source.size} numbers"
+                )
 
 
 # ================================================================================================
@@ -4426,6 +4751,11 @@ class Run:
         """Those that can be resumed from, newest first."""
         return [path for path in self.checkpoints() if not checkpoint_problem(path)]
 
+    def checkpoint_ranks(self) -> int | None:
+        """The number of ranks that saved the newest checkpoint; None: there is none."""
+        folder = self.newest_checkpoint()
+        return folder and read_json_or_empty(folder / MANIFEST)["world_size"]
+
     def newest_checkpoint(self) -> Path | None:
         """The newest checkpoint that can be resumed from; None: there is none."""
         return next((path for path in self.checkpoints() if not checkpoint_problem(path)), None)
@@ -4515,24 +4845,6 @@ def checkpoint_step(folder: Path | None) -> int:
     return int(folder.name.rpartition("-")[2]) if folder else 0
 
 
-def quarantine_incomplete_checkpoints(run: Run) -> list[str]:
-    """Rename every checkpoint that is newer than the newest good one, so that nobody resumes
-    from it.
-
-    Returns a line for each.
-    """
-    good, lines = checkpoint_step(run.newest_checkpoint()), []
-    for folder in run.checkpoints():
-        if checkpoint_step(folder) > good:
-            problem, aside = (
-                checkpoint_problem(folder),
-                free_name(run.path / f"incomplete-{folder.name}"),
-            )
-            folder.rename(aside)
-            lines.append(f"{folder.name} is incomplete ({problem}); moved to {aside.name}")
-    return lines
-
-
 def rotate_checkpoints(run: Run, keep: int | None, best: str) -> None:
     """Remove the oldest checkpoints so that `keep` remain; the newest and the `best` always do."""
     if not keep:
@@ -4543,15 +4855,6 @@ def rotate_checkpoints(run: Run, keep: int | None, best: str) -> None:
     for folder in older[spared:]:
         (folder / MANIFEST).unlink(missing_ok=True)  # half removed, it cannot be trusted
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def free_name(path: Path) -> Path:
-    """`path`, or `path` with the first number behind it that is not taken."""
-    number, name = 0, path
-    while name.exists():
-        number += 1
-        name = path.with_name(f"{path.name}.{number}")
-    return name
 
 
 # --- files and processes ------------------------------------------------------------------------
@@ -4575,26 +4878,11 @@ def write_atomically(path: Path, text: str, durable: bool = False) -> None:
         sync(path.parent)
 
 
-def read_from(path: Path, position: int) -> str:
-    """The text of a file from a byte on; '' where it cannot be read."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        file.seek(position)
-        return file.read().decode("utf-8", errors="replace")
-    return ""
-
-
 def file_size(path: Path, missing: int | None = 0) -> int | None:
     """A file's size in bytes; `missing` where there is none."""
     with contextlib.suppress(OSError):
         return path.stat().st_size
     return missing
-
-
-def modified(path: Path) -> int | None:
-    """When a file was written last, in nanoseconds; None where there is none."""
-    with contextlib.suppress(OSError):
-        return path.stat().st_mtime_ns
-    return None
 
 
 def read_process(pid: int) -> tuple[str, int]:
