@@ -55,6 +55,7 @@ import copy
 import csv
 import difflib
 import errno
+import faulthandler
 import fcntl
 import gc
 import hashlib
@@ -68,6 +69,7 @@ import shlex
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import threading
@@ -516,6 +518,7 @@ def preflight(options: argparse.Namespace, env: dict[str, str], run: Run | None)
     inspect_data(config, "eval_dataset", problems)
     plan = make_plan(config, devices, gpus, zero, model, rows, ranks)
     check_rules(config, plan, problems)
+    check_webhooks(config, problems)
     check_access(config, problems)
     check_output(config, problems)
     if has_devices:
@@ -760,6 +763,7 @@ LAUNCHER_FIELDS = {
     "cuda_visible_devices": Field(),
     "global_batch_size": Field(frozenset({"int"})),
     "max_restarts": Field(frozenset({"int"})),
+    "hang_timeout": Field(frozenset({"int"})),
     "notify": Field(frozenset({"str"})),
 }
 FIELD_SOURCES = (
@@ -843,7 +847,7 @@ RANGES = (
         *("per_device_train_batch_size", "per_device_eval_batch_size", "cutoff_len"),
         *("gradient_accumulation_steps", "max_samples", "global_batch_size", "ddp_timeout"),
         *("preprocessing_num_workers", "preprocessing_batch_size", "save_total_limit"),
-        "buffer_size",
+        *("buffer_size", "hang_timeout"),
         lambda number: number >= 1,
         "1 or more",
     ),
@@ -2138,6 +2142,13 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
+def check_webhooks(config: Config, problems: Problems) -> None:
+    """Addresses that could not be posted to at the end."""
+    for key in WEBHOOKS:
+        if not config.secrets.get(key, "http://").startswith(("http://", "https://")):
+            problems.add(f"{config.where(key)}: expected a URL that begins with https://")
+
+
 def check_access(config: Config, problems: Problems) -> None:
     """Paths that lead through a folder of another user."""
     for key in (*INPUT_PATHS, *MODEL_PATHS, *OUTPUT_PATHS):
@@ -2434,6 +2445,12 @@ RULES = (
         lambda v: v.stage == "ppo" and version_numbers("trl") >= (0, 10),
         "ppo needs trl 0.9.6 or older, which this LLaMA-Factory does not take; use dpo or kto",
     ),
+    Rule(
+        "stage",
+        lambda v: v.tied and v.stage == "rm" and v.finetuning_type == "full" and not v.zero,
+        "LLaMA-Factory cannot save a reward model whose embeddings are tied without ZeRO-3; set "
+        "deepspeed: configs/deepspeed/ds_z3_config.json, or finetuning_type: lora",
+    ),
     # precision and attention
     keep_one("fp16", "bf16"),
     keep_one("pure_bf16", "bf16"),
@@ -2562,6 +2579,7 @@ def check_rules(config: Config, plan: Plan, problems: Problems) -> None:
         deepspeed_used=plan.zero.used,
         saves_weights=plan.zero.saves_weights,
         offloads_optimizer=plan.zero.offload_optimizer,
+        tied=plan.model.shape.get("tie_word_embeddings"),
         deepspeed_settings=plan.zero.settings,
         ranks=plan.world_size,
     )
@@ -2649,9 +2667,11 @@ def check_resume(
     if node_rank(env) == 0 and run.is_running():
         problems.attempt(run.lock)
         return
-    old = load_config(run.config_file, {})
+    old, fixed = load_config(run.config_file, {}), set(FIXED_KEYS)
+    if run.read("summary.json").get("state") == "diverged":
+        fixed.remove("learning_rate")
     for key in old.values.keys() | config.values.keys():
-        if key in FIXED_KEYS or key.startswith("lora_"):
+        if key in fixed or key.startswith("lora_"):
             was, now = (DEFAULTS | old.values).get(key), plan.values[key]
             if (was or None) != (now or None):  # false is what most are where not given
                 refuse_change(config, key, was, now, problems)
@@ -3268,9 +3288,9 @@ class Supervisor:
             said = file_size(self.log)
             state, cause = self.outcome(self.run_torchrun())
             self.stop.handle_signals()
-            if state != "failed":
+            if state not in ("failed", "hung"):
                 break
-            if self.stop.presses < 3:
+            if state == "failed" and self.stop.presses < 3:
                 cause = cause or describe_failure(self.run, self.log, said)
                 say(f"training failed:\n{cause}")
             good = self.run.newest_checkpoint()
@@ -3313,12 +3333,17 @@ class Supervisor:
         if status is None:
             return "stopped", ""
         if status:
-            return "failed", ""
-        ends = [line for line in self.run.read_metrics() if line.get("event") == "end"]
-        state = next(reversed(ends), {"state": "finished"})["state"]
-        if state == "finished" and not has_weights(self.run.path):
+            return ("hung", self.hang_watch.cause) if self.hang_watch.cause else ("failed", "")
+        end = {"state": "finished"}
+        for line in self.run.read_metrics():
+            if line.get("event") == "end":
+                end = line
+        if end["state"] == "finished" and not has_weights(self.run.path):
             return "failed", f"training ended, but {self.run.path} has no model weights"
-        return state, ""
+        cause = end.get("cause", "")
+        if cause:
+            cause = f"diverged at step {end['step']}: {cause}"
+        return end["state"], cause
 
     def run_torchrun(self) -> int | None:
         """One torchrun from start to end; returns its status, None where it was stopped early."""
@@ -3335,11 +3360,15 @@ class Supervisor:
         if not self.wait_for_ranks():
             return None
         heartbeat = NodeHeartbeat(self.run, self.env)
+        self.hang_watch = HangWatch(self.run, self.config.values.hang_timeout or 600)
         while self.process.poll() is None:
             self.stop.handle_signals()
             self.follow()
             for node in heartbeat.lost_nodes():
                 say(f"node {node} sent no heartbeat for {heartbeat.patience:g} s; restarting")
+                self.kill()
+            if self.hang_watch.is_stuck():
+                say(self.hang_watch.describe(self.ranks))
                 self.kill()
             time.sleep(0.2)
         heartbeat.end()
@@ -3359,7 +3388,7 @@ class Supervisor:
             missing = "the other nodes at {MASTER_ADDR}:{MASTER_PORT}".format_map(self.env)
         for _ in wait_for(missing):
             self.ranks = children_of(self.process.pid)
-            if self.process.poll() is not None or self.ranks:
+            if self.process.poll() is not None or len(self.ranks) >= self.devices.processes:
                 break
             self.stop.handle_signals(has_ranks=False)
             if self.stop.is_requested():
@@ -3373,6 +3402,7 @@ class Supervisor:
             return
         for line in self.metrics.new_lines():
             self.console.show(line)
+            self.hang_watch.learn(line)
             if self.tracker:
                 self.tracker.begin()  # not before: its imports would slow down those of the ranks
         self.console.advance(self.run)
@@ -3544,6 +3574,73 @@ class NodeHeartbeat:
         """Torchrun has ended: the others need not wait for a heartbeat."""
         with contextlib.suppress(OSError):
             self.own.unlink()
+
+
+class HangWatch:
+    """Notices that no rank makes progress; each tells in logs/rank<R>.progress what it is doing.
+
+    `timeout` is in seconds: so long may a micro-batch or an evaluation batch take, and LONGER times
+    so long loading, tokenizing or saving; or 10 median steps, where that is longer.
+    """
+
+    LONGER = 6
+
+    def __init__(self, run: Run, timeout: float):
+        self.run, self.timeout, self.cause = run, timeout, ""
+        self.seen, self.since = None, time.monotonic()
+        self.last, self.paces = {}, [0.0]
+
+    def learn(self, line: dict) -> None:
+        """Learn from a line of metrics.jsonl how long a step takes."""
+        if "loss" in line and line["step"] > self.last.get("step", line["step"]):
+            seconds = line["time"] - self.last["time"]
+            self.paces.append(seconds / (line["step"] - self.last["step"]))
+        self.last = line
+
+    def is_stuck(self) -> bool:
+        """Whether nobody has made progress for too long; once for each start."""
+        files = list(self.run.logs.glob("rank*.progress"))
+        newest = max((modified(path) or 0 for path in files), default=0)
+        if newest != self.seen:
+            self.seen, self.since = newest, time.monotonic()
+        waited = time.monotonic() - self.since
+        if self.cause or waited < self.timeout:
+            return False
+        limit = max(self.timeout, 10 * statistics.median(self.paces))
+        if any(read_from(path, 0).endswith(("starting", "saving")) for path in files):
+            limit = max(limit, self.LONGER * self.timeout)
+        return waited > limit
+
+    def describe(self, ranks: list[int]) -> str:
+        """Where the ranks of this node, by process id, stand; their stacks go to their logs."""
+        where: dict[str, list[str]] = {}
+        for pid in ranks:
+            rank = environment_of(pid).get("RANK", "?")
+            where.setdefault(self.place_of(pid, rank), []).append(rank)
+        parts = []
+        for place, numbers in where.items():
+            parts.append(
+                f"{'ranks' if len(numbers) > 1 else 'rank'} {','.join(numbers)} {place}"
+            )
+        waited = time.monotonic() - self.since
+        self.cause = f"no progress for {waited:.0f} s: {'; '.join(parts)}"
+        return self.cause
+
+    def place_of(self, pid: int, rank: str) -> str:
+        """`in all_reduce (distributed_c10d.py:2810)`, as faulthandler writes it into the log."""
+        if not is_alive(pid):
+            return "is gone"
+        if read_process(pid)[0] == "T":
+            return "is stopped by a signal (SIGSTOP)"
+        log = self.run.logs / f"rank{rank}.log"
+        position = file_size(log)
+        os.kill(pid, signal.SIGUSR1)
+        time.sleep(1)
+        for stack in read_from(log, position).split("\n\n"):
+            found = re.search(r'File "([^"]*)", line (\d+) in (\w+)', stack)
+            if found and "in run_rank" in stack:  # the main thread
+                return f"in {found[3]} ({Path(found[1]).name}:{found[2]})"
+        return "does not answer"
 
 
 # --- console ------------------------------------------------------------------------------------
@@ -3772,11 +3869,13 @@ def describe_run(found: Preflight, run: Run) -> dict:
 
 # --- why a run failed ---------------------------------------------------------------------------
 
+RANK_START = "--- this rank starts"  # in its log, which holds all starts of the run
 OUT_OF_MEMORY = "a GPU is out of memory"
 # (what the messages show, its likely cause and what to do)
 CAUSES = (
     (
-        r"/dev/shm|shm_open|shared memory|[Bb]us error|SIGBUS",
+        r"shm_open|out of shared memory|unable to \w+ shared memory|[Bb]us error|SIGBUS"
+        r"|No space left[^\n]*/dev/shm",
         "/dev/shm is full: start the container with --shm-size=16g or --ipc=host, or use fewer "
         "dataloader_num_workers",
     ),
@@ -3827,7 +3926,7 @@ def describe_failure(run: Run, log: Path, position: int) -> str:
         text = f"rank {rank} was killed by {name}"
         if name != "SIGKILL":  # NCCL and CUDA abort: their reason is in the rank's log
             own = run.logs / f"rank{rank}.log"
-            evidence = read_from(own, max(file_size(own) - (64 << 10), 0))
+            evidence = read_from(own, max(file_size(own) - (64 << 10), 0)).split(RANK_START)[-1]
     elif errors:
         rank = errors[0].stem.removeprefix("rank")
         text = errors[0].read_text(encoding="utf-8").strip()
@@ -3876,15 +3975,16 @@ def disk_is_full(folder: Path) -> bool:
 
 def summarize(run: Run, state: str, cause: str, started: float) -> dict:
     """How the run ended, in numbers from its own files; `started` is in seconds since 1970."""
-    lines, good = run.read_metrics(), run.committed_checkpoints()
+    lines, good = run.read_metrics(), run.newest_checkpoint()
     losses, totals = logged(lines, "loss"), logged(lines, "total_steps")
-    steps = [0, *logged(lines, "step"), *(checkpoint_step(path) for path in good)]
+    steps = [*logged(lines, "step"), checkpoint_step(good)]
     curve, resume, model = run.path / "training_loss.png", None, None
     if state == "finished":
         model = str(run.path)
     elif good:
         resume = resume_command(run)
     return {
+        "run": str(run.path),
         "state": state,
         "cause": cause,
         "model": model,
@@ -3895,7 +3995,7 @@ def summarize(run: Run, state: str, cause: str, started: float) -> dict:
         "seconds": round(time.time() - started, 1),
         "tokens_per_second": throughput(lines),
         "peak_memory": next(reversed(logged(lines, "peak_memory")), None),
-        "checkpoints": [path.name for path in good],
+        "checkpoints": [path.name for path in run.checkpoints() if (path / MANIFEST).exists()],
         "curve": str(curve) if curve.exists() else None,
         "dashboard": run.read_swanlab_state().get("dashboard"),
         "resume": resume,
@@ -3944,6 +4044,12 @@ def draw_curve(run_dir: str) -> None:
         figure.savefig(run.path / "training_loss.png", dpi=120)
 
 
+DIVERGED_HINT = (
+    "usual causes: a learning rate that is too high, fp16, bad rows in the data; resume with "
+    "learning_rate=... from the newest checkpoint, which is from before"
+)
+
+
 def print_summary(run: Run, config: Config, summary: dict) -> None:
     """Print how the run ended."""
     rate, peak = summary["tokens_per_second"], summary["peak_memory"]
@@ -3959,6 +4065,8 @@ def print_summary(run: Run, config: Config, summary: dict) -> None:
     print_lines(
         {
             "state": f"{summary['state']} at step {summary['steps']} of {total}",
+            "cause": summary["state"] != "failed" and summary["cause"],
+            "hint": summary["state"] == "diverged" and DIVERGED_HINT,
             "loss": ", ".join(losses),
             "time": format_seconds(summary["seconds"])
             + (f", {rate:.0f} tokens/s" if rate else ""),
@@ -4001,25 +4109,26 @@ def chat_command(run_dir: Path, values: dict) -> str:
     return f"llamafactory-cli chat {model} --template {template}{thinking}"
 
 
+WEBHOOKS = ("notify", "swanlab_lark_webhook_url")
+
+
 def send_notifications(config: Config, summary: dict) -> None:
-    """Post the summary to `notify`, and a text to SwanLab's Lark webhook; a dead server costs
-    10 s.
-    """
-    text = f"{summary['state']} at step {summary['steps']}: {summary['model'] or summary['resume']}"
-    messages = {
-        "notify": summary,
-        "swanlab_lark_webhook_url": {"msg_type": "text", "content": {"text": text}},
-    }
+    """Post the summary to `notify`, and a text to SwanLab's Lark webhook; in 10 s at most."""
+    parts = [f"{summary['run']}: {summary['state']} at step {summary['steps']}"]
+    text = "\n".join([*parts, *filter(None, [summary["cause"], summary["resume"]])])
+    lark = {"msg_type": "text", "content": {"text": text}}
     secret = config.secrets.get("swanlab_lark_secret")
     if secret:
-        messages["swanlab_lark_webhook_url"] |= sign_for_lark(secret, int(time.time()))
-    for key, message in messages.items():
+        lark |= sign_for_lark(secret, int(time.time()))
+    threads = []
+    for key, message in zip(WEBHOOKS, (summary, lark), strict=True):
         if key in config.secrets:
-            thread = threading.Thread(
-                target=post_json, args=(key, config.secrets[key], message), daemon=True
-            )
-            thread.start()
-            thread.join(10)
+            arguments = (key, config.secrets[key], message)
+            threads.append(threading.Thread(target=post_json, args=arguments, daemon=True))
+            threads[-1].start()
+    deadline = time.monotonic() + 10
+    for thread in threads:
+        thread.join(max(deadline - time.monotonic(), 0))
 
 
 def sign_for_lark(secret: str, now: int) -> dict[str, str]:
@@ -4032,16 +4141,15 @@ def sign_for_lark(secret: str, now: int) -> dict[str, str]:
 
 
 def post_json(key: str, url: str, message: dict) -> None:
-    """Post a message; one that cannot be sent costs a line."""
+    """Post a message; one that cannot be sent costs a line, which does not repeat the URL."""
     import urllib.request
 
-    request = urllib.request.Request(
-        url, json.dumps(message).encode(), {"Content-Type": "application/json"}
-    )
     try:
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(url, json.dumps(message).encode(), headers)
         urllib.request.urlopen(request, timeout=10).close()
-    except (OSError, ValueError) as error:
-        say(f"{key}: the message was not delivered: {error}")
+    except Exception as error:
+        say(f"{key}: the message was not delivered: {type(error).__name__}")
 
 
 def format_seconds(seconds: float) -> str:
@@ -4066,6 +4174,9 @@ def run_rank(run: Run, env: dict[str, str]) -> int:
     obey_sigterm_of(agent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     redirect_output(run.logs / f"rank{rank}.log")
+    say(RANK_START)
+    faulthandler.register(signal.SIGUSR1)  # the stack of a rank that hangs goes to its log
+    (run.logs / f"rank{rank}.progress").write_text("0 starting", encoding="utf-8")
     try:
         train(run, env)
     except BaseException:
@@ -4138,7 +4249,7 @@ def train(run: Run, env: dict[str, str]) -> None:
     try:
         run_exp(build_training_args(config, run), [callback])
     except Stopped:
-        state = "stopped"
+        state = "diverged" if callback.diverged else "stopped"
     callback.write_end(state)
     if "wandb" in tracking_backends(config.values):
         finish_wandb()
@@ -4153,8 +4264,8 @@ def import_trainer(config: Config, env: dict[str, str]) -> Callable:
     planned = len(name_list(env["CUDA_VISIBLE_DEVICES"]))
     if torch.cuda.device_count() != planned:
         raise RuntimeError(
-            f"{planned} GPUs were planned, but torch sees {torch.cuda.device_count()}: compare "
-            "nvidia-smi, the driver, and the devices of the container"
+            f"{plural(planned, 'GPU')} planned, but torch sees {torch.cuda.device_count()}: "
+            "compare nvidia-smi, the driver, and the devices of the container"
         )
     from llamafactory.train.tuner import run_exp
 
@@ -4222,7 +4333,7 @@ def resume_args(run: Run, args: dict) -> dict:
 
 
 class Stopped(Exception):
-    """Training ended early because a stop was requested; its checkpoint is committed."""
+    """Training ended early: a stop was requested, and is committed, or the run has diverged."""
 
 
 class RankCallback:
@@ -4231,12 +4342,14 @@ class RankCallback:
     def __init__(self, run: Run, config: Config):
         self.run, self.config = run, config
         self.stopping, self.saved, self.state = False, None, None
+        self.loss_watch, self.diverged = LossWatch(), ""
         self.mark = (0.0, 0, 0)  # time, step and tokens at the last log
         rank = os.environ["RANK"]
         self.leads = rank == "0"
-        self.progress = os.open(run.logs / f"rank{rank}.progress", os.O_WRONLY | os.O_CREAT)
+        self.progress = run.logs / f"rank{rank}.progress"
 
     def on_train_begin(self, args, state, control, **kwargs):
+        use_learning_rate(args.learning_rate, kwargs["lr_scheduler"])
         # A resumed run would go by the checkpoint's save_steps and others.
         state.compute_steps(args, state.max_steps)
         self.state = state
@@ -4246,15 +4359,27 @@ class RankCallback:
         steps = {"total_steps": state.max_steps, "logging_steps": state.logging_steps}
         self.write(event="begin", **steps)
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.commit_saved(args, state)
+    def tell(self, phase: str) -> None:
+        """Let the launcher see what this rank is doing; it notices when nobody tells any more."""
+        with contextlib.suppress(OSError):  # a full disk
+            self.progress.write_text(f"{self.state.global_step} {phase}", encoding="utf-8")
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self.tell("training")
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        self.tell("evaluating")
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.commit_saved(args, state, model)
+        self.tell("training")
 
     def on_step_end(self, args, state, control, **kwargs):
-        os.pwrite(self.progress, b"%12d\n" % state.global_step, 0)
         if state.global_step < state.max_steps and self.agree_to_stop(args):
             # Save at once, so that it can be resumed, whatever the configuration saves.
             self.stopping = control.should_save = control.should_training_stop = True
             control.should_evaluate = args.save_only_model = False
+        self.tell("saving" if control.should_save else "training")
 
     def agree_to_stop(self, args) -> bool:
         """Whether any rank sees the STOP file; one all-reduce, so that all stop at the same
@@ -4269,7 +4394,7 @@ class RankCallback:
     def on_save(self, args, state, control, **kwargs):
         self.saved = state.global_step
 
-    def commit_saved(self, args, state) -> None:
+    def commit_saved(self, args, state, model) -> None:
         """Commit the checkpoint that was saved last, once all callbacks are done with it.
 
         LLaMA-Factory's own on_save callbacks run after ours and rewrite its files.
@@ -4279,7 +4404,9 @@ class RankCallback:
         import torch
 
         torch.distributed.barrier()  # every rank has written its part
-        if state.is_world_process_zero:
+        if not weights_are_finite(model, args.device):
+            say(f"checkpoint-{self.saved} holds NaN or infinite weights and is not committed")
+        elif state.is_world_process_zero:
             folder = self.run.path / f"checkpoint-{self.saved}"
             problem = (
                 "save_only_model left out what resuming needs" if args.save_only_model else ""
@@ -4291,17 +4418,18 @@ class RankCallback:
             rotate_checkpoints(self.run, self.config.values.save_total_limit, best)
         self.saved = None
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.commit_saved(args, state)
+    def on_epoch_begin(self, args, state, control, model=None, **kwargs):
+        self.commit_saved(args, state, model)
 
-    def on_epoch_end(self, args, state, control, **kwargs):
-        self.commit_saved(args, state)
-        if self.stopping:  # end without what an epoch and a training end with
+    def on_epoch_end(self, args, state, control, model=None, **kwargs):
+        self.commit_saved(args, state, model)
+        if self.stopping or self.diverged:  # without what an epoch and a training end with
             control.should_save = control.should_evaluate = args.load_best_model_at_end = False
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self.commit_saved(args, state)
-        if self.stopping:
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self.commit_saved(args, state, model)
+        self.tell("saving")
+        if self.stopping or self.diverged:
             self.skip_final_model()
 
     def skip_final_model(self) -> None:
@@ -4320,6 +4448,12 @@ class RankCallback:
                 numbers[name] = value
         if "loss" in numbers:
             numbers |= self.speed(args, state)
+            warm = state.global_step > args.get_warmup_steps(state.max_steps)
+            # Every rank logs the same numbers, so all of them stop at this step.
+            self.diverged = self.loss_watch.problem(state.global_step, numbers, args.fp16, warm)
+            if self.diverged:
+                control.should_training_stop = True
+                control.should_save = control.should_evaluate = False
         self.write(**numbers)
 
     def speed(self, args, state) -> dict[str, float]:
@@ -4342,7 +4476,71 @@ class RankCallback:
 
     def write_end(self, state: str) -> None:
         """The last line: how training ended, and the most memory that this rank used, in bytes."""
-        self.write(event="end", state=state, peak_memory=peak_memory())
+        self.write(event="end", state=state, cause=self.diverged, peak_memory=peak_memory())
+
+
+def use_learning_rate(rate: float, scheduler) -> None:
+    """Resume with the configuration's learning rate, not with the checkpoint's."""
+    scheduler = getattr(
+        scheduler, "scheduler", scheduler
+    )  # DeepSpeed's and accelerate's wrapper
+    if len(set(getattr(scheduler, "base_lrs", ()))) != 1 or scheduler.base_lrs[0] == rate:
+        return
+    scheduler.base_lrs = [rate] * len(scheduler.base_lrs)
+    for group, factor in zip(
+        scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True
+    ):
+        group["lr"] = rate * factor(scheduler.last_epoch)
+
+
+class LossWatch:
+    """Notices from the logs that a run has diverged.
+
+    That is a loss or gradient norm that is not finite in two logs in a row, or a loss of more than
+    5 times its running median in 5 logs in a row, after the warm-up and the first 20 logs.
+    """
+
+    def __init__(self):
+        self.losses, self.logs, self.high = [], 0, 0
+        self.infinite: dict[str, int] = {}  # since which step a number is not finite
+
+    def problem(self, step: int, numbers: dict, fp16: bool, warm: bool) -> str:
+        """`grad_norm nan since step 30`; '' while the run is healthy."""
+        self.logs += 1
+        for name in ("loss", "grad_norm"):
+            value = numbers.get(name, 0.0)
+            # fp16's loss scaler skips steps whose gradients overflow: not a divergence.
+            if math.isfinite(value) or (fp16 and name == "grad_norm"):
+                self.infinite.pop(name, None)
+            elif name in self.infinite:
+                return f"{name} {value} since step {self.infinite[name]}"
+            else:
+                self.infinite[name] = step
+        return self.rising_loss(numbers["loss"], warm)
+
+    def rising_loss(self, loss: float, warm: bool) -> str:
+        """Why a loss that stays high is a divergence; '' where it is not."""
+        usual = statistics.median(self.losses[-100:] or [math.inf])
+        if warm and self.logs > 20 and loss > 5 * usual > 0:
+            self.high += 1
+            if self.high == 5:
+                return f"loss {loss:.4g}, over 5 times its median of {usual:.4g} for 5 logs"
+        elif math.isfinite(loss):
+            self.high = 0
+            self.losses.append(loss)
+        return ""
+
+
+def weights_are_finite(model, device) -> bool:
+    """Whether no weight is NaN or infinite: each rank sums up its own part, all their sums."""
+    import torch
+
+    total = torch.zeros((), device=device)
+    for parameter in model.parameters():
+        own = getattr(parameter, "ds_tensor", parameter)  # ZeRO-3's shard of it
+        total += torch.sum(own.detach(), dtype=torch.float32).to(device)
+    torch.distributed.all_reduce(total)  # a sum is not finite where one of its parts is not
+    return bool(torch.isfinite(total))
 
 
 def resume_problem(values: dict) -> str:
@@ -4736,9 +4934,9 @@ class Run:
         return kept
 
     def read_progress(self) -> int:
-        """The last step that rank 0 has done in this start or an earlier one."""
+        """The last step that rank 0 has told of."""
         with contextlib.suppress(OSError, ValueError):
-            return int((self.logs / "rank0.progress").read_text())
+            return int((self.logs / "rank0.progress").read_text().split()[0])
         return 0
 
     def checkpoints(self) -> list[Path]:
@@ -4746,10 +4944,6 @@ class Run:
         found = self.path.glob("checkpoint-*")
         named = [path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)]
         return sorted(named, key=checkpoint_step, reverse=True)
-
-    def committed_checkpoints(self) -> list[Path]:
-        """Those that can be resumed from, newest first."""
-        return [path for path in self.checkpoints() if not checkpoint_problem(path)]
 
     def checkpoint_ranks(self) -> int | None:
         """The number of ranks that saved the newest checkpoint; None: there is none."""
@@ -4901,6 +5095,14 @@ def parent_of(pid: int) -> int:
 def is_alive(pid: int) -> bool:
     """Whether a process still runs; a zombie does not."""
     return read_process(pid)[0] not in "ZX"
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    """The environment that a process was started with; {} where it is gone."""
+    with contextlib.suppress(OSError):
+        text = Path(f"/proc/{pid}/environ").read_text(errors="replace")
+        return dict(entry.split("=", 1) for entry in text.split("\0") if "=" in entry)
+    return {}
 
 
 def children_of(pid: int) -> list[int]:
