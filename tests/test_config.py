@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import yaml as pyyaml
-from conftest import ROOT, SCRIPT, write_json
 
-from train_qwen3_ft import LaunchError, build_training_args, load_config
+from helpers import ROOT, SCRIPT
+from helpers.config import write_json
+from train_qwen3_ft import LaunchError, Run, build_training_args, load_config
 
 
 def read(tmp_path: Path, text: str | bytes, **overrides: str) -> dict:
@@ -256,20 +257,20 @@ def test_tilde_is_the_home_folder(tmp_path, monkeypatch):
 
 def test_training_args_have_no_key_of_the_launcher(tmp_path):
     (tmp_path / "c.yaml").write_text("stage: sft\ncuda_visible_devices: '0'\nglobal_batch_size: 8\nmax_restarts: 2\n")
-    args = build_training_args(load_config(tmp_path / "c.yaml", {}), tmp_path / "run")
+    args = build_training_args(load_config(tmp_path / "c.yaml", {}), Run(tmp_path / "run"))
     assert args["stage"] == "sft"
     assert not {"cuda_visible_devices", "global_batch_size", "max_restarts"} & set(args)
 
 
 def test_training_args_write_into_the_run_directory(tmp_path):
     (tmp_path / "c.yaml").write_text("output_dir: somewhere\n")
-    args = build_training_args(load_config(tmp_path / "c.yaml", {}), tmp_path / "run")
+    args = build_training_args(load_config(tmp_path / "c.yaml", {}), Run(tmp_path / "run"))
     assert args["output_dir"] == str(tmp_path / "run")
 
 
 def test_training_args_leave_swanlab_to_the_launcher(tmp_path):
     (tmp_path / "c.yaml").write_text("report_to: [swanlab, tensorboard]\nuse_swanlab: true\nswanlab_project: p\n")
-    args = build_training_args(load_config(tmp_path / "c.yaml", {}), tmp_path / "run")
+    args = build_training_args(load_config(tmp_path / "c.yaml", {}), Run(tmp_path / "run"))
     assert args["report_to"] == ["tensorboard"]
     assert not [key for key in args if "swanlab" in key]
 

@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from conftest import FAKES, SCRIPT, fake_gpus, free_port, write_json
 
+from helpers import SCRIPT
+from helpers.config import write_json
+from helpers.launcher import FAKES, fake_gpus, free_port
 from train_qwen3_ft import Config, LaunchError, build_torchrun_command, node_rank, resolve_devices
 
 UUID = "GPU-00000001-0000-4000-8000-000000000000"  # the fake NVML's GPU 1
@@ -16,7 +18,7 @@ MIG = "MIG-0a1b2c3d-1111-2222-3333-444455556666"
 
 @pytest.fixture
 def plan_on(plan_of, write_config):
-    """The plan of a small full fine-tuning on the fake machine `gpus`, with keys and environment as given."""
+    """The plan of a small full fine-tuning on a node with the fake GPUs `gpus`, with keys and environment as given."""
     def plan(gpus: list | None, env: dict | None = None, **keys: object) -> dict:
         return plan_of(write_config(use_cpu=None, **keys), gpus=gpus, env=env)
 
@@ -61,7 +63,7 @@ def test_workers_see_the_chosen_gpus_as_nvidia_smi_numbers_them(plan_on):
     assert (shown["CUDA_VISIBLE_DEVICES"], shown["CUDA_DEVICE_ORDER"]) == ("1,3", "PCI_BUS_ID")
 
 
-def test_what_a_scheduler_left_of_other_machines_does_not_matter_on_one(plan_on):
+def test_what_a_scheduler_left_of_other_nodes_does_not_matter_on_one(plan_on):
     left = {"NODE_RANK": "1", "MASTER_ADDR": "node-001"}
     command = plan_on(fake_gpus(2), left)["command"]
     assert command[command.index("--rdzv-endpoint") + 1] == "127.0.0.1:0"
@@ -144,7 +146,7 @@ def test_ids_that_do_not_exist_are_listed_with_those_that_do(here, write_config)
     done = here(write_config(use_cpu=None, cuda_visible_devices="1,2,5"), "--dry-run",
                 gpus=[{"name": "NVIDIA A", "total": 80}, {"name": "NVIDIA B", "total": 80}])
     assert done.returncode == 2
-    assert re.search(r"GPU 2,5 .*cuda_visible_devices.*0 \(NVIDIA A\), 1 \(NVIDIA B\)", done.stderr)
+    assert re.search(r"config\.yaml:\d+: cuda_visible_devices: GPU 2,5 does not exist; this node has 0 \(NVIDIA A\), 1 \(NVIDIA B\)", done.stderr)
 
 
 @pytest.mark.parametrize(("uuid", "gpus"), [(UUID, 2), (UUID[:12], 2), (UUID[:7], 1)], ids=["full", "prefix", "short"])
@@ -204,7 +206,7 @@ def test_process_count_that_is_no_count_is_refused(here, write_config, text):
     assert re.search(r"NPROC_PER_NODE.*whole number", done.stderr)
 
 
-def test_machines_multiply_the_processes(plan_on):
+def test_nodes_multiply_the_processes(plan_on):
     env = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     plan = plan_on(fake_gpus(4), env, run_name="two")
     assert (plan["world_size"], plan["problems"]) == (8, [])
@@ -237,8 +239,8 @@ def test_use_cpu_in_other_words(plan_of, write_config, value):
                  id="environment-over-yaml"),
     pytest.param("0,1", "0,1", r"GPUs 0,1 \(from CUDA_VISIBLE_DEVICES\), 2 proc", id="both-agree"),
     pytest.param(None, "1", r"GPU 1 \(from CUDA_VISIBLE_DEVICES\), 1 process\b", id="environment-alone"),
-    pytest.param("2", None, r"GPU 2 \(from cuda_visible_devices.*\), 1 process\b", id="yaml"),
-    pytest.param(None, None, r"GPUs 0,1,2,3 \(all GPUs of this machine\), 4 proc", id="all"),
+    pytest.param("2", None, r"GPU 2 \(from .*config\.yaml:\d+: cuda_visible_devices\), 1 process\b", id="yaml"),
+    pytest.param(None, None, r"GPUs 0,1,2,3 \(all GPUs of this node\), 4 proc", id="all"),
 ])
 def test_plan_says_which_gpus_and_why(here, write_config, yaml, env, line):
     done = here(write_config(use_cpu=None, cuda_visible_devices=yaml), "--dry-run", gpus=fake_gpus(4),
@@ -268,12 +270,12 @@ def test_busy_gpu_that_is_named_by_uuid_prefix_is_refused(here, write_config):
     assert re.search(r"GPU 0 is busy", done.stderr)
 
 
-def test_force_overrules_a_busy_gpu(here, write_config):
+def test_force_starts_on_a_busy_gpu(here, write_config):
     done = here(write_config(use_cpu=None, cuda_visible_devices="0"), "--dry-run", "--force", gpus=BUSY)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_force_does_not_overrule_a_gpu_that_does_not_exist(here, write_config):
+def test_force_does_not_start_on_a_gpu_that_does_not_exist(here, write_config):
     done = here(write_config(use_cpu=None, cuda_visible_devices="7"), "--dry-run", "--force", gpus=BUSY)
     assert done.returncode == 2
     assert "GPU 7 does not exist" in done.stderr
@@ -292,7 +294,7 @@ def without_nvml(tmp_path, clean_env, *args: object) -> subprocess.CompletedProc
                           text=True)
 
 
-def test_without_nvml_the_launcher_goes_on(tmp_path, clean_env, write_config):
+def test_without_nvml_the_launcher_continues(tmp_path, clean_env, write_config):
     done = without_nvml(tmp_path, clean_env, write_config(use_cpu=None, cuda_visible_devices="0,1"), "--dry-run")
     assert done.returncode == 0, done.stderr
     assert re.search(r"devices +GPUs 0,1 ", done.stdout)
@@ -320,7 +322,7 @@ def test_default_config_without_a_driver_is_one_clear_message(launcher, tmp_path
 
 
 def test_default_config_without_a_driver_names_only_what_is_missing(launcher):
-    # Memory and disk of a machine that cannot train at all are not the user's trouble.
+    # Memory and disk of a node that cannot train at all do not matter yet.
     assert len(launcher(gpus=None).stderr.splitlines()) == 1
 
 
@@ -335,6 +337,12 @@ def test_environment_that_hides_all_gpus_is_named(here, write_config, text):
     done = here(write_config(use_cpu=None), "--dry-run", gpus=fake_gpus(2), env={"CUDA_VISIBLE_DEVICES": text})
     assert done.returncode == 2
     assert re.search(r"no GPU to train on.*CUDA_VISIBLE_DEVICES", done.stderr)
+
+
+@pytest.mark.parametrize("options", [["--dry-run"], []], ids=["dry-run", "launch"])
+def test_environment_that_hides_all_gpus_shows_no_plan_of_0_processes(here, write_config, options):
+    done = here(write_config(use_cpu=None), *options, gpus=fake_gpus(2), env={"CUDA_VISIBLE_DEVICES": ""})
+    assert (done.returncode, done.stdout) == (2, "")
 
 
 # --- The torchrun command --------------------------------------------------------------------------------
@@ -370,13 +378,13 @@ def test_command_leaves_the_environment_it_was_given_alone(tmp_path):
     pytest.param({"MASTER_PORT": "ssh"}, r"MASTER_PORT.*number.*ssh", id="port-no-number"),
     pytest.param({"MASTER_PORT": "70000"}, r"MASTER_PORT.*65535.*70000", id="port-too-large"),
 ])
-def test_environment_of_several_machines_is_checked(here, write_config, env, message):
+def test_environment_of_several_nodes_is_checked(here, write_config, env, message):
     done = here(write_config(run_name="r"), "--dry-run", env=env)
     assert done.returncode == 2
     assert re.search(message, done.stderr)
 
 
-def test_several_machines_need_a_run_name(here, write_config):
+def test_several_nodes_need_a_run_name(here, write_config):
     env = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     assert re.search(r"run_name.*NNODES=2", here(write_config(), "--dry-run", env=env).stderr)
 
@@ -394,7 +402,7 @@ def test_missing_gpu_does_not_hide_another_problem(here, write_config, tmp_path)
     write_json(tmp_path / "data" / "dataset_info.json", {"other": {"file_name": "tiny.json"}})
     done = here(write_config(use_cpu=None), "--dry-run", gpus=[])
     assert re.search("no GPU", done.stderr)
-    assert re.search("tiny is not in", done.stderr)
+    assert re.search("tiny: is not in", done.stderr)
 
 
 def test_json_reports_the_devices_problems_too(plan_on):

@@ -12,12 +12,14 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from conftest import FAKES, TINY_MODEL, fake_gpus, write_json
 
+from helpers.config import TINY_MODEL, write_json
+from helpers.launcher import FAKES, fake_gpus
 from train_qwen3_ft import known_fields
 
 ZERO2 = {"zero_optimization": {"stage": 2}}
-ZERO3 = {"zero_optimization": {"stage": 3}}
+GATHERED = {"stage3_gather_16bit_weights_on_model_save": True}
+ZERO3 = {"zero_optimization": {"stage": 3, **GATHERED}}
 EXAMPLES = json.loads((Path(__file__).parent / "data" / "llamafactory_examples_keys.json").read_text(encoding="utf-8"))
 
 
@@ -73,6 +75,8 @@ BAD_VALUES = [
     bad("unknown-key-capitals", r"Learning_Rate: unknown key.*did you mean learning_rate\?", Learning_Rate=1e-5),
     bad("unknown-key-all-capitals", r"LEARNING_RATE: unknown key.*did you mean learning_rate\?", LEARNING_RATE=1e-5),
     bad("unknown-key-own", r"global_batchsize: unknown key.*did you mean global_batch_size\?", global_batchsize=64),
+    bad("unknown-key-without-train", r"per_device_batch_size: unknown key.*did you mean per_device_train_batch_size\?",
+        per_device_batch_size=2),
     bad("unknown-key-like-no-other", r"config\.yaml:\d+: qqqq: unknown key; LLaMA-Factory", qqqq=1),
     bad("unknown-secret", r"wandb_api_key: unknown key", wandb_api_key="x"),
     # wrong types
@@ -134,26 +138,26 @@ BAD_VALUES = [
     bad("no-training", r"do_train: .*set do_train: true", do_train=False),
     bad("do-train-not-given", r"do_train: .*set do_train: true", do_train=None),
     # contradictions
-    bad("bf16-and-fp16", r"bf16 and fp16 exclude each other", bf16=True, fp16=True),
-    bad("bf16-and-pure-bf16", r"bf16 and pure_bf16 exclude each other", bf16=True, pure_bf16=True),
-    bad("fp16-on-a-cpu", r"fp16: not for a CPU; use bf16", fp16=True),
-    bad("zero3-and-pure-bf16", r"pure_bf16: not with ZeRO-3; use bf16: true", pure_bf16=True, deepspeed=ZERO3),
-    bad("zero3-and-generation", r"predict_with_generate: not with ZeRO-3", predict_with_generate=True, deepspeed=ZERO3),
+    bad("bf16-and-fp16", r"fp16: cannot be combined with bf16; keep one", bf16=True, fp16=True),
+    bad("bf16-and-pure-bf16", r"pure_bf16: cannot be combined with bf16; keep one", bf16=True, pure_bf16=True),
+    bad("fp16-on-a-cpu", r"fp16: cannot be used on a CPU; use bf16", fp16=True),
+    bad("zero3-and-pure-bf16", r"pure_bf16: cannot be used with ZeRO-3; use bf16: true", pure_bf16=True, deepspeed=ZERO3),
+    bad("zero3-and-generation", r"predict_with_generate: cannot be used with ZeRO-3", predict_with_generate=True, deepspeed=ZERO3),
     bad("evaluation-without-data", r"eval_strategy: .*set eval_dataset or val_size", eval_strategy="epoch"),
     bad("do-eval-without-data", r"do_eval: .*set eval_dataset or val_size", do_eval=True),
-    bad("eval-dataset-and-val-size", r"val_size: given together with eval_dataset; keep one", val_size=0.1,
+    bad("eval-dataset-and-val-size", r"val_size: cannot be combined with eval_dataset; keep one", val_size=0.1,
         eval_dataset="tiny"),
     bad("streaming-without-steps", r"streaming: .*set max_steps", streaming=True),
-    bad("streaming-and-max-samples", r"max_samples: not with streaming", streaming=True, max_steps=5, max_samples=10),
+    bad("streaming-and-max-samples", r"max_samples: cannot be combined with streaming: true", streaming=True, max_steps=5, max_samples=10),
     bad("streaming-and-share", r"val_size: .*streaming", streaming=True, max_steps=5, val_size=0.1),
-    bad("deepspeed-and-fsdp", r"deepspeed: given together with fsdp; keep one", deepspeed=ZERO3, fsdp="full_shard"),
+    bad("deepspeed-and-fsdp", r"deepspeed: cannot be combined with fsdp; keep one", deepspeed=ZERO3, fsdp="full_shard"),
     bad("quantized-and-full", r"quantization_bit: .*finetuning_type: lora", quantization_bit=4),
     bad("best-model-without-evaluation", r"load_best_model_at_end: needs the same save_strategy and eval_strategy",
         load_best_model_at_end=True),
     bad("best-model-between-evaluations", r"load_best_model_at_end: .*save_steps.*eval_steps",
         load_best_model_at_end=True,
         eval_strategy="steps", eval_steps=3, save_steps=4, val_size=0.5),
-    bad("two-batch-sizes", r"global_batch_size: 8 means gradient_accumulation_steps 4 .*says 2; remove one",
+    bad("two-batch-sizes", r"global_batch_size: 8 means gradient_accumulation_steps 4 .*gradient_accumulation_steps is 2; remove one",
         global_batch_size=8),
     bad("indivisible-batch", r"global_batch_size: 7 cannot be split.*nearest.*6 and 8", global_batch_size=7,
         gradient_accumulation_steps=None),
@@ -166,11 +170,11 @@ BAD_VALUES = [
     bad("model-folder", r"model_name_or_path: the folder .*nowhere does not exist; expected a folder",
         model_name_or_path="./nowhere"),
     bad("model-absolute", r"model_name_or_path: the folder /no/where does not exist", model_name_or_path="/no/where"),
-    bad("dataset-name", r"config\.yaml:\d+: dataset: tiney is not in .*dataset_info\.json; did you mean tiny\?",
+    bad("dataset-name", r"config\.yaml:\d+: dataset: tiney: is not in .*dataset_info\.json; did you mean tiny\?",
         dataset="tiney"),
-    bad("dataset-name-like-no-other", r"dataset: qqq is not in .*dataset_info\.json; it has tiny", dataset="qqq"),
-    bad("one-of-two-dataset-names", r"dataset: tany is not in ", dataset="tiny,tany"),
-    bad("eval-dataset-name", r"eval_dataset: tany is not in .*did you mean tiny\?", eval_dataset="tany"),
+    bad("dataset-name-like-no-other", r"dataset: qqq: is not in .*dataset_info\.json; it has tiny", dataset="qqq"),
+    bad("one-of-two-dataset-names", r"dataset: tany: is not in ", dataset="tiny,tany"),
+    bad("eval-dataset-name", r"eval_dataset: tany: is not in .*did you mean tiny\?", eval_dataset="tany"),
     bad("dataset-dir", r"dataset: .*/nowhere/dataset_info\.json: no such file.*dataset_dir is the folder",
         dataset_dir="nowhere"),
     bad("deepspeed-file", r"deepspeed: .*/nowhere\.json: no such file.*configs/deepspeed/ds_z3_config\.json",
@@ -192,7 +196,7 @@ def test_bad_value_is_refused_with(refused, write_config, changes, message):
 def test_all_problems_of_a_file_come_at_once(refused, write_config):
     done = refused(write_config(learning_rat=1e-5, num_train_epochs="three", stage="stf", dataset="tiney",
                                 logging_steps=0))
-    for message in (r"learning_rat: unknown key", r"num_train_epochs: expected", r"stage: expected", r"tiney is not in",
+    for message in (r"learning_rat: unknown key", r"num_train_epochs: expected", r"stage: expected", r"tiney: is not in",
                     r"logging_steps: expected more than 0"):
         assert re.search(message, done.stderr)
     assert len(done.stderr.splitlines()) == 5
@@ -325,9 +329,9 @@ BAD_FILES = [
                                              (model / "model.safetensors").write_bytes(b"\x00" * 4)]),
                  r"model_name_or_path: .*\.safetensors", id="weights-cut-off"),
     pytest.param(change_model(lambda model: (model / "model.safetensors").write_text("version https://git-lfs")),
-                 r"model\.safetensors: not a whole safetensors file; copy it again", id="weights-a-git-lfs-pointer"),
+                 r"model\.safetensors: incomplete safetensors file; copy it again", id="weights-a-git-lfs-pointer"),
     pytest.param(change_model(lambda model: (model / "model.safetensors").write_bytes(SAFETENSORS[:-1])),
-                 r"model\.safetensors: not a whole safetensors file; copy it again", id="weights-a-byte-short"),
+                 r"model\.safetensors: incomplete safetensors file; copy it again", id="weights-a-byte-short"),
     pytest.param(make_file("m", model_name_or_path="m"), r"model_name_or_path: .*/m\b.*folder", id="model-is-a-file"),
     pytest.param(deepspeed_file(b"{"), r"deepspeed: .*ds\.json: not valid JSON", id="deepspeed-broken"),
     pytest.param(deepspeed_file(b"\xff\xfe"), r"deepspeed: .*ds\.json: not valid JSON", id="deepspeed-not-text"),
@@ -358,7 +362,7 @@ BAD_FILES = [
                  id="data-json-cut-off"),
     pytest.param(change_data("x.json", '[{"instruction": "a", "output": "b"}]'),
                  r'dataset: tiny: .*x\.json has no column input, only instruction, output; describe it in '
-                 r'dataset_info\.json with "columns": \{"prompt": "instruction", "response": "output"\} \(--force',
+                 r'dataset_info\.json with "columns": \{"prompt": "instruction", "response": "output"\} \(use --force to start anyway\)',
                  id="data-without-input"),
     pytest.param(change_data("x.csv", "question,answer\na,b\n"),
                  r'has no column instruction, input, output, only answer, question; .*\{"prompt": "\.\.\.", '
@@ -375,7 +379,7 @@ BAD_FILES = [
                  r"x\.json: begins with a byte order mark", id="data-with-a-mark"),
     pytest.param(lambda tmp_path: {"output_dir": str(dangling(tmp_path) / "runs")},
                  r"output_dir: .*/gone is a link that leads nowhere", id="output-behind-a-dangling-link"),
-    pytest.param(half_tokenized, r"tokenized_path: .*/tokens is no whole tokenized data; remove it",
+    pytest.param(half_tokenized, r"tokenized_path: .*/tokens holds incomplete tokenized data; remove",
                  id="tokenized-by-half"),
     pytest.param(change_data("x.xlsx", "PK"), r"dataset: tiny: .*x\.xlsx.*json", id="data-of-unknown-kind"),
     pytest.param(change_data("x.json", '[{"chosen": "a"}]', {"file_name": "x.json", "ranking": True}),
@@ -421,7 +425,7 @@ def test_resume_of_a_run_that_is_not_there_is_refused(refused):
 
 
 def test_resume_of_a_run_goes_by_its_own_config(refused, write_config):
-    assert re.search(r"--resume some/run goes on with the config\.yaml of that run; leave out .*config\.yaml",
+    assert re.search(r"--resume some/run uses that run's own config\.yaml; leave out .*config\.yaml",
                      refused(write_config(), "--resume", "some/run").stderr)
 
 
@@ -457,7 +461,7 @@ def launch_without(launcher: Callable, tmp_path: Path) -> Callable[..., SimpleNa
     pytest.param("swanlab", {"use_swanlab": True}, r"swanlab needs a package.*pip install swanlab", id="use-swanlab"),
     pytest.param("deepspeed", {"deepspeed": ZERO3}, r"package deepspeed is not installed.*requirements\.txt",
                  id="deepspeed"),
-    pytest.param("flash_attn", {"flash_attn": "fa2"}, r"flash_attn: fa2 needs .*flash[-_]attn.*auto",
+    pytest.param("flash_attn", {"flash_attn": "fa2", "bf16": True}, r"flash_attn: fa2 needs .*flash[-_]attn.*auto",
                  id="flash-attn"),
     pytest.param("torch", {}, r"package torch is not installed.*requirements\.txt", id="torch"),
     pytest.param("torch,transformers,llamafactory", {}, r"package torch, transformers, llamafactory is not installed",
@@ -484,7 +488,7 @@ def test_version_that_does_not_work_is_refused(launch_without, write_config, tmp
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
     done = launch_without(write_config(deepspeed=ZERO3))
     assert done.returncode == 2
-    assert re.search(rf"{package} {re.escape(version)} is installed, {package}>=.* is needed; pip install", done.stderr)
+    assert re.search(rf"{package} {re.escape(version)} is installed, but the launcher needs {package}>=.*; pip install", done.stderr)
 
 
 def installed(tmp_path: Path, *names: str) -> dict[str, str]:
@@ -497,7 +501,7 @@ def installed(tmp_path: Path, *names: str) -> dict[str, str]:
 
 @pytest.mark.parametrize(("package", "changes"), [
     ("wandb", {"report_to": "wandb"}), ("tensorboard", {"report_to": "tensorboard"}),
-    ("flash_attn", {"flash_attn": "fa2"}),
+    ("flash_attn", {"flash_attn": "fa2", "bf16": True}),
     ("mlflow", {"report_to": ["mlflow", "swanlab"]}),
 ])
 def test_installed_package_is_accepted(launcher, write_config, tmp_path, package, changes):
@@ -518,7 +522,7 @@ def tools(tmp_path: Path) -> Callable[..., dict[str, str]]:
     return path
 
 
-OFFLOAD = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
+OFFLOAD = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}, **GATHERED}}
 
 
 def test_deepspeed_on_a_cpu_needs_a_compiler(launcher, write_config, tools):
@@ -616,7 +620,7 @@ def good(name: str, **changes: object):
     good("bool-or-text", include_num_input_tokens_seen="all"),
     good("bool-or-text-as-bool", include_num_input_tokens_seen=True), good("bf16-on-a-cpu", bf16=True),
     good("deepspeed-mapping", deepspeed=ZERO2),
-    good("zero2-and-generation", deepspeed=ZERO2, predict_with_generate=True),
+    good("zero2-and-generation", deepspeed=ZERO2, predict_with_generate=True, val_size=4, do_eval=True),
     good("deepspeed-beside-the-script", deepspeed="configs/deepspeed/ds_z3_config.json"),
     good("evaluation-on-a-share", val_size=0.2, eval_strategy="steps", eval_steps=5),
     good("evaluation-on-a-number", val_size=4, eval_strategy="epoch"),

@@ -3,47 +3,40 @@
 import csv
 import json
 import math
-import os
 import re
 import shutil
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
-from benchmark_tools import make_model
-from conftest import ROOT, SCRIPT, write_json
-from fault_helpers import ZERO, Run, losses, run, write_config
-from swanlab_records import read_dashboard, read_record, records
 
+from helpers import ROOT, SCRIPT
+from helpers.config import ZERO3_FILE, make_model, write_config, write_json
+from helpers.launcher import Run, ask_python, losses, run, train
+from helpers.swanlab_records import read_dashboard, read_record, records
 from train_qwen3_ft import chat_command
 
 MINUTES = 60
 
 
-def start(folder: Path, *arguments: object, ranks: int = 1, **options: object) -> Run:
-    """A run that must end well."""
-    done = run(folder, *arguments, ranks=ranks, **options)
-    assert done.process.returncode == 0, done.console
-    return done
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The README's first command: the whole demo, on as many threads as the machine has cores."""
+    """The README's first command: the whole demo."""
     folder = tmp_path_factory.mktemp("demo")
-    return start(folder, ROOT / "configs" / "demo_cpu.yaml", f"output_dir={folder}/out", seconds=15 * MINUTES,
-                 env={"OMP_NUM_THREADS": str(os.cpu_count())})
+    return train(folder, ROOT / "configs" / "demo_cpu.yaml", f"output_dir={folder}/out", ranks=None,
+                 seconds=15 * MINUTES)
 
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The demo cut to 12 steps on two ranks under ZeRO-3, reporting to SwanLab."""
     folder = tmp_path_factory.mktemp("sharded")
-    return start(folder, ROOT / "configs" / "demo_cpu.yaml", f"output_dir={folder}/out", f"deepspeed={ZERO}",
-                 "max_steps=12", "save_steps=5", ranks=2)
+    return train(folder, ROOT / "configs" / "demo_cpu.yaml", f"output_dir={folder}/out", f"deepspeed={ZERO3_FILE}",
+                 "max_steps=12", "save_steps=5")
 
 
 # --- the demo
@@ -55,8 +48,8 @@ def test_the_demo_learns(demo: Run) -> None:
     assert logged[-1] < 1.0
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "plan.json", "summary.json", "trainer_log.jsonl", "training_loss.png",
-                                  "model.safetensors", "tokenizer.json", "logs/rank0.log"])
+@pytest.mark.parametrize("name", ["config.yaml", "plan.json", "summary.json", "metrics.jsonl", "trainer_log.jsonl",
+                                  "training_loss.png", "model.safetensors", "tokenizer.json", "logs/rank0.log"])
 def test_the_demo_leaves(demo: Run, name: str) -> None:
     assert (demo.run_dir / name).stat().st_size > 0
 
@@ -74,18 +67,18 @@ def test_the_demo_takes_the_planned_steps(demo: Run) -> None:
 
 def test_the_demo_model_translates_held_out_code(demo: Run) -> None:
     """The README states the number for all 100; here a part of them, through the template it was trained with."""
-    from demo_accuracy import exact_matches
+    from tools.demo_accuracy import exact_matches
 
     right, asked = exact_matches(demo.run_dir, 40)
     assert asked == 40
     assert right >= 34
 
 
-def test_the_final_account_names_what_the_user_needs(demo: Run) -> None:
-    account = demo.console[demo.console.rindex("\nstate "):]
+def test_the_summary_names_what_the_user_needs(demo: Run) -> None:
+    summary = demo.console[demo.console.rindex("\nstate "):]
     for wanted in (f"finished at step {read_summary(demo)['steps']}", "tokens/s", "peak", "checkpoint-",
                    "training_loss.png", "swanlab watch ", "llamafactory-cli chat "):
-        assert wanted in account
+        assert wanted in summary
 
 
 @pytest.mark.parametrize(("values", "command"), [
@@ -153,7 +146,7 @@ def test_swanlab_shows_the_resolved_configuration_and_the_plan(sharded: Run) -> 
 
 
 def test_config_yaml_launches_the_same_run_again(sharded: Run, tmp_path: Path) -> None:
-    again = start(tmp_path, sharded.run_dir / "config.yaml", ranks=2)
+    again = train(tmp_path, sharded.run_dir / "config.yaml")
     assert again.run_dir != sharded.run_dir
     assert again.run_dir.parent == sharded.run_dir.parent
     assert losses(again.run_dir) == losses(sharded.run_dir)
@@ -171,26 +164,38 @@ def test_it_works_from_another_directory_in_a_path_with_spaces_and_umlauts(tmp_p
     (elsewhere / "torch").mkdir(parents=True)
     for name in ("random.py", "torch/__init__.py"):  # modules of the user's that shadow what torchrun imports
         (elsewhere / name).write_text("raise SystemExit('taken for another')")
-    done = start(elsewhere, "configs/demo_cpu.yaml", "max_steps=2", ranks=2,
+    done = train(elsewhere, "configs/demo_cpu.yaml", "max_steps=2",
                  command=[sys.executable, str(home / SCRIPT.name)])
     assert done.run_dir.is_relative_to(elsewhere / "saves" / "demo_cpu")
 
 
-def test_a_torchrun_of_the_users_trains_the_same(tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(SCRIPT)]
-    config = write_config(tmp_path / "a", max_steps=4)
-    theirs = start(tmp_path / "a", config, command=torchrun, env={"MASTER_PORT": ""})
-    ours = start(tmp_path / "b", write_config(tmp_path / "b", max_steps=4), ranks=2)
-    assert losses(theirs.run_dir) == losses(ours.run_dir)
-    assert len(list(theirs.run_dir.parent.iterdir())) == 1
+def test_a_torchrun_of_the_users_is_refused_in_one_line_that_says_what_to_type(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = run(tmp_path, "configs/demo_cpu.yaml", ranks=None, command=[*torchrun, str(SCRIPT)])
+    said = [line for line in done.console.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0
+    assert len(said) == 1, done.console
+    assert f"NPROC_PER_NODE=2 python {SCRIPT.name}" in said[0]
+    assert not (tmp_path / "saves").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["--resume", "some/run"], ["--dry-run"], ["learning_rat=1e-3"]],
+                         ids=["a run", "a resume", "a dry run", "a mistake"])
+def test_a_rank_of_a_torchrun_of_the_users_ends_with_exit_code_2(tmp_path: Path, arguments: list[str]) -> None:
+    env = {"TORCHELASTIC_RUN_ID": "none", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    first = run(tmp_path, *arguments, ranks=None, env=env)
+    second = run(tmp_path, *arguments, ranks=None, env={**env, "RANK": "1", "LOCAL_RANK": "1"})
+    assert (first.returncode, second.returncode) == (2, 2)
+    assert len(first.console.splitlines()) == 1, first.console
+    assert second.console == ""
 
 
 def test_tensorboard_wandb_offline_and_mlflow_pass_through_at_once(tmp_path: Path) -> None:
     backends = ["tensorboard", "wandb", "mlflow"]
     for package in backends:
         pytest.importorskip(package, reason=f"{package} is in tests/requirements.txt")
-    done = start(tmp_path, write_config(tmp_path, max_steps=2, report_to=backends, deepspeed=None, project="mine"),
-                 env={"WANDB_MODE": "offline"})
+    config = write_config(tmp_path, max_steps=2, report_to=backends, deepspeed=None, project="mine")
+    done = train(tmp_path, config, ranks=1, env={"WANDB_MODE": "offline"})
     assert list(done.run_dir.glob("tensorboard/events*"))
     [record] = done.run_dir.glob("wandb/offline-run-*/*.wandb")
     assert record.read_bytes().count(b"train/loss") >= 2, "what is not written out when wandb is not ended"
@@ -211,16 +216,15 @@ def test_a_closed_standard_output_does_not_end_the_run(tmp_path: Path) -> None:
 
 def test_a_runs_config_with_a_global_batch_size_fits_another_number_of_processes(tmp_path: Path) -> None:
     config = write_config(tmp_path, max_steps=1, deepspeed=None, global_batch_size=4, gradient_accumulation_steps=None)
-    done = start(tmp_path, config)
+    done = train(tmp_path, config, ranks=1)
     assert "Gradient Accumulation steps = 4" in (done.run_dir / "logs" / "rank0.log").read_text(encoding="utf-8")
-    again = start(tmp_path, done.run_dir / "config.yaml", "--dry-run", ranks=2)
-    assert "1 per device x 2 processes x 2 accumulation = 4 samples a step" in again.console
+    again = train(tmp_path, done.run_dir / "config.yaml", "--dry-run")
+    assert "1 per device x 2 processes x 2 accumulation = 4 samples per step" in again.console
 
 
 def test_streamed_data_trains_for_max_steps(tmp_path: Path) -> None:
-    config = write_config(tmp_path, streaming=True, max_samples=None, max_steps=3, deepspeed=None,
-                          dataloader_num_workers=0)
-    done = start(tmp_path, config, ranks=2)
+    config = write_config(tmp_path, streaming=True, max_samples=None, max_steps=3, deepspeed=None)
+    done = train(tmp_path, config)
     assert "3 in all (the data is streamed)" in done.console
     assert read_summary(done)["steps"] == 3
 
@@ -234,15 +238,10 @@ def test_a_million_streamed_rows_take_hardly_more_memory_than_a_hundred(tmp_path
         write_json(tmp_path / "dataset_info.json", {name: {"file_name": f"{name}.jsonl", "columns": columns}})
         config = write_config(tmp_path / name, dataset=name, dataset_dir=str(tmp_path), streaming=True, max_steps=3,
                               max_samples=None, cache_dir=str(tmp_path / "cache"), deepspeed=None, save_strategy="no")
-        done = start(tmp_path / name, config)
+        done = train(tmp_path / name, config, ranks=1)
         assert read_summary(done)["steps"] == 3
         peaks.append(read_summary(done)["peak_memory"])
     assert peaks[1] - peaks[0] < 256 << 20
-
-
-def test_verbose_shows_what_rank_0_prints(tmp_path: Path) -> None:
-    done = start(tmp_path, write_config(tmp_path, max_steps=1, deepspeed=None), "--verbose")
-    assert "***** Running training *****" in done.console
 
 
 # --- the plan comes true
@@ -289,13 +288,62 @@ COMBINATIONS = [
 ]
 
 
-@pytest.mark.parametrize(("ranks", "changes"), COMBINATIONS, ids=map(str, range(len(COMBINATIONS))))
-def test_the_planned_steps_are_the_trainers_total(ranks: int, changes: dict, data: Path, tmp_path: Path) -> None:
-    settings = {"per_device_train_batch_size": 2, "max_samples": None, "num_train_epochs": 1, "deepspeed": None,
-                **changes}
-    config = write_config(tmp_path, dataset_dir=str(data), save_strategy="no", logging_steps=1, **settings)
-    done = start(tmp_path, config, ranks=ranks)
+PLANNED = {"per_device_train_batch_size": 2, "max_samples": None, "num_train_epochs": 1, "deepspeed": None,
+           "save_strategy": "no"}
+# LLaMA-Factory's own data set for each configuration, and what transformers makes of its length.
+TRAINER_STEPS = """
+import json
+from types import SimpleNamespace
+from accelerate.data_loader import prepare_data_loader
+from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
+from llamafactory.hparams import get_train_args
+from llamafactory.model import load_tokenizer
+from torch.utils.data import DataLoader
+from transformers import Trainer
+def one(ranks, values):
+    model_args, data_args, training_args, _, _ = get_train_args(values)
+    tokenizer = load_tokenizer(model_args)
+    template = get_template_and_fix_tokenizer(tokenizer["tokenizer"], data_args)
+    rows = get_dataset(template, model_args, data_args, training_args, stage="sft", **tokenizer)["train_dataset"]
+    micro, accumulation = training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps
+    loader = DataLoader(rows, batch_size=micro, drop_last=training_args.dataloader_drop_last)
+    loader = prepare_data_loader(loader, num_processes=ranks, process_index=0, put_on_device=False)
+    trainer = SimpleNamespace(get_total_train_batch_size=lambda args: micro * accumulation * ranks,
+                              get_sp_size=lambda: 1, num_examples=lambda loader: len(rows))
+    return Trainer.set_initial_training_values(trainer, training_args, loader)[6]
+result = [one(*case) for case in data]
+"""
+
+
+def planned_config(folder: Path, data: Path, changes: dict) -> Path:
+    """The configuration of a combination."""
+    return write_config(folder, dataset_dir=str(data), **{**PLANNED, **changes})
+
+
+@pytest.fixture(scope="module")
+def trainer_steps(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[int]:
+    """The trainer's total for each combination, all of them worked out in one process."""
+    folder = tmp_path_factory.mktemp("combinations")
+    cases = [(ranks, yaml.safe_load(planned_config(folder, data, changes).read_text(encoding="utf-8")))
+             for ranks, changes in COMBINATIONS]
+    return ask_python(TRAINER_STEPS, cases)
+
+
+@pytest.mark.parametrize("number", range(len(COMBINATIONS)))
+def test_the_planned_steps_are_the_trainers_total(
+        number: int, data: Path, trainer_steps: list[int], here: Callable, tmp_path: Path) -> None:
+    ranks, changes = COMBINATIONS[number]
+    config = planned_config(tmp_path, data, changes)
+    done = here(config, "--dry-run", "--json", env={"NPROC_PER_NODE": str(ranks)})
+    assert json.loads(done.stdout)["total_steps"] == trainer_steps[number]
+
+
+@pytest.mark.parametrize("number", [3, 9, 12])
+def test_the_planned_steps_are_those_of_a_real_run(number: int, data: Path, tmp_path: Path) -> None:
+    ranks, changes = COMBINATIONS[number]
+    done = train(tmp_path, planned_config(tmp_path, data, changes), ranks=ranks)
     planned = json.loads((done.run_dir / "plan.json").read_text())["total_steps"]
+    assert planned == read_summary(done)["steps"]
     log = (done.run_dir / "logs" / "rank0.log").read_text(encoding="utf-8")
     assert planned == int(re.search(r"Total optimization steps = ([\d,]+)", log)[1].replace(",", ""))
 
@@ -303,7 +351,7 @@ def test_the_planned_steps_are_the_trainers_total(ranks: int, changes: dict, dat
 def test_the_planned_checkpoint_has_the_real_size(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", hidden_size=512, intermediate_size=2048, num_hidden_layers=8,
                        num_attention_heads=8, num_key_value_heads=4, head_dim=64)
-    done = start(tmp_path, write_config(tmp_path, model_name_or_path=str(model), max_steps=1, save_steps=1), ranks=2)
+    done = train(tmp_path, write_config(tmp_path, model_name_or_path=str(model), max_steps=1, save_steps=1))
     plan = json.loads((done.run_dir / "plan.json").read_text())
     assert plan["parameters"] > 30_000_000
     real = sum(path.stat().st_size for path in (done.run_dir / "checkpoint-1").rglob("*") if path.is_file())
@@ -315,17 +363,22 @@ def test_the_planned_checkpoint_has_the_real_size(tmp_path: Path) -> None:
 SECRETS = {"swanlab_api_key": "yaml-secret-1", "hf_hub_token": "yaml-secret-2", "ms_hub_token": "yaml-secret-3"}
 
 
-def test_no_secret_reaches_a_file_or_the_console(tmp_path: Path) -> None:
-    config = write_config(tmp_path, max_steps=2, report_to="swanlab", swanlab_mode="local", deepspeed=None, **SECRETS)
-    start(tmp_path, config, "hub_token=override-secret-4", "om_hub_token=override-secret-5", "--verbose",
-          env={"SWANLAB_API_KEY": "environment-secret-6", "WANDB_API_KEY": "environment-secret-7"})
-    planted = subprocess.run(["grep", "-rlaE", "(yaml|override|environment)-secret-[0-9]", str(tmp_path)],
-                             capture_output=True, text=True).stdout.split()
-    assert planted == [str(config)]
+@pytest.fixture(scope="module")
+def with_secrets(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run with a secret in every place that takes one."""
+    folder = tmp_path_factory.mktemp("secrets")
+    config = write_config(folder, max_steps=2, report_to="swanlab", swanlab_mode="local", deepspeed=None, **SECRETS)
+    return train(folder, config, "hub_token=override-secret-4", "om_hub_token=override-secret-5", ranks=1,
+                 env={"SWANLAB_API_KEY": "environment-secret-6", "WANDB_API_KEY": "environment-secret-7"})
 
 
-def test_the_relaunchable_config_says_which_secrets_it_left_out(tmp_path: Path) -> None:
-    done = start(tmp_path, write_config(tmp_path, max_steps=1, deepspeed=None, hf_hub_token="yaml-secret-2"))
-    text = (done.run_dir / "config.yaml").read_text(encoding="utf-8")
-    assert "hf_hub_token was left out" in text
+def test_no_secret_reaches_a_file_or_the_console(with_secrets: Run) -> None:
+    command = ["grep", "-rlaE", "(yaml|override|environment)-secret-[0-9]", str(with_secrets.folder)]
+    planted = subprocess.run(command, capture_output=True, text=True).stdout.split()
+    assert planted == [str(with_secrets.folder / "config.yaml")]
+
+
+def test_the_relaunchable_config_says_which_secrets_it_left_out(with_secrets: Run) -> None:
+    text = (with_secrets.run_dir / "config.yaml").read_text(encoding="utf-8")
+    assert re.search("hf_hub_token.* left out|left out.*hf_hub_token", text)
     assert "hf_hub_token" not in yaml.safe_load(text)

@@ -1,7 +1,7 @@
 """20 random SIGKILLs of workers over one run, each restarted by the launcher, against an uninterrupted run.
 
-    python tests/soak_kills.py                     # about 10 minutes on two cores
-    python tests/soak_kills.py --kills 5 --seed 3
+    python tests/tools/soak_kills.py                     # about 10 minutes on two cores
+    python tests/tools/soak_kills.py --kills 5 --seed 3
 
 Two ranks under ZeRO-3 on the CPU. A kill comes at a random moment (also within a save) after each start has
 committed a checkpoint, so that each one is followed by an automatic restart. Exit code 0: the final weights are
@@ -13,20 +13,23 @@ import os
 import random
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
 
-from fault_helpers import Run, committed, losses, run, until, weights, write_config
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from helpers.config import write_config
+from helpers.launcher import Run, committed, losses, run, until, weights
 
 
-def kill_once(alive: Run, before: int, chance: random.Random) -> str:
+def kill_once(live: Run, before: int, chance: random.Random) -> str:
     """Wait for a checkpoint newer than `before`, then up to a second, and SIGKILL a rank; returns what was done."""
-    until(lambda: max([0, *committed(alive.run_dir)]) > before or alive.process.poll() is not None, "a save")
+    until(lambda: max([0, *committed(live.run_dir)]) > before or live.process.poll() is not None, "a save")
     time.sleep(chance.uniform(0, 1))
-    rank, step = chance.randrange(2), alive.last_step()
-    worker = alive.worker(rank)
-    assert worker, f"no rank {rank} is there to be killed:\n{alive.console}"
+    rank, step = chance.randrange(2), live.last_step()
+    worker = live.worker(rank)
+    assert worker, f"no rank {rank} is there to be killed:\n{live.console}"
     os.kill(worker, signal.SIGKILL)
     return f"rank {rank} killed after step {step}"
 
@@ -34,15 +37,15 @@ def kill_once(alive: Run, before: int, chance: random.Random) -> str:
 def soak(folder: Path, kills: int, seed: int, changes: dict) -> Run:
     """The run that is killed."""
     chance, restarts = random.Random(seed), 0
-    with Run(folder, write_config(folder, max_restarts=kills, **changes)) as alive:
+    with Run(folder, write_config(folder, max_restarts=kills, **changes)) as live:
         while restarts < kills:
-            before = max(committed(alive.run_dir), default=0) if restarts else 0
-            done = kill_once(alive, before, chance)
+            before = max(committed(live.run_dir), default=0) if restarts else 0
+            done = kill_once(live, before, chance)
             restarts += 1
-            resumed = alive.see(rf"^restart {restarts} of at most {kills}: resuming from (checkpoint-\d+)$")[1]
+            resumed = live.see(rf"^restart {restarts} of {kills}: resuming from (checkpoint-\d+)$")[1]
             print(f"kill {restarts}: {done}, resumed from {resumed}", flush=True)
-        alive.wait(1200)
-    return alive
+        live.wait(1200)
+    return live
 
 
 def main() -> int:
@@ -57,7 +60,7 @@ def main() -> int:
     killed = soak(folder / "killed", options.kills, options.seed, changes)
     assert whole.process.returncode == 0, whole.console
     print(f"{options.kills} kills (seed {options.seed}), {killed.console.count('restart ')} restarts, "
-          f"{len(list(killed.run_dir.glob('torn-*')))} torn checkpoints moved aside, exit {killed.process.returncode}, "
+          f"{len(list(killed.run_dir.glob('incomplete-*')))} incomplete checkpoints moved aside, exit {killed.process.returncode}, "
           f"{time.monotonic() - begun:.0f} s")
     same = killed.process.returncode == 0 and weights(killed.run_dir) == weights(whole.run_dir)
     logged = losses(whole.run_dir)

@@ -1,8 +1,8 @@
 """The plan's model-state memory against what two ranks under ZeRO-3 really hold on a CPU.
 
-    python tests/benchmark_memory.py
+    python tests/benchmarks/memory.py
 
-Trains a Qwen3 of 113 M parameters and the 1 M demo model for a few steps each, with one short sample a step, so that
+Trains a Qwen3 of 113 M parameters and the 1 M demo model for a few steps each, with one short sample per step, so that
 activations do not count, and compares the growth of a rank's resident memory from the small to the large model with
 the growth of the planned parts parameters + gradients + optimizer. What both hold (Python, torch, DeepSpeed) cancels.
 The C library is told to give freed tensors back at once, and the least that a rank holds is taken, since gathered
@@ -21,7 +21,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmark_tools import ROOT, SCRIPT, ZERO3, describe_machine, launcher, make_config, make_model
+from common import SCRIPT, describe_machine, launcher, make_config
+from helpers.config import CONFIGS, ZERO3_FILE, make_model
+from helpers.launcher import losses
 
 STATES = ("parameters", "gradients", "optimizer")
 
@@ -38,9 +40,9 @@ def resident(tag: str) -> dict[str, int]:
 
 
 def measure(folder: Path, model: Path) -> tuple[int, int]:
-    """(planned, held) bytes: the plan's parts of a rank, and the least that rank 1 holds in the middle of the run."""
+    """(planned, held) bytes: the plan's parts per rank, and the least that rank 1 holds in the middle of the run."""
     folder.mkdir()
-    config = make_config(folder, model_name_or_path=str(model), deepspeed=str(ZERO3), max_steps=12, cutoff_len=16,
+    config = make_config(folder, model_name_or_path=str(model), deepspeed=ZERO3_FILE, max_steps=12, cutoff_len=16,
                          per_device_train_batch_size=1, gradient_accumulation_steps=1)
     env = {**os.environ, "NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1", "MEMORY_TAG": folder.name,
            "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -49,8 +51,8 @@ def measure(folder: Path, model: Path) -> tuple[int, int]:
     process = subprocess.Popen(launcher(config), env=env, stdout=subprocess.DEVNULL)
     held = []
     while process.poll() is None:
-        logs = list((folder / "out").glob("*/trainer_log.jsonl"))
-        if logs and 6 <= len(logs[0].read_text().splitlines()) <= 11:
+        runs = list((folder / "out").glob("2*"))
+        if runs and 6 <= max(losses(runs[0]), default=0) <= 11:
             held += [size for rank, size in resident(folder.name).items() if rank == "1"]
         time.sleep(0.02)
     memory = json.loads(plan.stdout)["memory_per_gpu"]
@@ -63,11 +65,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         large = make_model(Path(scratch, "model"), hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
                            num_attention_heads=12, num_key_value_heads=6, head_dim=64)
-        small_plan, small_held = measure(Path(scratch, "small"), ROOT / "configs" / "demo_model")
+        small_plan, small_held = measure(Path(scratch, "small"), CONFIGS / "demo_model")
         large_plan, large_held = measure(Path(scratch, "large"), large)
     planned, held = large_plan - small_plan, large_held - small_held
     print(describe_machine())
-    print(f"planned {planned / 2**20:.0f} MiB, held {held / 2**20:.0f} MiB a rank; planned / held {planned / held:.3f}")
+    print(f"planned {planned / 2**20:.0f} MiB, held {held / 2**20:.0f} MiB per rank; planned / held {planned / held:.3f}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Count how many held-out pairs a trained demo model answers with exactly the expected SQL.
 
-    python tests/demo_accuracy.py RUN_DIR [N]
+    python tests/tools/demo_accuracy.py RUN_DIR [N]
 
 RUN_DIR is the folder that a run of configs/demo_cpu.yaml wrote (the one that holds model.safetensors). The
 first N held-out pairs (100 by default) are prompted through the chat template that was saved with the model,
@@ -11,7 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
-HELD_OUT = Path(__file__).resolve().parent.parent / "configs" / "data" / "code2sql_heldout.json"
+HELD_OUT = Path(__file__).resolve().parent.parent.parent / "configs" / "data" / "code2sql_heldout.json"
 BATCH = 50
 LONGEST_ANSWER = 80
 

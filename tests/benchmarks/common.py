@@ -14,11 +14,9 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-import yaml
-
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "train_qwen3_ft.py"
-ZERO3 = ROOT / "configs" / "deepspeed" / "ds_z3_config.json"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from helpers import SCRIPT
+from helpers.config import demo_base, write_config
 
 
 def read_repeats(description: str, default: int) -> int:
@@ -28,28 +26,9 @@ def read_repeats(description: str, default: int) -> int:
     return parser.parse_args().repeats
 
 
-def make_model(folder: Path, **sizes: int) -> Path:
-    """A model folder for train_from_scratch: the demo's tokenizer with the demo's config.json, `sizes` changed."""
-    folder.mkdir(parents=True)
-    for path in (ROOT / "configs" / "demo_model").iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    layers = sizes.get("num_hidden_layers", config["num_hidden_layers"])
-    config |= {**sizes, "layer_types": ["full_attention"] * layers, "max_window_layers": layers}
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return folder
-
-
 def make_config(folder: Path, **changes: object) -> Path:
-    """The demo's configuration with `changes`, absolute paths and a log line a step; None removes a key."""
-    values = yaml.safe_load((ROOT / "configs" / "demo_cpu.yaml").read_text(encoding="utf-8"))
-    values |= {"model_name_or_path": str(ROOT / "configs" / "demo_model"),
-               "dataset_dir": str(ROOT / "configs" / "data"), "output_dir": str(folder / "out"),
-               "report_to": "none", "logging_steps": 1, "save_strategy": "no", "plot_loss": False, **changes}
-    path = folder / "config.yaml"
-    values = {key: value for key, value in values.items() if value is not None}
-    path.write_text(yaml.safe_dump(values), encoding="utf-8")
-    return path
+    """The demo's configuration for measuring, with `changes`."""
+    return write_config(folder, demo_base(), **changes)
 
 
 class Watched:

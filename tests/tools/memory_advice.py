@@ -1,6 +1,6 @@
-"""The README's memory table: what the plan computes for Qwen3 on 1 to 8 GPUs of 24, 48 and 80 GB.
+"""The memory table of tests/benchmarks/README.md: what the plan computes for Qwen3 on 1 to 8 GPUs of 24, 48 and 80 GB.
 
-    python tests/memory_advice.py
+    python tests/tools/memory_advice.py
 
 For each machine: the largest Qwen3 that full fine-tuning in bf16 fits under plain ZeRO-3, and Qwen3-14B with the
 offload file, both with sequences of 2,048 tokens and the largest micro-batch of 1, 2, 4, 8 or 16 that fits.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from train_qwen3_ft import QWEN3_SHAPES, Model, Zero, count_parameters, estimate_memory, format_bytes, qwen3_config
 
 # What NVML reports of such cards, in bytes: 24, 48 and 80 GB cards hold a little less or more than they are called.

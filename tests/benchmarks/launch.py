@@ -1,6 +1,6 @@
 """Start-up and speed against llamafactory-cli and against the floor, a bare torchrun that only calls run_exp.
 
-    python tests/benchmark_launch.py [REPEATS]      # default 5; about 90 seconds a round on 2 cores
+    python tests/benchmarks/launch.py [REPEATS]      # default 5; about 90 seconds a round on 2 cores
 
 All three train the same configuration on 2 ranks under ZeRO-3 on a CPU, in turn, so that a busy moment of the
 machine meets all of them. Prints medians and ratios: the time from the command to the first optimizer step (demo
@@ -14,16 +14,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmark_tools import (
-    ZERO3,
+from common import (
     Watched,
     describe_machine,
     launcher,
     llamafactory_cli,
     make_config,
-    make_model,
     read_repeats,
 )
+from helpers.config import ZERO3_FILE, make_model
 
 BARE = "import sys, yaml\nfrom llamafactory.train.tuner import run_exp\nrun_exp(yaml.safe_load(open(sys.argv[1])))\n"
 
@@ -43,7 +42,7 @@ def measure(name: str, folder: Path, steps: int, **changes: object) -> Watched:
     """One run of one of the three commands."""
     folder.mkdir(parents=True)
     # With use_cpu transformers would not initialize DeepSpeed; the launcher leaves it out by itself.
-    changes = {"use_cpu": True if name == "launcher" else None, "deepspeed": str(ZERO3), "max_steps": steps,
+    changes = {"use_cpu": True if name == "launcher" else None, "deepspeed": ZERO3_FILE, "max_steps": steps,
                "overwrite_output_dir": None, **changes}
     config = make_config(folder, **changes)
     return Watched(COMMANDS[name](config), folder / "out", NPROC_PER_NODE="2", FORCE_TORCHRUN="1", OMP_NUM_THREADS="1",

@@ -1,4 +1,4 @@
-"""The launcher as a real process for the fault tests: started, watched, killed, and every process of it found."""
+"""The launcher as a real process: started, watched, killed, and every process of it found."""
 
 import contextlib
 import fcntl
@@ -9,43 +9,46 @@ import pty
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 import termios
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-import yaml
-from conftest import FOREIGN, ROOT, SCRIPT
+from helpers import HELPERS, SCRIPT
 
-FAULTS = Path(__file__).resolve().parent / "faults"
-ZERO = str(ROOT / "configs" / "deepspeed" / "ds_z3_config.json")
-DEMO = ROOT / "configs"
+FAULTS = HELPERS / "faults"
+FAKES = HELPERS / "fakes"
 PATIENCE = 240  # seconds: a slow machine is no failure
 TAG = "FAULT_TEST_TAG"
-# 40 samples on 2 ranks: 20 steps.
-BASE = {
-    "model_name_or_path": str(DEMO / "demo_model"), "train_from_scratch": True, "stage": "sft", "do_train": True,
-    "finetuning_type": "full", "template": "qwen3", "use_cpu": True, "dataset": "code2sql_demo",
-    "dataset_dir": str(DEMO / "data"), "cutoff_len": 192, "max_samples": 40, "per_device_train_batch_size": 1,
-    "gradient_accumulation_steps": 1, "learning_rate": 3.0e-3, "num_train_epochs": 1, "logging_steps": 1,
-    "save_steps": 2, "save_total_limit": 2, "dataloader_num_workers": 2, "preprocessing_num_workers": 2,
-    "plot_loss": False, "report_to": "none", "disable_gradient_checkpointing": True, "deepspeed": ZERO,
-}
+# Set by a scheduler, a user or another test, each of these would change what the launcher decides.
+FOREIGN = re.compile(
+    r"CUDA_|NVIDIA_|SWANLAB_|WANDB_|HF_|HUGGING|TRANSFORMERS_|DS_|MASTER_|TORCHELASTIC_|QWEN3_FT_|"
+    r"FAKE_GPUS|PYTHON|(NPROC_PER_NODE|NNODES|NODE_RANK|RANK|LOCAL_RANK|WORLD_SIZE|"
+    r"LOCAL_WORLD_SIZE|FORCE_TORCHRUN|USE_RAY|USE_V1|USE_MCA|CC|CXX)$"
+)
 
 
-def write_config(folder: Path, **changes: object) -> Path:
-    """Write BASE with `changes` (None takes a key out) as folder/config.yaml; runs go to folder/out."""
-    folder.mkdir(parents=True, exist_ok=True)
-    values = {**BASE, "output_dir": str(folder / "out"), **changes}
-    values = {key: value for key, value in values.items() if value is not None}
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(values), encoding="utf-8")
-    return path
+def clean_environment() -> dict[str, str]:
+    """This process's environment without anything that steers the launcher."""
+    return {key: value for key, value in os.environ.items() if not FOREIGN.match(key)}
+
+
+def fake_gpus(count: int, total: float = 80, **more: object) -> list[dict]:
+    """`count` equal GPUs for the fake NVML; sizes in GiB."""
+    return [{"name": "NVIDIA Test GPU", "total": total, **more} for _ in range(count)]
+
+
+def free_port() -> int:
+    """A port of this node that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def until(condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> object:
@@ -115,28 +118,49 @@ class Terminal:
 
 
 class Run:
-    """The launcher, started on `arguments` in a session of its own; everything it starts carries a tag."""
+    """The launcher, started on `arguments` in a session of its own; all that it starts carries a tag.
 
-    def __init__(self, folder: Path, *arguments: object, ranks: int = 2, faults: list[dict] | None = None,
-                 env: dict[str, str] | None = None, nohup: bool = False, terminal: bool = False,
-                 command: list[str] | None = None):
+    `folder` takes what the run shows and its fault markers; `cwd` (default: the same) is where it
+    is started. With `apart` the console holds stdout only and `errors` stderr.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: object,
+        ranks: int | None = 2,
+        faults: list[dict] | None = None,
+        env: dict[str, str] | None = None,
+        nohup: bool = False,
+        terminal: bool = False,
+        command: list[str] | None = None,
+        cwd: Path | None = None,
+        apart: bool = False,
+    ):
         self.folder, self.tag, self.begun = folder, uuid.uuid4().hex, time.monotonic()
-        folder.mkdir(parents=True, exist_ok=True)
-        markers = folder / "markers"
-        markers.mkdir(exist_ok=True)
-        clean = {key: value for key, value in os.environ.items() if not FOREIGN.match(key)}
-        full = {**clean, "OMP_NUM_THREADS": "1", "NPROC_PER_NODE": str(ranks), TAG: self.tag, **(env or {})}
+        (folder / "markers").mkdir(parents=True, exist_ok=True)
+        full = {**clean_environment(), "OMP_NUM_THREADS": "1", TAG: self.tag}
+        if ranks:
+            full["NPROC_PER_NODE"] = str(ranks)
+        full |= env or {}
         if faults:
-            full |= {"PYTHONPATH": str(FAULTS), "FAULTS": json.dumps(faults), "FAULT_MARKERS": str(markers)}
+            full |= {"PYTHONPATH": str(FAULTS), "FAULTS": json.dumps(faults)}
+            full |= {"FAULT_MARKERS": str(folder / "markers")}
         self.console_path = folder / f"console-{self.tag[:6]}.txt"
+        self.errors_path = folder / f"errors-{self.tag[:6]}.txt" if apart else self.console_path
         self.terminal = Terminal(self.console_path) if terminal else None
-        with open(self.console_path, "ab") as file:
+        with open(self.console_path, "ab") as file, open(self.errors_path, "ab") as errors:
             console = self.terminal.slave if terminal else file
             self.process = subprocess.Popen(
                 [*(command or [sys.executable, str(SCRIPT)]), *map(str, arguments)],
-                stdin=console if terminal else subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT, cwd=folder,
-                start_new_session=True, env=full,
-                preexec_fn=partial(settle_signals, nohup, terminal))
+                stdin=console if terminal else subprocess.DEVNULL,
+                stdout=console,
+                stderr=errors if apart else subprocess.STDOUT,
+                cwd=cwd or folder,
+                start_new_session=True,
+                env=full,
+                preexec_fn=partial(settle_signals, nohup, terminal),
+            )
 
     def __enter__(self) -> "Run":
         return self
@@ -152,7 +176,18 @@ class Run:
     @property
     def console(self) -> str:
         """What the user has seen so far."""
-        return self.console_path.read_text(encoding="utf-8", errors="replace")
+        return self.console_path.read_bytes().decode("utf-8", errors="replace")
+
+    @property
+    def errors(self) -> str:
+        """What stderr got, where it is kept apart."""
+        return self.errors_path.read_text(encoding="utf-8", errors="replace")
+
+    @property
+    def returncode(self) -> int:
+        """The launcher's exit code; fails while it is running."""
+        assert self.process.returncode is not None
+        return self.process.returncode
 
     @property
     def run_dir(self) -> Path:
@@ -220,23 +255,74 @@ def run(folder: Path, *arguments: object, seconds: float = PATIENCE, **options: 
     return started
 
 
+def train(folder: Path, *arguments: object, **options: object) -> Run:
+    """A run that must end well."""
+    done = run(folder, *arguments, **options)
+    assert done.process.returncode == 0, done.console
+    return done
+
+
+def side_by_side(starts: Iterable[Callable[[], Run]], seconds: float = PATIENCE) -> list[Run]:
+    """Start several launchers at once, so that their waits pass together, and wait for all ends."""
+    with contextlib.ExitStack() as stack:
+        runs = [stack.enter_context(start()) for start in starts]
+        for started in runs:
+            started.wait(seconds)
+    return runs
+
+
 def weights(run_dir: Path) -> str:
     """The fingerprint of the final model."""
     return hashlib.sha256((run_dir / "model.safetensors").read_bytes()).hexdigest()
 
 
+def metrics(run_dir: Path) -> list[dict]:
+    """The log lines of metrics.jsonl that count, in order; one that is being written does not.
+
+    A line {"event": "begin", "step": N} says that training begins again after step N, so that the
+    earlier lines of the steps beyond N were trained again.
+    """
+    path, found = run_dir / "metrics.jsonl", []
+    if not path.exists():
+        return old_metrics(run_dir)
+    for text in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            line = json.loads(text)
+            if line.get("event") == "begin":
+                found = [known for known in found if known["step"] <= line["step"]]
+            elif "event" not in line:
+                found.append(line)
+    return found
+
+
+def old_metrics(run_dir: Path) -> list[dict]:
+    """The same of a script that does not write metrics.jsonl yet."""
+    path, found = run_dir / "trainer_log.jsonl", []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            line = json.loads(text)
+            found.append({**line, "step": line["current_steps"]})
+    return found
+
+
 def losses(run_dir: Path) -> dict[int, list[float]]:
-    """{step: the losses that were logged for it}; a line that is being written does not count."""
+    """{step: the losses that were logged for it}."""
     found: dict[int, list[float]] = {}
-    with contextlib.suppress(OSError):
-        for text in (run_dir / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                line = json.loads(text)
-                if "loss" in line:
-                    found.setdefault(line["current_steps"], []).append(line["loss"])
+    for line in metrics(run_dir):
+        if "loss" in line:
+            found.setdefault(line["step"], []).append(line["loss"])
     return found
 
 
 def committed(run_dir: Path) -> list[int]:
     """The steps of the checkpoints that have a manifest, as the folder shows it."""
     return sorted(int(path.parent.name.rpartition("-")[2]) for path in run_dir.glob("checkpoint-*/manifest.json"))
+
+
+def ask_python(code: str, data: object) -> object:
+    """Run code in a fresh Python with `data` in it; it must set `result`. Heavy packages stay in there."""
+    frame = f"import json, sys\ndata = json.load(sys.stdin)\n{code}\nprint('RESULT', json.dumps(result))"
+    done = subprocess.run([sys.executable, "-c", frame], input=json.dumps(data), capture_output=True, text=True,
+                          env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"})
+    assert "RESULT" in done.stdout, done.stderr
+    return json.loads(done.stdout.partition("RESULT")[2])

@@ -11,12 +11,13 @@ import json
 import random
 import re
 import sqlite3
-from pathlib import Path
 
-import make_demo_data
 import pytest
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+from helpers import ROOT
+from tools import make_demo_data
+
+CONFIGS = ROOT / "configs"
 DATA = CONFIGS / "data"
 SCHEMAS = (DATA / "schemas.sql").read_text(encoding="utf-8")
 TRAIN = json.loads((DATA / "code2sql_demo.json").read_text(encoding="utf-8"))

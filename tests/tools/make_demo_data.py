@@ -1,6 +1,6 @@
 """Write the demo data set, its schemas, the demo tokenizer and the demo model's configuration.
 
-    python tests/make_demo_data.py
+    python tests/tools/make_demo_data.py
 
 rewrites configs/data/ and configs/demo_model/ byte for byte, because every choice comes from one seeded
 generator. How the set is made:
@@ -752,4 +752,4 @@ def write_all(configs):
 
 
 if __name__ == "__main__":
-    write_all(Path(__file__).resolve().parent.parent / "configs")
+    write_all(Path(__file__).resolve().parent.parent.parent / "configs")

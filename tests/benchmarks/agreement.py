@@ -1,10 +1,10 @@
 """What the agreement to stop costs: one tiny all-reduce at the end of each step, as a share of the step.
 
-    python tests/benchmark_agreement.py            # a Qwen3 of 34 M parameters, 2 ranks; about 2 minutes on two cores
+    python tests/benchmarks/agreement.py            # a Qwen3 of 34 M parameters, 2 ranks; about 2 minutes on two cores
 
 Each rank trains in plain data-parallel (a step of which is cheaper than one of ZeRO-3, so the share is the larger)
-and calls the launcher's own Checkpoints.agreed_to_stop after each step. A barrier before the call keeps the waiting
-for the slower rank, which the next collective would do anyway, out of its time. Issue 4 allows 1 %.
+and calls the launcher's own RankCallback.agree_to_stop after each step. A barrier before the call keeps the waiting
+for the slower rank, which the next collective would do anyway, out of its time. At most 1 % is allowed.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 
 def build_model():
@@ -43,14 +43,14 @@ def work(steps: int, tokens: int) -> None:
     import torch
     from torch import distributed
 
-    from train_qwen3_ft import Checkpoints
+    from train_qwen3_ft import RankCallback, Run
 
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
     model = torch.nn.parallel.DistributedDataParallel(build_model())
     optimizer = torch.optim.AdamW(model.parameters())
     batch = torch.randint(0, 8192, (1, tokens))
-    hooks = Checkpoints(Path(tempfile.mkdtemp()))
+    callback = SimpleNamespace(run=Run(Path(tempfile.mkdtemp())))
     args = SimpleNamespace(device=torch.device("cpu"))
     times: list[list[float]] = [[], []]
     for number in range(steps + 2):  # the first two warm up
@@ -58,7 +58,7 @@ def work(steps: int, tokens: int) -> None:
         train_step(model, optimizer, batch)
         distributed.barrier()
         marks.append(time.perf_counter())
-        assert not hooks.agreed_to_stop(args)
+        assert not RankCallback.agree_to_stop(callback, args)
         marks.append(time.perf_counter())
         if number > 1:
             times[0].append(marks[1] - marks[0])
@@ -76,7 +76,7 @@ def work(steps: int, tokens: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--tokens", type=int, default=64, help="of each rank in a step")
+    parser.add_argument("--tokens", type=int, default=64, help="per rank and step")
     options = parser.parse_args()
     if "LOCAL_RANK" in os.environ:
         work(options.steps, options.tokens)

@@ -1,0 +1,224 @@
+"""Checkpoints that can be trusted: two ranks under ZeRO-3 on the CPU, really killed while they save.
+
+Several tests look at one run; the fixtures of a module's scope say which. Waiting is for events, never for a time.
+"""
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from helpers.config import write_config
+from helpers.launcher import PATIENCE, Run, committed, losses, run, weights
+from train_qwen3_ft import (
+    MANIFEST,
+    checkpoint_problem,
+    clear_stale_locks,
+    commit_checkpoint,
+    quarantine_incomplete_checkpoints,
+)
+from train_qwen3_ft import Run as RunDirectory
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of this module's runs."""
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+# --- killed while saving
+
+
+# Where a rank is killed in the save of which step (the rotation's number is the old checkpoint's), on which rank.
+IN_SAVES = {"weights": (2, 0), "one shard": (3, 1), "rotation": (3, 0), "trainer state": (6, 0),
+            "manifest": (7, 0), "manifest rename": (8, 0)}
+
+
+@pytest.fixture(scope="module")
+def killed_in_saves(scratch: Path) -> Run:
+    """A run that saves at each step, keeps one checkpoint, and is killed in six saves, each time at another point."""
+    faults = [{"point": point, "step": step, "rank": rank} for point, (step, rank) in IN_SAVES.items()]
+    config = write_config(scratch / "saves", save_steps=1, save_total_limit=1, max_restarts=len(faults))
+    return run(scratch / "saves", config, faults=faults, seconds=3 * PATIENCE)
+
+
+@pytest.mark.parametrize("point", IN_SAVES)
+def test_a_kill_in_a_save_resumes_from_the_committed_checkpoint_before_it(killed_in_saves: Run, point: str):
+    step = IN_SAVES[point][0]
+    wanted = step + 1 if point == "rotation" else step - 1  # the old one is removed after the new one's commit
+    assert (killed_in_saves.folder / "markers" / f"{point}-{step}").exists(), "the fault did not strike"
+    resumed = re.findall(r"resuming from checkpoint-(\d+)", killed_in_saves.console)
+    assert int(resumed[list(IN_SAVES).index(point)]) == wanted, killed_in_saves.console
+
+
+@pytest.mark.parametrize("point", [point for point in IN_SAVES if point != "rotation"])
+def test_a_checkpoint_torn_by_a_kill_is_moved_aside_and_named(killed_in_saves: Run, point: str):
+    name = f"checkpoint-{IN_SAVES[point][0]}"
+    assert (killed_in_saves.run_dir / f"incomplete-{name}").is_dir()
+    message = f"{name} is incomplete (it has no manifest); moved to incomplete-{name}"
+    assert message in killed_in_saves.console
+
+
+def test_a_run_killed_in_its_saves_ends_with_identical_weights(killed_in_saves: Run, reference: Run):
+    assert killed_in_saves.returncode == 0, killed_in_saves.console
+    assert weights(killed_in_saves.run_dir) == weights(reference.run_dir)
+
+
+def test_a_run_killed_in_its_saves_has_logged_each_loss_once_and_equal(killed_in_saves: Run, reference: Run):
+    assert losses(killed_in_saves.run_dir) == losses(reference.run_dir)
+
+
+def test_a_run_killed_in_its_saves_keeps_as_many_checkpoints_as_it_should(killed_in_saves: Run):
+    names = [path.name for path in killed_in_saves.run_dir.glob("checkpoint-*")]
+    assert (names, committed(killed_in_saves.run_dir)) == (["checkpoint-12"], [12])
+
+
+def test_each_report_of_a_kill_names_the_rank_that_was_killed(killed_in_saves: Run):
+    named = re.findall(r"^rank (\d) was killed by SIGKILL", killed_in_saves.console, re.MULTILINE)
+    assert list(map(int, named)) == [rank for _, rank in IN_SAVES.values()]
+
+
+def test_a_kill_in_a_rotation_and_one_in_a_later_save_leave_a_trusted_checkpoint(killed_in_saves: Run):
+    rotation = list(IN_SAVES).index("rotation")
+    resumed = re.findall(r"resuming from checkpoint-(\d+)", killed_in_saves.console)
+    assert [int(step) for step in resumed[rotation : rotation + 2]] == [4, 5]
+
+
+def test_a_run_that_keeps_one_checkpoint_has_it_until_the_next_is_committed(killed_in_saves: Run):
+    """Each kill before a commit finds the one checkpoint of the step before."""
+    resumed = re.findall(r"resuming from checkpoint-(\d+)", killed_in_saves.console)
+    assert list(map(int, resumed)) == [1, 2, 4, 5, 6, 7]
+
+
+# --- torn files
+
+
+def tear(path: Path, how: str) -> None:
+    """Delete a file, or cut it to half or to nothing, without touching a hard link to it elsewhere."""
+    content = path.read_bytes()
+    path.unlink()
+    if how != "deleted":
+        path.write_bytes(content[: len(content) // 2] if how == "halved" else b"")
+
+
+@pytest.mark.parametrize("how", ["deleted", "halved", "emptied"])
+def test_any_torn_file_of_the_newest_checkpoint_makes_the_older_one_count(reference: Run, tmp_path: Path, how: str):
+    newest = reference.run_dir / "checkpoint-12"
+    names = [str(path.relative_to(newest)) for path in newest.rglob("*") if path.is_file()]
+    assert {MANIFEST, "latest", "trainer_state.json", "rng_state_1.pth", "model.safetensors"} <= set(names)
+    trusted = []
+    for number, name in enumerate(names):
+        run_dir = tmp_path / str(number)
+        for step in (10, 12):
+            shutil.copytree(reference.run_dir / f"checkpoint-{step}", run_dir / f"checkpoint-{step}",
+                            copy_function=os.link)
+        assert RunDirectory(run_dir).newest_checkpoint().name == "checkpoint-12"
+        tear(run_dir / "checkpoint-12" / name, how)
+        if RunDirectory(run_dir).newest_checkpoint() != run_dir / "checkpoint-10":
+            trusted.append(name)
+        lines = quarantine_incomplete_checkpoints(RunDirectory(run_dir))
+        assert len(lines) == 1 and lines[0].startswith("checkpoint-12 is incomplete ("), name
+        assert sorted(path.name for path in run_dir.iterdir()) == ["checkpoint-10", "incomplete-checkpoint-12"], name
+    assert trusted == []
+
+
+def test_a_file_system_without_locks_and_folder_syncs_holds_runs_and_checkpoints_too(
+        reference: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(code: int):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", lambda *args: refuse(errno.ENOSYS))
+    monkeypatch.setattr("os.fsync", lambda *args: refuse(errno.EINVAL))
+    shutil.copytree(reference.run_dir / "checkpoint-12", tmp_path / "checkpoint-12")
+    RunDirectory(tmp_path).lock().close()
+    commit_checkpoint(tmp_path / "checkpoint-12", 2)
+    assert checkpoint_problem(tmp_path / "checkpoint-12") == ""
+
+
+def test_moving_aside_never_overwrites_what_was_moved_aside_before(reference: Run, tmp_path: Path):
+    for _ in range(2):
+        shutil.copytree(reference.run_dir / "checkpoint-12", tmp_path / "checkpoint-12")
+        (tmp_path / "checkpoint-12" / MANIFEST).unlink()
+        quarantine_incomplete_checkpoints(RunDirectory(tmp_path))
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["incomplete-checkpoint-12", "incomplete-checkpoint-12.1"]
+
+
+# --- a full disk
+
+
+def mount(*arguments: object) -> bool:
+    """Whether mount could be called and succeeded."""
+    with contextlib.suppress(OSError):
+        return subprocess.run(["mount", *map(str, arguments)], capture_output=True).returncode == 0
+    return False
+
+
+@pytest.fixture(scope="module")
+def full_disk(scratch: Path) -> Iterator[SimpleNamespace]:
+    """A run on a disk that is full during its third save, and its resume after room was made."""
+    folder, out = scratch / "full disk", scratch / "full disk" / "out"
+    out.mkdir(parents=True)
+    if not mount("-t", "tmpfs", "-o", "size=40m", "tmpfs", out):
+        pytest.skip("a small file system cannot be mounted here (it needs root)")
+    try:
+        full = run(folder, write_config(folder, save_total_limit=4), "--force")
+        kept = [path.name for path in full.run_dir.glob("checkpoint-*") if not checkpoint_problem(path)]
+        described = [(full.run_dir / name).read_bytes() for name in ("config.yaml", "plan.json")]
+        still_full = run(folder, "--resume", full.run_dir, "--force", "logging_steps=1")
+        after = [(full.run_dir / name).read_bytes() for name in ("config.yaml", "plan.json")]
+        mount("-o", "remount,size=400m", out)
+        yield SimpleNamespace(full=full, kept=kept, still_full=still_full, unharmed=described == after,
+                              resumed=run(folder, "--resume", full.run_dir))
+    finally:
+        subprocess.run(["umount", str(out)])
+
+
+def test_a_full_disk_ends_the_run_and_names_the_cause(full_disk: SimpleNamespace):
+    assert full_disk.full.returncode == 1, full_disk.full.console
+    assert "the disk is full" in full_disk.full.console, full_disk.full.console
+
+
+def test_a_full_disk_does_not_upset_the_launcher_itself(full_disk: SimpleNamespace):
+    assert ", in main" not in full_disk.full.console, full_disk.full.console
+    assert f"--resume {full_disk.full.run_dir}" in full_disk.full.console.replace("'", "")
+
+
+def test_a_resume_on_a_disk_that_is_still_full_fails_in_one_line_and_harms_nothing(full_disk: SimpleNamespace):
+    console = full_disk.still_full.console
+    assert full_disk.still_full.returncode in (1, 2) and "Traceback" not in console, console
+    assert full_disk.unharmed
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoints_intact(full_disk: SimpleNamespace):
+    assert sorted(full_disk.kept) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_resuming_after_room_was_made_ends_with_identical_weights(full_disk: SimpleNamespace, reference: Run):
+    assert full_disk.resumed.returncode == 0, full_disk.resumed.console
+    assert weights(full_disk.resumed.run_dir) == weights(reference.run_dir)
+
+
+# --- build locks
+
+
+def test_a_build_lock_that_a_living_process_holds_open_is_left(tmp_path: Path):
+    (tmp_path / "operator").mkdir()
+    script = "import os, sys; os.open(sys.argv[1], os.O_CREAT | os.O_EXCL); print('held', flush=True); sys.stdin.read()"
+    lock = tmp_path / "operator" / "lock"
+    command = [sys.executable, "-c", script, str(lock)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as builder:
+        assert builder.stdout.readline() == b"held\n"
+        clear_stale_locks(tmp_path)
+        held = lock.exists()
+        builder.stdin.close()
+    clear_stale_locks(tmp_path)
+    assert (held, lock.exists()) == (True, False)

@@ -1,0 +1,179 @@
+"""Several nodes: two launchers of one process each, on loopback and in network namespaces of their own."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+
+from helpers import SCRIPT
+from helpers.config import STEPS, write_config
+from helpers.launcher import Run, committed, free_port, losses, run, weights
+
+ALL_STEPS = f"step {STEPS}/{STEPS}"
+
+
+def nodes(count: int, address: str = "127.0.0.1", **more: str) -> list[dict[str, str]]:
+    """The environment of each node."""
+    port = str(free_port())
+    return [{"NNODES": str(count), "NODE_RANK": str(rank), "MASTER_ADDR": address, "MASTER_PORT": port, **more}
+            for rank in range(count)]
+
+
+@pytest.fixture(scope="module")
+def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
+    """A run on two nodes, the second started first."""
+    folder = tmp_path_factory.mktemp("two")
+    config, (first, second) = write_config(folder, report_to="swanlab"), nodes(2)
+    with Run(folder, config, "run_name=two", ranks=1, env=second) as late:
+        early = run(folder, config, "run_name=two", ranks=1, env=first)
+        late.wait()
+    return early, late
+
+
+def test_two_nodes_train_one_run_to_the_weights_of_one_node(two_nodes: tuple[Run, Run], reference: Run):
+    first, second = two_nodes
+    assert (first.returncode, second.returncode) == (0, 0), first.console + second.console
+    assert "x 2 processes x 1 accumulation = 2 samples per step" in first.console
+    assert losses(first.run_dir) == losses(reference.run_dir)
+    assert weights(first.run_dir) == weights(reference.run_dir)
+
+
+def test_only_the_console_of_node_0_speaks(two_nodes: tuple[Run, Run]):
+    first, second = two_nodes
+    assert ALL_STEPS in first.console
+    assert [line for line in second.console.splitlines() if not line.startswith("waiting for")] == []
+
+
+def test_two_nodes_make_one_run_directory_and_one_swanlab_record(two_nodes: tuple[Run, Run]):
+    output = two_nodes[0].run_dir.parent
+    assert sorted(path.name for path in output.iterdir()) == ["swanlog", "two"]
+    assert len(list((output / "swanlog").glob("run-*"))) == 1
+
+
+def test_a_stop_on_node_1_stops_both_after_a_checkpoint(tmp_path: Path):
+    config, (first, second) = write_config(tmp_path, num_train_epochs=20), nodes(2)
+    with (Run(tmp_path, config, "run_name=stop", ranks=1, env=first) as leader,
+          Run(tmp_path, config, "run_name=stop", ranks=1, env=second) as other):
+        leader.reach(1)
+        other.process.send_signal(signal.SIGTERM)
+        assert (leader.wait(), other.wait()) == (143, 143), leader.console
+        assert len(committed(leader.run_dir)) >= 1
+        assert "stopped at step" in leader.console
+
+
+SLOW = [{"point": "slow"}]  # node 1 is lost between two steps
+
+
+def test_a_node_that_dies_and_comes_back_resumes_the_run(tmp_path: Path, reference: Run):
+    config, (first, second) = write_config(tmp_path), nodes(2)
+    with Run(tmp_path, config, "run_name=back", ranks=1, env=first) as leader:
+        with Run(tmp_path, config, "run_name=back", ranks=1, env=second, faults=SLOW):
+            leader.reach(4)
+        leader.see("restart 1 of 3")
+        back = run(tmp_path, config, "run_name=back", ranks=1, env=second)
+        assert (leader.wait(), back.returncode) == (0, 0), leader.console + back.console
+    assert weights(leader.run_dir) == weights(reference.run_dir)
+
+
+def test_a_node_that_waits_for_another_says_so_and_obeys_a_stop_at_once(tmp_path: Path):
+    with Run(tmp_path, write_config(tmp_path), "run_name=alone", ranks=1, env=nodes(2)[0]) as leader:
+        leader.see(r"waiting for the other nodes at 127\.0\.0\.1:\d+, up to 15 minutes")
+        leader.process.send_signal(signal.SIGTERM)
+        assert leader.wait(30) == 143
+        assert leader.left_after() == []
+    assert f"state       stopped at step 0 of {STEPS}" in leader.console
+    assert "failed" not in leader.console
+
+
+def test_a_run_that_was_stopped_while_it_waited_for_a_lost_node_resumes(tmp_path: Path, reference: Run):
+    config, (first, second) = write_config(tmp_path), nodes(2)
+    with Run(tmp_path, config, "run_name=lost", ranks=1, env=first) as leader:
+        with Run(tmp_path, config, "run_name=lost", ranks=1, env=second, faults=SLOW):
+            leader.reach(4)
+        leader.see("restart 1 of 3")
+        leader.process.send_signal(signal.SIGINT)
+        assert leader.wait(30) == 130, leader.console
+        variables = f"NNODES=2 NODE_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT={first['MASTER_PORT']}"
+        assert f"resume      {variables} python {SCRIPT} --resume {leader.run_dir}" in leader.console
+    with Run(tmp_path, config, "run_name=lost", ranks=1, env=second) as back:  # the old STOP file is still there
+        resumed = run(tmp_path, "--resume", leader.run_dir, ranks=1, env=first)
+        assert (resumed.returncode, back.wait()) == (0, 0), resumed.console + back.console
+    assert weights(leader.run_dir) == weights(reference.run_dir)
+
+
+def test_a_node_that_falls_silent_is_given_up_and_the_run_resumes_when_it_is_back(tmp_path: Path, reference: Run):
+    # A heartbeat each second, and three may be missed: as in three minutes by default.
+    config, (first, second) = write_config(tmp_path), nodes(2, QWEN3_FT_HEARTBEAT="1,3")
+    with Run(tmp_path, config, "run_name=mute", ranks=1, env=first) as leader:
+        with Run(tmp_path, config, "run_name=mute", ranks=1, env=second, faults=SLOW) as lost:
+            leader.reach(4)
+            for pid in lost.pids():
+                os.kill(pid, signal.SIGSTOP)  # as with a node without power, no connection is closed
+            leader.see("node 1 sent no heartbeat for 3 s; restarting")
+            leader.see("restart 1 of 3")
+        back = run(tmp_path, config, "run_name=mute", ranks=1, env=second)
+        assert (leader.wait(), back.returncode) == (0, 0), leader.console + back.console
+    assert weights(leader.run_dir) == weights(reference.run_dir)
+
+
+def test_nodes_with_different_numbers_of_processes_are_refused(tmp_path: Path):
+    config, (first, second) = write_config(tmp_path, deepspeed=None), nodes(2)
+    with Run(tmp_path, config, "run_name=odd", ranks=2, env=second):
+        leader = run(tmp_path, config, "run_name=odd", ranks=1, env=first)
+    assert leader.returncode == 1
+    assert "the nodes started different numbers of processes" in leader.console
+
+
+def test_a_rendezvous_port_that_is_taken_is_named_as_the_cause(tmp_path: Path):
+    """Taken between the preflight and torchrun: by node 0's own port check nothing listened there yet."""
+    config, (first, _) = write_config(tmp_path, deepspeed=None), nodes(2)
+    with socket.socket() as server, Run(tmp_path, config, "run_name=p", ranks=1, env=first) as leader:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        leader.see("waiting for the other nodes|^run ")
+        server.bind(("127.0.0.1", int(first["MASTER_PORT"])))
+        server.listen()
+        assert leader.wait(120) == 1, leader.console
+    assert f"port {first['MASTER_PORT']}" in leader.console
+
+
+@pytest.fixture
+def namespaces() -> list[str]:
+    """Two network namespaces, joined by a pair of virtual cables: 10.77.0.1 and 10.77.0.2."""
+    if os.geteuid() or not shutil.which("ip"):
+        pytest.skip("making network namespaces takes root and the program ip")
+    names = [f"launcher-{uuid.uuid4().hex[:6]}" for _ in range(2)]
+    cables = [f"v{name[-6:]}" for name in names]
+    commands = [["netns", "add", name] for name in names]
+    commands += [["link", "add", cables[0], "type", "veth", "peer", "name", cables[1]]]
+    for number, (name, cable) in enumerate(zip(names, cables, strict=True), 1):
+        inside = ["-n", name]
+        commands += [["link", "set", cable, "netns", name],
+                     [*inside, "addr", "add", f"10.77.0.{number}/24", "dev", cable],
+                     [*inside, "link", "set", cable, "up"], [*inside, "link", "set", "lo", "up"]]
+    try:
+        for command in commands:
+            done = subprocess.run(["ip", *command], capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"network namespaces cannot be made here: {done.stderr.strip()}")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def test_two_network_namespaces_train_one_run(namespaces: list[str], tmp_path: Path, reference: Run):
+    config, environments = write_config(tmp_path), nodes(2, "10.77.0.1")
+    commands = [["ip", "netns", "exec", name, sys.executable, str(SCRIPT)] for name in namespaces]
+    for name, env in zip(namespaces, environments, strict=True):
+        env["GLOO_SOCKET_IFNAME"] = f"v{name[-6:]}"  # gloo would ask for the host name's address, which both share
+    with Run(tmp_path, config, "run_name=net", ranks=1, env=environments[1], command=commands[1]) as second:
+        first = run(tmp_path, config, "run_name=net", ranks=1, env=environments[0], command=commands[0])
+        second.wait()
+    assert (first.returncode, second.returncode) == (0, 0), first.console + second.console
+    assert weights(first.run_dir) == weights(reference.run_dir)

@@ -1,0 +1,247 @@
+"""SwanLab for real: what it records, and that nothing it does can hurt the run."""
+
+import os
+import re
+import signal
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from helpers.config import write_config
+from helpers.launcher import Run, command_of, losses, metrics, run, side_by_side, until
+from helpers.swanlab_records import dashboard_points, read_dashboard, read_record, records
+from helpers.swanlab_service import SwanLabService
+
+SETTINGS = {"report_to": "swanlab", "deepspeed": None, "max_steps": 12, "logging_steps": 5, "save_steps": 4}
+SLOW = [{"point": "slow"}]
+
+
+def train(folder: Path, *arguments: object, **options: object) -> Run:
+    """A run of 12 steps that reports to SwanLab, to its end, whatever that is."""
+    changes = options.pop("changes", {})
+    return run(folder, write_config(folder, **{**SETTINGS, **changes}), *arguments, ranks=1, **options)
+
+
+def logged(done: Run) -> dict[int, float]:
+    """{step: loss} of the run's own metrics."""
+    return {step: values[-1] for step, values in losses(done.run_dir).items()}
+
+
+def swanlog(done: Run) -> list[Path]:
+    """The run's SwanLab folders."""
+    return records(done.run_dir.parent / "swanlog")
+
+
+# --- modes
+
+
+def test_without_a_key_the_run_is_recorded_locally(tmp_path: Path) -> None:
+    done = train(tmp_path)
+    assert "SwanLab local (no API key was found)" in done.console
+    [folder] = swanlog(done)
+    assert dashboard_points(folder, "train/loss") == list(logged(done).items())
+    assert [step for step, _ in dashboard_points(folder, "train/loss")] == [5, 10]
+
+
+def test_offline_mode_keeps_every_point_for_a_later_sync(tmp_path: Path) -> None:
+    done = train(tmp_path, env={"SWANLAB_MODE": "offline"})
+    assert "SwanLab offline (from SWANLAB_MODE)" in done.console
+    [folder] = swanlog(done)
+    record = read_record(folder)
+    assert dict(record["points"]["train/loss"]) == logged(done)
+    assert record["state"] == "finished"
+
+
+def test_online_the_service_gets_every_point_and_the_end(tmp_path: Path) -> None:
+    with SwanLabService() as service:
+        done = train(tmp_path, env=service.environment)
+        [remote] = service.runs.values()
+    assert done.returncode == 0
+    assert remote["scalars"]["train/loss"] == logged(done)
+    assert remote["state"] == "FINISHED"
+    assert remote["name"] == done.run_dir.name
+    assert re.search(rf"^dashboard +{re.escape(service.environment['SWANLAB_WEB_HOST'])}/", done.console, re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def older_spelling(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """use_swanlab with a name and a folder, on a PATH that is empty: no git, no shell."""
+    folder = tmp_path_factory.mktemp("older")
+    (folder / "nothing").mkdir()
+    changes = {"report_to": None, "use_swanlab": True, "swanlab_run_name": "mine",
+               "swanlab_logdir": str(folder / "elsewhere")}
+    return train(folder, changes=changes, env={"PATH": str(folder / "nothing")})
+
+
+def test_the_older_spelling_use_swanlab_works(older_spelling: Run) -> None:
+    [folder] = records(older_spelling.folder / "elsewhere")
+    assert read_dashboard(folder) == {"name": "mine", "status": "finished"}
+
+
+def test_a_node_without_git_trains_and_records_all_the_same(older_spelling: Run) -> None:
+    assert older_spelling.returncode == 0, older_spelling.console
+    [folder] = records(older_spelling.folder / "elsewhere")
+    assert read_record(folder)["state"] == "finished"
+
+
+EVALUATED = {"val_size": 8, "eval_strategy": "steps", "eval_steps": 6, "per_device_eval_batch_size": 4,
+             "max_samples": 40}
+
+
+def test_the_evaluation_loss_is_recorded_once_at_its_step(tmp_path: Path) -> None:
+    done = train(tmp_path, changes=EVALUATED)
+    [folder] = swanlog(done)
+    known = [(line["step"], line["eval_loss"]) for line in metrics(done.run_dir) if "eval_loss" in line]
+    assert read_record(folder)["points"]["eval/loss"] == dashboard_points(folder, "eval/loss") == known
+    assert re.findall(r"step (\d+)/12  evaluation loss \d", done.console) == ["6", "12"]
+
+
+def test_each_evaluated_data_set_has_its_own_loss(tmp_path: Path) -> None:
+    done = train(tmp_path, changes={**EVALUATED, "val_size": None, "eval_on_each_dataset": True,
+                                    "eval_dataset": "code2sql_demo,code2sql_heldout", "max_samples": 24})
+    [folder] = swanlog(done)
+    for name in ("code2sql_demo", "code2sql_heldout"):
+        assert [step for step, _ in read_record(folder)["points"][f"eval/{name}_loss"]] == [6, 12]
+        assert len(re.findall(rf"step \d+/12  evaluation loss \d.* on {name}$", done.console, re.MULTILINE)) == 2
+
+
+# --- stops, resumes, and a tracker that is killed
+
+
+def stop_and_resume(folder: Path, **options: object) -> tuple[Run, Run]:
+    """A run that is stopped after its first logged step, and the launch that resumes and finishes it."""
+    config = write_config(folder, **{**SETTINGS, "logging_steps": 2})
+    with Run(folder, config, ranks=1, faults=SLOW, **options) as live:
+        live.reach(2)
+        live.process.send_signal(signal.SIGTERM)
+        live.wait()
+    return live, run(folder, config, "--resume", ranks=1, **options)
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
+    """The same without a key."""
+    return stop_and_resume(tmp_path_factory.mktemp("resumed"))
+
+
+def test_a_stopped_run_is_recorded_as_stopped_by_the_user(resumed: tuple[Run, Run]) -> None:
+    record = read_record(swanlog(resumed[0])[0])
+    assert (record["state"], record["error"]) == ("aborted", "stopped by the user")
+
+
+def test_a_resumed_run_is_a_second_local_record_whose_name_says_so(resumed: tuple[Run, Run]) -> None:
+    done = resumed[1]
+    names = [read_record(folder)["name"] for folder in swanlog(done)]
+    assert sorted(names) == [done.run_dir.name, f"{done.run_dir.name} (resume 1)"]
+    assert [len(values) for values in losses(done.run_dir).values()] == [1] * 6
+
+
+def test_a_resumed_run_continues_the_same_experiment_online(tmp_path: Path) -> None:
+    with SwanLabService() as service:
+        _, done = stop_and_resume(tmp_path, env=service.environment)
+        [remote] = service.runs.values()
+    assert done.returncode == 0
+    assert list(remote["scalars"]["train/loss"]) == [2, 4, 6, 8, 10, 12]
+
+
+def test_a_killed_tracker_is_replaced_and_no_point_is_lost(tmp_path: Path) -> None:
+    config = write_config(tmp_path, **{**SETTINGS, "logging_steps": 1, "max_steps": 20})
+    with Run(tmp_path, config, ranks=1, faults=SLOW) as live:
+        until(lambda: swanlog(live), "SwanLab's first record")
+        [tracker] = [pid for pid in live.pids() if "--tracker" in command_of(pid)]
+        os.kill(tracker, signal.SIGKILL)
+        assert live.wait() == 0
+    assert live.console.count("SwanLab's process ended") == 1
+    record = read_record(swanlog(live)[-1])
+    assert (record["state"], dict(record["points"]["train/loss"])) == ("finished", logged(live))
+
+
+# --- a service that fails: their waits pass side by side
+
+SERVICES = {"refuse": ("refuse",), "hang": ("hang",), "falls silent": (8,), "dies": (8, True)}  # 8: login and creation
+
+
+@pytest.fixture(scope="module")
+def failing_services(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """A run under each of the services that fail."""
+    folders = {name: tmp_path_factory.mktemp("service") for name in SERVICES}
+    with ExitStack() as stack:
+        starts = []
+        for name, arguments in SERVICES.items():
+            service = stack.enter_context(SwanLabService(*arguments))
+            config = write_config(folders[name], **SETTINGS)
+            starts.append(partial(Run, folders[name], config, ranks=1, env=service.environment))
+        return dict(zip(SERVICES, side_by_side(starts), strict=True))
+
+
+@pytest.mark.parametrize(("mode", "cause"), [("refuse", "AuthenticationError"), ("hang", "no answer in")])
+def test_a_service_that_cannot_be_used_costs_one_warning(
+        failing_services: dict[str, Run], mode: str, cause: str) -> None:
+    done = failing_services[mode]
+    assert done.returncode == 0
+    [warning] = [line for line in done.console.splitlines() if "SwanLab cannot be reached" in line]
+    assert cause in warning
+    local = [folder for folder in swanlog(done) if (folder / "logs").is_dir() and any((folder / "logs").iterdir())]
+    assert f"swanlab sync {local[-1]} -i " in warning
+    assert dashboard_points(local[-1], "train/loss") == list(logged(done).items())
+
+
+@pytest.mark.parametrize("mode", ["falls silent", "dies"])
+def test_a_service_that_ends_in_the_middle_costs_no_point(failing_services: dict[str, Run], mode: str) -> None:
+    done = failing_services[mode]
+    assert done.returncode == 0
+    assert "swanlab sync" in done.console
+    [folder] = swanlog(done)
+    record = read_record(folder)
+    assert dict(record["points"]["train/loss"]) == logged(done)
+    assert record["state"] == "finished"
+
+
+# --- a SwanLab that is broken
+
+BREAKS = ["init raises", "init sleeps", "log raises", "log sleeps"]
+BROKEN = """
+import sys
+if "--tracker" in sys.argv:
+    import time
+    import swanlab
+    def broken(*args, **kwargs):
+        time.sleep(600) if "{1}" == "sleeps" else 1 / 0
+    if "{0}" == "init":
+        swanlab.init = broken
+    else:
+        from swanlab.sdk.internal.run import Run
+        Run.log = broken
+"""
+
+
+@pytest.fixture(scope="module")
+def broken_swanlab(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """A run under each of the ways in which SwanLab is broken."""
+    starts = []
+    for name in BREAKS:
+        folder = tmp_path_factory.mktemp("broken")
+        (folder / "sitecustomize.py").write_text(BROKEN.format(*name.split()), encoding="utf-8")
+        config = write_config(folder, **SETTINGS)
+        starts.append(partial(Run, folder, config, ranks=1, env={"PYTHONPATH": str(folder)}))
+    return dict(zip(BREAKS, side_by_side(starts), strict=True))
+
+
+@pytest.mark.parametrize("fault", BREAKS)
+def test_a_broken_swanlab_does_not_touch_training(broken_swanlab: dict[str, Run], fault: str) -> None:
+    done = broken_swanlab[fault]
+    assert done.returncode == 0, done.console
+    assert list(logged(done)) == [5, 10]
+
+
+# --- the console
+
+
+def test_a_terminal_shows_a_live_bar(tmp_path: Path) -> None:
+    config = write_config(tmp_path, **{**SETTINGS, "report_to": "none"})
+    done = run(tmp_path, config, ranks=1, terminal=True)
+    assert done.returncode == 0, done.console
+    assert re.search(r"\r.*loss \d+\.\d+  lr .*\d+/12", done.console)
+    assert "finished at step 12 of 12" in done.console

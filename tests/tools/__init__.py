@@ -1,0 +1,1 @@
+"""Scripts that are run by hand, or that wrote what lies in configs/."""
