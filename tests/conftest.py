@@ -14,9 +14,15 @@ from helpers import ROOT, SCRIPT
 from helpers.config import STEPS, write_config, write_small_config
 from helpers.launcher import FAKES, Run, clean_environment, losses, run, train
 
-
 # The modules of real runs, longest first: what is left at the end is short, so both workers end together.
-LONG = ("test_training", "test_tracker", "test_restarts", "test_stops", "test_checkpoints", "test_nodes")
+LONG = (
+    "test_training",
+    "test_tracker",
+    "test_restarts",
+    "test_stops",
+    "test_checkpoints",
+    "test_nodes",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -58,7 +64,9 @@ def launcher(
         command = [sys.executable, str(script)]
         shown = tmp_path_factory.mktemp("shown")
         done = run(shown, *args, ranks=None, env=full, cwd=cwd, command=command, apart=True)
-        return SimpleNamespace(returncode=done.returncode, stdout=done.console, stderr=done.errors)
+        return SimpleNamespace(
+            returncode=done.returncode, stdout=done.console, stderr=done.errors
+        )
 
     return launch
 

@@ -38,23 +38,39 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # Where a rank is killed in the save of which step (the rotation's number is the old checkpoint's), on which rank.
-IN_SAVES = {"weights": (2, 0), "one shard": (3, 1), "rotation": (3, 0), "trainer state": (6, 0),
-            "manifest": (7, 0), "manifest rename": (8, 0)}
+IN_SAVES = {
+    "weights": (2, 0),
+    "one shard": (3, 1),
+    "rotation": (3, 0),
+    "trainer state": (6, 0),
+    "manifest": (7, 0),
+    "manifest rename": (8, 0),
+}
 
 
 @pytest.fixture(scope="module")
 def killed_in_saves(scratch: Path) -> Run:
     """A run that saves at each step, keeps one checkpoint, and is killed in six saves, each time at another point."""
-    faults = [{"point": point, "step": step, "rank": rank} for point, (step, rank) in IN_SAVES.items()]
-    config = write_config(scratch / "saves", save_steps=1, save_total_limit=1, max_restarts=len(faults))
+    faults = [
+        {"point": point, "step": step, "rank": rank} for point, (step, rank) in IN_SAVES.items()
+    ]
+    config = write_config(
+        scratch / "saves", save_steps=1, save_total_limit=1, max_restarts=len(faults)
+    )
     return run(scratch / "saves", config, faults=faults, seconds=3 * PATIENCE)
 
 
 @pytest.mark.parametrize("point", IN_SAVES)
-def test_a_kill_in_a_save_resumes_from_the_committed_checkpoint_before_it(killed_in_saves: Run, point: str):
+def test_a_kill_in_a_save_resumes_from_the_committed_checkpoint_before_it(
+    killed_in_saves: Run, point: str
+):
     step = IN_SAVES[point][0]
-    wanted = step + 1 if point == "rotation" else step - 1  # the old one is removed after the new one's commit
-    assert (killed_in_saves.folder / "markers" / f"{point}-{step}").exists(), "the fault did not strike"
+    wanted = (
+        step + 1 if point == "rotation" else step - 1
+    )  # the old one is removed after the new one's commit
+    assert (killed_in_saves.folder / "markers" / f"{point}-{step}").exists(), (
+        "the fault did not strike"
+    )
     resumed = re.findall(r"resuming from checkpoint-(\d+)", killed_in_saves.console)
     assert int(resumed[list(IN_SAVES).index(point)]) == wanted, killed_in_saves.console
 
@@ -67,12 +83,16 @@ def test_a_checkpoint_torn_by_a_kill_is_moved_aside_and_named(killed_in_saves: R
     assert message in killed_in_saves.console
 
 
-def test_a_run_killed_in_its_saves_ends_with_identical_weights(killed_in_saves: Run, reference: Run):
+def test_a_run_killed_in_its_saves_ends_with_identical_weights(
+    killed_in_saves: Run, reference: Run
+):
     assert killed_in_saves.returncode == 0, killed_in_saves.console
     assert weights(killed_in_saves.run_dir) == weights(reference.run_dir)
 
 
-def test_a_run_killed_in_its_saves_has_logged_each_loss_once_and_equal(killed_in_saves: Run, reference: Run):
+def test_a_run_killed_in_its_saves_has_logged_each_loss_once_and_equal(
+    killed_in_saves: Run, reference: Run
+):
     assert losses(killed_in_saves.run_dir) == losses(reference.run_dir)
 
 
@@ -82,17 +102,23 @@ def test_a_run_killed_in_its_saves_keeps_as_many_checkpoints_as_it_should(killed
 
 
 def test_each_report_of_a_kill_names_the_rank_that_was_killed(killed_in_saves: Run):
-    named = re.findall(r"^rank (\d) was killed by SIGKILL", killed_in_saves.console, re.MULTILINE)
+    named = re.findall(
+        r"^rank (\d) was killed by SIGKILL", killed_in_saves.console, re.MULTILINE
+    )
     assert list(map(int, named)) == [rank for _, rank in IN_SAVES.values()]
 
 
-def test_a_kill_in_a_rotation_and_one_in_a_later_save_leave_a_trusted_checkpoint(killed_in_saves: Run):
+def test_a_kill_in_a_rotation_and_one_in_a_later_save_leave_a_trusted_checkpoint(
+    killed_in_saves: Run,
+):
     rotation = list(IN_SAVES).index("rotation")
     resumed = re.findall(r"resuming from checkpoint-(\d+)", killed_in_saves.console)
     assert [int(step) for step in resumed[rotation : rotation + 2]] == [4, 5]
 
 
-def test_a_run_that_keeps_one_checkpoint_has_it_until_the_next_is_committed(killed_in_saves: Run):
+def test_a_run_that_keeps_one_checkpoint_has_it_until_the_next_is_committed(
+    killed_in_saves: Run,
+):
     """Each kill before a commit finds the one checkpoint of the step before."""
     resumed = re.findall(r"resuming from checkpoint-(\d+)", killed_in_saves.console)
     assert list(map(int, resumed)) == [1, 2, 4, 5, 6, 7]
@@ -110,28 +136,43 @@ def tear(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["deleted", "halved", "emptied"])
-def test_any_torn_file_of_the_newest_checkpoint_makes_the_older_one_count(reference: Run, tmp_path: Path, how: str):
+def test_any_torn_file_of_the_newest_checkpoint_makes_the_older_one_count(
+    reference: Run, tmp_path: Path, how: str
+):
     newest = reference.run_dir / "checkpoint-12"
     names = [str(path.relative_to(newest)) for path in newest.rglob("*") if path.is_file()]
-    assert {MANIFEST, "latest", "trainer_state.json", "rng_state_1.pth", "model.safetensors"} <= set(names)
+    assert {
+        MANIFEST,
+        "latest",
+        "trainer_state.json",
+        "rng_state_1.pth",
+        "model.safetensors",
+    } <= set(names)
     trusted = []
     for number, name in enumerate(names):
         run_dir = tmp_path / str(number)
         for step in (10, 12):
-            shutil.copytree(reference.run_dir / f"checkpoint-{step}", run_dir / f"checkpoint-{step}",
-                            copy_function=os.link)
+            shutil.copytree(
+                reference.run_dir / f"checkpoint-{step}",
+                run_dir / f"checkpoint-{step}",
+                copy_function=os.link,
+            )
         assert RunDirectory(run_dir).newest_checkpoint().name == "checkpoint-12"
         tear(run_dir / "checkpoint-12" / name, how)
         if RunDirectory(run_dir).newest_checkpoint() != run_dir / "checkpoint-10":
             trusted.append(name)
         lines = quarantine_incomplete_checkpoints(RunDirectory(run_dir))
         assert len(lines) == 1 and lines[0].startswith("checkpoint-12 is incomplete ("), name
-        assert sorted(path.name for path in run_dir.iterdir()) == ["checkpoint-10", "incomplete-checkpoint-12"], name
+        assert sorted(path.name for path in run_dir.iterdir()) == [
+            "checkpoint-10",
+            "incomplete-checkpoint-12",
+        ], name
     assert trusted == []
 
 
 def test_a_file_system_without_locks_and_folder_syncs_holds_runs_and_checkpoints_too(
-        reference: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    reference: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     def refuse(code: int):
         raise OSError(code, os.strerror(code))
 
@@ -143,7 +184,9 @@ def test_a_file_system_without_locks_and_folder_syncs_holds_runs_and_checkpoints
     assert checkpoint_problem(tmp_path / "checkpoint-12") == ""
 
 
-def test_moving_aside_never_overwrites_what_was_moved_aside_before(reference: Run, tmp_path: Path):
+def test_moving_aside_never_overwrites_what_was_moved_aside_before(
+    reference: Run, tmp_path: Path
+):
     for _ in range(2):
         shutil.copytree(reference.run_dir / "checkpoint-12", tmp_path / "checkpoint-12")
         (tmp_path / "checkpoint-12" / MANIFEST).unlink()
@@ -158,7 +201,9 @@ def test_moving_aside_never_overwrites_what_was_moved_aside_before(reference: Ru
 def mount(*arguments: object) -> bool:
     """Whether mount could be called and succeeded."""
     with contextlib.suppress(OSError):
-        return subprocess.run(["mount", *map(str, arguments)], capture_output=True).returncode == 0
+        return (
+            subprocess.run(["mount", *map(str, arguments)], capture_output=True).returncode == 0
+        )
     return False
 
 
@@ -171,13 +216,24 @@ def full_disk(scratch: Path) -> Iterator[SimpleNamespace]:
         pytest.skip("a small file system cannot be mounted here (it needs root)")
     try:
         full = run(folder, write_config(folder, save_total_limit=4), "--force")
-        kept = [path.name for path in full.run_dir.glob("checkpoint-*") if not checkpoint_problem(path)]
-        described = [(full.run_dir / name).read_bytes() for name in ("config.yaml", "plan.json")]
+        kept = [
+            path.name
+            for path in full.run_dir.glob("checkpoint-*")
+            if not checkpoint_problem(path)
+        ]
+        described = [
+            (full.run_dir / name).read_bytes() for name in ("config.yaml", "plan.json")
+        ]
         still_full = run(folder, "--resume", full.run_dir, "--force", "logging_steps=1")
         after = [(full.run_dir / name).read_bytes() for name in ("config.yaml", "plan.json")]
         mount("-o", "remount,size=400m", out)
-        yield SimpleNamespace(full=full, kept=kept, still_full=still_full, unharmed=described == after,
-                              resumed=run(folder, "--resume", full.run_dir))
+        yield SimpleNamespace(
+            full=full,
+            kept=kept,
+            still_full=still_full,
+            unharmed=described == after,
+            resumed=run(folder, "--resume", full.run_dir),
+        )
     finally:
         subprocess.run(["umount", str(out)])
 
@@ -192,7 +248,9 @@ def test_a_full_disk_does_not_upset_the_launcher_itself(full_disk: SimpleNamespa
     assert f"--resume {full_disk.full.run_dir}" in full_disk.full.console.replace("'", "")
 
 
-def test_a_resume_on_a_disk_that_is_still_full_fails_in_one_line_and_harms_nothing(full_disk: SimpleNamespace):
+def test_a_resume_on_a_disk_that_is_still_full_fails_in_one_line_and_harms_nothing(
+    full_disk: SimpleNamespace,
+):
     console = full_disk.still_full.console
     assert full_disk.still_full.returncode in (1, 2) and "Traceback" not in console, console
     assert full_disk.unharmed
@@ -202,7 +260,9 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_intact(full_disk: SimpleName
     assert sorted(full_disk.kept) == ["checkpoint-2", "checkpoint-4"]
 
 
-def test_resuming_after_room_was_made_ends_with_identical_weights(full_disk: SimpleNamespace, reference: Run):
+def test_resuming_after_room_was_made_ends_with_identical_weights(
+    full_disk: SimpleNamespace, reference: Run
+):
     assert full_disk.resumed.returncode == 0, full_disk.resumed.console
     assert weights(full_disk.resumed.run_dir) == weights(reference.run_dir)
 

@@ -25,32 +25,35 @@ def read(tmp_path: Path, text: str | bytes, **overrides: str) -> dict:
 # --- YAML: what a value arrives as -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("text", "value"), [
-    pytest.param("1e-5", 1e-5, id="exponent-without-a-point"),
-    pytest.param("1.0e-5", 1e-5, id="exponent-with-a-point"),
-    pytest.param("1E-5", 1e-5, id="capital-exponent"),
-    pytest.param("5e4", 5e4, id="positive-exponent"),
-    pytest.param("-3e+2", -300.0, id="signed-exponent"),
-    pytest.param(".5", 0.5, id="leading-point"),
-    pytest.param("3.", 3.0, id="trailing-point"),
-    pytest.param("1_000", 1000, id="underscores"),
-    pytest.param("0o17", 15, id="octal"),
-    pytest.param("0x1F", 31, id="hexadecimal"),
-    pytest.param("-1", -1, id="negative"),
-    pytest.param("0", 0, id="zero"),
-    pytest.param("no", "no", id="the-word-no"),
-    pytest.param("on", "on", id="the-word-on"),
-    pytest.param("yes", "yes", id="the-word-yes"),
-    pytest.param("off", "off", id="the-word-off"),
-    pytest.param("true", True, id="true"),
-    pytest.param("False", False, id="false"),
-    pytest.param("'1e-5'", "1e-5", id="quoted-number-stays-text"),
-    pytest.param("12:30:45", "12:30:45", id="no-sexagesimal-numbers"),
-    pytest.param("2024-05-01", "2024-05-01", id="no-dates"),
-    pytest.param("1.2.3", "1.2.3", id="version-is-text"),
-    pytest.param("[1e-5, no]", [1e-5, "no"], id="inside-a-list"),
-    pytest.param("{a: 1e-5}", {"a": 1e-5}, id="inside-a-mapping"),
-])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        pytest.param("1e-5", 1e-5, id="exponent-without-a-point"),
+        pytest.param("1.0e-5", 1e-5, id="exponent-with-a-point"),
+        pytest.param("1E-5", 1e-5, id="capital-exponent"),
+        pytest.param("5e4", 5e4, id="positive-exponent"),
+        pytest.param("-3e+2", -300.0, id="signed-exponent"),
+        pytest.param(".5", 0.5, id="leading-point"),
+        pytest.param("3.", 3.0, id="trailing-point"),
+        pytest.param("1_000", 1000, id="underscores"),
+        pytest.param("0o17", 15, id="octal"),
+        pytest.param("0x1F", 31, id="hexadecimal"),
+        pytest.param("-1", -1, id="negative"),
+        pytest.param("0", 0, id="zero"),
+        pytest.param("no", "no", id="the-word-no"),
+        pytest.param("on", "on", id="the-word-on"),
+        pytest.param("yes", "yes", id="the-word-yes"),
+        pytest.param("off", "off", id="the-word-off"),
+        pytest.param("true", True, id="true"),
+        pytest.param("False", False, id="false"),
+        pytest.param("'1e-5'", "1e-5", id="quoted-number-stays-text"),
+        pytest.param("12:30:45", "12:30:45", id="no-sexagesimal-numbers"),
+        pytest.param("2024-05-01", "2024-05-01", id="no-dates"),
+        pytest.param("1.2.3", "1.2.3", id="version-is-text"),
+        pytest.param("[1e-5, no]", [1e-5, "no"], id="inside-a-list"),
+        pytest.param("{a: 1e-5}", {"a": 1e-5}, id="inside-a-mapping"),
+    ],
+)
 def test_yaml_value_arrives_with_its_type(tmp_path, text, value):
     found = read(tmp_path, f"key: {text}\n")["key"]
     assert (found, type(found)) == (value, type(value))
@@ -70,7 +73,10 @@ def test_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
 
 
 def test_windows_line_ends_are_accepted(tmp_path):
-    assert read(tmp_path, b"stage: sft\r\ntemplate: qwen3\r\n") == {"stage": "sft", "template": "qwen3"}
+    assert read(tmp_path, b"stage: sft\r\ntemplate: qwen3\r\n") == {
+        "stage": "sft",
+        "template": "qwen3",
+    }
 
 
 def test_anchors_and_merge_keys_work(tmp_path):
@@ -80,28 +86,58 @@ def test_anchors_and_merge_keys_work(tmp_path):
 # --- YAML: what is refused, with file and line -----------------------------------------------------------
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    pytest.param(b"stage: sft\nseed: 1\nstage: pt\n", r"bad\.yaml:3: .*stage.*duplicate.*line 1", id="duplicate-key"),
-    pytest.param(b"a:\n  x: 1\n  x: 2\n", r"bad\.yaml:3: .*x.*duplicate.*line 2", id="duplicate-key-inside"),
-    pytest.param(b"stage: sft\n\tseed: 1\n", r"bad\.yaml:2: .*tab", id="tab"),
-    pytest.param(b"stage: sft\nval:\n\tseed: 1\n", r"bad\.yaml:3: .*tab", id="tab-as-indentation"),
-    pytest.param(b"- stage: sft\n- seed: 1\n", r"bad\.yaml:1: .*key: value.*list", id="list-at-top-level"),
-    pytest.param(b"just text\n", r"bad\.yaml:1: .*key: value", id="text-at-top-level"),
-    pytest.param(b"", r"bad\.yaml:1: .*empty", id="empty-file"),
-    pytest.param(b"# nothing but a comment\n", r"bad\.yaml:1: .*empty", id="comments-only"),
-    pytest.param(b"{}\n", r"bad\.yaml:1: .*key: value", id="empty-mapping"),
-    pytest.param(b"stage: sft\nname: caf\xe9\n", r"bad\.yaml:2: .*UTF-8", id="latin-1"),
-    pytest.param("stage: sft\n".encode("utf-16"), r"bad\.yaml:1: .*UTF-8", id="utf-16"),
-    pytest.param(b"stage: sft\n---\nstage: pt\n", r"bad\.yaml:2: .*document", id="two-documents"),
-    pytest.param(b"stage: sft\nlist: [1, 2\nseed: 1\n", r"bad\.yaml:3: .*not valid YAML", id="unclosed-list"),
-    pytest.param(b"stage: 'sft\n", r"bad\.yaml:\d: .*not valid YAML", id="unclosed-quote"),
-    pytest.param(b"stage: sft\nseed: *nowhere\n", r"bad\.yaml:2: .*nowhere", id="unknown-alias"),
-    pytest.param(b"stage: sft\nx: !!python/object/apply:os.system ['true']\n", r"bad\.yaml:2: .*python/object",
-                 id="python-object"),
-    pytest.param(b"stage: sft\n1: 2\n", r"bad\.yaml:2: .*1.*word", id="number-as-key"),
-    pytest.param(b"stage: sft\n? [a, b]\n: 2\n", r"bad\.yaml:2: ", id="list-as-key"),
-    pytest.param(b"stage: sft\nname: a\x00b\n", r"bad\.yaml.*not valid YAML", id="control-character"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        pytest.param(
+            b"stage: sft\nseed: 1\nstage: pt\n",
+            r"bad\.yaml:3: .*stage.*duplicate.*line 1",
+            id="duplicate-key",
+        ),
+        pytest.param(
+            b"a:\n  x: 1\n  x: 2\n",
+            r"bad\.yaml:3: .*x.*duplicate.*line 2",
+            id="duplicate-key-inside",
+        ),
+        pytest.param(b"stage: sft\n\tseed: 1\n", r"bad\.yaml:2: .*tab", id="tab"),
+        pytest.param(
+            b"stage: sft\nval:\n\tseed: 1\n", r"bad\.yaml:3: .*tab", id="tab-as-indentation"
+        ),
+        pytest.param(
+            b"- stage: sft\n- seed: 1\n",
+            r"bad\.yaml:1: .*key: value.*list",
+            id="list-at-top-level",
+        ),
+        pytest.param(b"just text\n", r"bad\.yaml:1: .*key: value", id="text-at-top-level"),
+        pytest.param(b"", r"bad\.yaml:1: .*empty", id="empty-file"),
+        pytest.param(b"# nothing but a comment\n", r"bad\.yaml:1: .*empty", id="comments-only"),
+        pytest.param(b"{}\n", r"bad\.yaml:1: .*key: value", id="empty-mapping"),
+        pytest.param(b"stage: sft\nname: caf\xe9\n", r"bad\.yaml:2: .*UTF-8", id="latin-1"),
+        pytest.param("stage: sft\n".encode("utf-16"), r"bad\.yaml:1: .*UTF-8", id="utf-16"),
+        pytest.param(
+            b"stage: sft\n---\nstage: pt\n", r"bad\.yaml:2: .*document", id="two-documents"
+        ),
+        pytest.param(
+            b"stage: sft\nlist: [1, 2\nseed: 1\n",
+            r"bad\.yaml:3: .*not valid YAML",
+            id="unclosed-list",
+        ),
+        pytest.param(b"stage: 'sft\n", r"bad\.yaml:\d: .*not valid YAML", id="unclosed-quote"),
+        pytest.param(
+            b"stage: sft\nseed: *nowhere\n", r"bad\.yaml:2: .*nowhere", id="unknown-alias"
+        ),
+        pytest.param(
+            b"stage: sft\nx: !!python/object/apply:os.system ['true']\n",
+            r"bad\.yaml:2: .*python/object",
+            id="python-object",
+        ),
+        pytest.param(b"stage: sft\n1: 2\n", r"bad\.yaml:2: .*1.*word", id="number-as-key"),
+        pytest.param(b"stage: sft\n? [a, b]\n: 2\n", r"bad\.yaml:2: ", id="list-as-key"),
+        pytest.param(
+            b"stage: sft\nname: a\x00b\n", r"bad\.yaml.*not valid YAML", id="control-character"
+        ),
+    ],
+)
 def test_unusable_yaml_is_one_line_with_file_and_line(tmp_path, here, content, message):
     path = tmp_path / "bad.yaml"
     path.write_bytes(content)
@@ -126,11 +162,19 @@ def test_folder_in_place_of_the_file_is_one_line(here, tmp_path):
 # --- Overrides -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("text", "value"), [
-    ("2e-5", 2e-5), ("[a, b]", ["a", "b"]), ("{stage: 3}", {"stage": 3}), ("'0,1'", "0,1"), ("no", "no"),
-    ("true", True),
-    ("a=b", "a=b"), ("a b", "a b"),
-])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("2e-5", 2e-5),
+        ("[a, b]", ["a", "b"]),
+        ("{stage: 3}", {"stage": 3}),
+        ("'0,1'", "0,1"),
+        ("no", "no"),
+        ("true", True),
+        ("a=b", "a=b"),
+        ("a b", "a b"),
+    ],
+)
 def test_override_is_parsed_as_yaml_and_wins_over_the_file(tmp_path, text, value):
     assert read(tmp_path, "key: old\nstage: sft\n", key=text) == {"key": value, "stage": "sft"}
 
@@ -152,12 +196,18 @@ def test_override_that_is_no_yaml_is_named(here, write_config):
 
 def test_problem_in_an_override_is_placed_on_the_command_line(here, write_config):
     done = here(write_config(), "num_train_epochs=three", "--dry-run")
-    assert re.search(r"command line: num_train_epochs: expected a number, got 'three'", done.stderr)
+    assert re.search(
+        r"command line: num_train_epochs: expected a number, got 'three'", done.stderr
+    )
 
 
 def test_overrides_stand_before_after_and_between(plan_of, write_config):
-    plan = plan_of("num_train_epochs=2", write_config(), "per_device_train_batch_size=4",
-                   "gradient_accumulation_steps=1")
+    plan = plan_of(
+        "num_train_epochs=2",
+        write_config(),
+        "per_device_train_batch_size=4",
+        "gradient_accumulation_steps=1",
+    )
     assert plan["total_steps"] == 10
 
 
@@ -168,14 +218,23 @@ def test_the_last_of_two_equal_overrides_wins(plan_of, write_config):
 # --- Command line ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("args", "message"), [
-    pytest.param(["a.yaml", "b.yaml"], r"one CONFIG\.yaml.*a\.yaml b\.yaml", id="two-configs"),
-    pytest.param(["--dryrun"], r"--dryrun.*--help", id="unknown-option"),
-    pytest.param(["--dry"], r"--dry.*--help", id="abbreviated-option"),
-    pytest.param(["--json"], r"--json.*--dry-run", id="json-without-dry-run"),
-    pytest.param(["--force=yes"], r"--force.*--help", id="option-with-a-value-it-does-not-take"),
-    pytest.param(["--learning_rate", "1e-5"], r"learning_rate.*--help", id="key-written-as-an-option"),
-])
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        pytest.param(
+            ["a.yaml", "b.yaml"], r"one CONFIG\.yaml.*a\.yaml b\.yaml", id="two-configs"
+        ),
+        pytest.param(["--dryrun"], r"--dryrun.*--help", id="unknown-option"),
+        pytest.param(["--dry"], r"--dry.*--help", id="abbreviated-option"),
+        pytest.param(["--json"], r"--json.*--dry-run", id="json-without-dry-run"),
+        pytest.param(
+            ["--force=yes"], r"--force.*--help", id="option-with-a-value-it-does-not-take"
+        ),
+        pytest.param(
+            ["--learning_rate", "1e-5"], r"learning_rate.*--help", id="key-written-as-an-option"
+        ),
+    ],
+)
 def test_command_line_mistake_is_one_line(here, args, message):
     done = here(*args)
     assert (done.returncode, done.stdout) == (2, "")
@@ -186,8 +245,10 @@ def test_command_line_mistake_is_one_line(here, args, message):
 def test_help_is_the_manual(launcher):
     done = launcher("--help")
     assert done.returncode == 0
-    assert all(word in done.stdout for word in ("--dry-run", "--resume", "--force", "configs/demo_cpu.yaml",
-                                                "Exit codes"))
+    assert all(
+        word in done.stdout
+        for word in ("--dry-run", "--resume", "--force", "configs/demo_cpu.yaml", "Exit codes")
+    )
 
 
 # --- Paths -----------------------------------------------------------------------------------------------
@@ -203,7 +264,9 @@ def elsewhere(tmp_path):
     return folder
 
 
-def test_input_is_looked_up_in_the_working_directory_first(tmp_path, elsewhere, write_config, plan_of):
+def test_input_is_looked_up_in_the_working_directory_first(
+    tmp_path, elsewhere, write_config, plan_of
+):
     config = write_config(dataset_dir="data")
     assert plan_of(config, script=elsewhere / SCRIPT.name, cwd=tmp_path)["samples"] == 20
 
@@ -211,21 +274,29 @@ def test_input_is_looked_up_in_the_working_directory_first(tmp_path, elsewhere, 
 def test_input_is_looked_up_beside_the_script_next(elsewhere, write_config, plan_of, tmp_path):
     config = write_config(dataset_dir="data")
     (tmp_path / "empty").mkdir()
-    assert plan_of(config, script=elsewhere / SCRIPT.name, cwd=tmp_path / "empty")["samples"] == 7
+    assert (
+        plan_of(config, script=elsewhere / SCRIPT.name, cwd=tmp_path / "empty")["samples"] == 7
+    )
 
 
 def test_output_is_in_the_working_directory(elsewhere, write_config, launcher, tmp_path):
     (tmp_path / "empty").mkdir()
     (elsewhere / "saves").mkdir()
-    done = launcher(write_config(output_dir="saves"), "--dry-run", script=elsewhere / SCRIPT.name,
-                    cwd=tmp_path / "empty")
+    done = launcher(
+        write_config(output_dir="saves"),
+        "--dry-run",
+        script=elsewhere / SCRIPT.name,
+        cwd=tmp_path / "empty",
+    )
     assert str(tmp_path / "empty" / "saves") in done.stdout
     assert str(elsewhere / "saves") not in done.stdout
 
 
 def test_spaces_and_other_alphabets_in_every_path(tmp_path, write_config, launcher, elsewhere):
     place = tmp_path / "größe und 表"
-    config = write_config(name="größe und 表/конфиг один.yaml", output_dir=str(place / "aus gabe"))
+    config = write_config(
+        name="größe und 表/конфиг один.yaml", output_dir=str(place / "aus gabe")
+    )
     done = launcher(config, "--dry-run", script=elsewhere / SCRIPT.name, cwd=place)
     assert done.returncode == 0, done.stderr
     assert str(place / "aus gabe") in done.stdout
@@ -236,7 +307,9 @@ def test_default_config_is_found_from_any_directory(launcher, tmp_path):
     assert "Qwen/Qwen3-14B" in done.stdout
 
 
-@pytest.mark.parametrize("key", ["model_name_or_path", "dataset_dir", "deepspeed", "output_dir"])
+@pytest.mark.parametrize(
+    "key", ["model_name_or_path", "dataset_dir", "deepspeed", "output_dir"]
+)
 def test_relative_path_becomes_absolute(tmp_path, monkeypatch, key):
     (tmp_path / "there").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -244,7 +317,10 @@ def test_relative_path_becomes_absolute(tmp_path, monkeypatch, key):
 
 
 def test_hub_id_stays_as_it_is(tmp_path):
-    assert read(tmp_path, "model_name_or_path: Qwen/Qwen3-14B\n")["model_name_or_path"] == "Qwen/Qwen3-14B"
+    assert (
+        read(tmp_path, "model_name_or_path: Qwen/Qwen3-14B\n")["model_name_or_path"]
+        == "Qwen/Qwen3-14B"
+    )
 
 
 def test_tilde_is_the_home_folder(tmp_path, monkeypatch):
@@ -256,7 +332,9 @@ def test_tilde_is_the_home_folder(tmp_path, monkeypatch):
 
 
 def test_training_args_have_no_key_of_the_launcher(tmp_path):
-    (tmp_path / "c.yaml").write_text("stage: sft\ncuda_visible_devices: '0'\nglobal_batch_size: 8\nmax_restarts: 2\n")
+    (tmp_path / "c.yaml").write_text(
+        "stage: sft\ncuda_visible_devices: '0'\nglobal_batch_size: 8\nmax_restarts: 2\n"
+    )
     args = build_training_args(load_config(tmp_path / "c.yaml", {}), Run(tmp_path / "run"))
     assert args["stage"] == "sft"
     assert not {"cuda_visible_devices", "global_batch_size", "max_restarts"} & set(args)
@@ -269,7 +347,9 @@ def test_training_args_write_into_the_run_directory(tmp_path):
 
 
 def test_training_args_leave_swanlab_to_the_launcher(tmp_path):
-    (tmp_path / "c.yaml").write_text("report_to: [swanlab, tensorboard]\nuse_swanlab: true\nswanlab_project: p\n")
+    (tmp_path / "c.yaml").write_text(
+        "report_to: [swanlab, tensorboard]\nuse_swanlab: true\nswanlab_project: p\n"
+    )
     args = build_training_args(load_config(tmp_path / "c.yaml", {}), Run(tmp_path / "run"))
     assert args["report_to"] == ["tensorboard"]
     assert not [key for key in args if "swanlab" in key]
@@ -278,12 +358,22 @@ def test_training_args_leave_swanlab_to_the_launcher(tmp_path):
 # --- Secrets ---------------------------------------------------------------------------------------------
 
 SECRET = "s3cr3t-0123456789"
-SECRET_KEYS = ["swanlab_api_key", "hf_hub_token", "hub_token", "ms_hub_token", "om_hub_token", "push_to_hub_token",
-               "swanlab_lark_secret", "swanlab_lark_webhook_url"]
+SECRET_KEYS = [
+    "swanlab_api_key",
+    "hf_hub_token",
+    "hub_token",
+    "ms_hub_token",
+    "om_hub_token",
+    "push_to_hub_token",
+    "swanlab_lark_secret",
+    "swanlab_lark_webhook_url",
+]
 SECRET_VARIABLES = ["SWANLAB_API_KEY", "HF_TOKEN", "WANDB_API_KEY", "MODELSCOPE_API_TOKEN"]
 
 
-@pytest.mark.parametrize("options", [["--dry-run"], ["--dry-run", "--json"]], ids=["text", "json"])
+@pytest.mark.parametrize(
+    "options", [["--dry-run"], ["--dry-run", "--json"]], ids=["text", "json"]
+)
 @pytest.mark.parametrize("given", ["yaml", "override", "environment"])
 def test_secret_is_never_shown(launcher, write_config, given, options):
     in_file = dict.fromkeys(SECRET_KEYS, SECRET) if given == "yaml" else {}
@@ -295,26 +385,38 @@ def test_secret_is_never_shown(launcher, write_config, given, options):
 
 
 def test_secret_never_stays_among_the_values(tmp_path):
-    values = read(tmp_path, "stage: sft\n" + "".join(f"{key}: {SECRET}\n" for key in SECRET_KEYS))
+    values = read(
+        tmp_path, "stage: sft\n" + "".join(f"{key}: {SECRET}\n" for key in SECRET_KEYS)
+    )
     assert values == {"stage": "sft"}
 
 
-@pytest.mark.parametrize("word", [
-    pytest.param(f"swanlab_api_key=[{SECRET}", id="broken-yaml"),
-    pytest.param(f"wandb_api_key={SECRET}", id="unknown-key"),
-    pytest.param(f"HF_TOKEN={SECRET}", id="variable-as-key"),
-    pytest.param(f"--swanlab_api_key={SECRET}", id="as-an-option"),
-    pytest.param(f"swanlab-api-key={SECRET}", id="with-hyphens"),
-])
+@pytest.mark.parametrize(
+    "word",
+    [
+        pytest.param(f"swanlab_api_key=[{SECRET}", id="broken-yaml"),
+        pytest.param(f"wandb_api_key={SECRET}", id="unknown-key"),
+        pytest.param(f"HF_TOKEN={SECRET}", id="variable-as-key"),
+        pytest.param(f"--swanlab_api_key={SECRET}", id="as-an-option"),
+        pytest.param(f"swanlab-api-key={SECRET}", id="with-hyphens"),
+    ],
+)
 def test_mistyped_secret_is_not_repeated_in_the_message(here, write_config, word):
     done = here(write_config(), word, "--dry-run")
     assert done.returncode == 2
     assert SECRET not in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("line", [f"hf_hub_token: '{SECRET}", f"hf_hub_token: [{SECRET}",
-                                  f"hf_hub_token: a\nhf_hub_token: {SECRET}", f"hf_hub_token\n{SECRET}: 1"],
-                         ids=["quote", "list", "duplicate", "without-colon"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"hf_hub_token: '{SECRET}",
+        f"hf_hub_token: [{SECRET}",
+        f"hf_hub_token: a\nhf_hub_token: {SECRET}",
+        f"hf_hub_token\n{SECRET}: 1",
+    ],
+    ids=["quote", "list", "duplicate", "without-colon"],
+)
 def test_broken_line_with_a_secret_is_not_repeated_in_the_message(here, tmp_path, line):
     (tmp_path / "bad.yaml").write_text(f"stage: sft\n{line}\n")
     done = here(tmp_path / "bad.yaml", "--dry-run")
@@ -334,7 +436,13 @@ def bare_python(tmp_path, clean_env):
 
     def run(code: str) -> subprocess.CompletedProcess:
         env = {**clean_env, "PYTHONPATH": f"{bare}{os.pathsep}{ROOT}"}
-        return subprocess.run([sys.executable, "-S", "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, "-S", "-c", code],
+            env=env,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
 
     return run
 
@@ -345,33 +453,53 @@ def test_import_needs_only_pyyaml_and_prints_nothing(bare_python):
 
 
 def test_a_python_without_pyyaml_gets_one_line():
-    done = subprocess.run([sys.executable, "-S", str(ROOT / "train_qwen3_ft.py")], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-S", str(ROOT / "train_qwen3_ft.py")], capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: package pyyaml is not installed; pip install -r requirements.txt\n"
+    assert (
+        done.stderr
+        == "error: package pyyaml is not installed; pip install -r requirements.txt\n"
+    )
 
 
 def test_import_changes_nothing_in_the_process(bare_python):
-    code = ("import os, signal, sys, threading, yaml, argparse\n"
-            "def state(): return (dict(os.environ), [signal.getsignal(n) for n in (1, 2, 15)], os.getcwd(),\n"
-            "                     sys.path[:], threading.active_count(), sorted(os.listdir()))\n"
-            "before = state(); import train_qwen3_ft; assert state() == before")
+    code = (
+        "import os, signal, sys, threading, yaml, argparse\n"
+        "def state(): return (dict(os.environ), [signal.getsignal(n) for n in (1, 2, 15)], os.getcwd(),\n"
+        "                     sys.path[:], threading.active_count(), sorted(os.listdir()))\n"
+        "before = state(); import train_qwen3_ft; assert state() == before"
+    )
     done = bare_python(code)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_without_the_packages_the_launcher_names_them(bare_python, write_config):
-    done = bare_python(f"import train_qwen3_ft; raise SystemExit(train_qwen3_ft.main([{str(write_config())!r}]))")
+    done = bare_python(
+        f"import train_qwen3_ft; raise SystemExit(train_qwen3_ft.main([{str(write_config())!r}]))"
+    )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert re.search(r"torch, transformers, llamafactory.*not installed.*pip install -r requirements\.txt", done.stderr)
+    assert re.search(
+        r"torch, transformers, llamafactory.*not installed.*pip install -r requirements\.txt",
+        done.stderr,
+    )
 
 
 def test_dry_run_imports_nothing_heavy(clean_env, write_config, tmp_path):
-    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train_qwen3_ft as t\n"
-            f"assert t.main([{str(write_config())!r}, '--dry-run']) == 0\n"
-            "heavy = {'torch', 'transformers', 'llamafactory', 'deepspeed', 'swanlab', 'numpy'}\n"
-            "print(sorted(heavy & set(sys.modules)))")
-    done = subprocess.run([sys.executable, "-c", code], env=clean_env, cwd=tmp_path, capture_output=True, text=True)
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train_qwen3_ft as t\n"
+        f"assert t.main([{str(write_config())!r}, '--dry-run']) == 0\n"
+        "heavy = {'torch', 'transformers', 'llamafactory', 'deepspeed', 'swanlab', 'numpy'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=clean_env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout.endswith("[]\n"), done.stderr
 
 

@@ -24,7 +24,12 @@ TRAIN = json.loads((DATA / "code2sql_demo.json").read_text(encoding="utf-8"))
 HELD_OUT = json.loads((DATA / "code2sql_heldout.json").read_text(encoding="utf-8"))
 PAIRS = TRAIN + HELD_OUT
 DATA_FILES = ["code2sql_demo.json", "code2sql_heldout.json", "dataset_info.json", "schemas.sql"]
-MODEL_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+MODEL_FILES = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+]
 ORMS = ["SQLAlchemy", "Django", "GORM"]
 OPERATIONS = {
     "condition": r" WHERE ",
@@ -53,8 +58,10 @@ def pairs_of(orm):
 def table_columns():
     """{table: {column: declaration}} as schemas.sql declares them."""
     tables = re.findall(r"CREATE TABLE (\w+) \(\n(.*?)\n\);", SCHEMAS, re.DOTALL)
-    return {name: dict(line.strip().rstrip(",").split(" ", 1) for line in body.splitlines())
-            for name, body in tables}
+    return {
+        name: dict(line.strip().rstrip(",").split(" ", 1) for line in body.splitlines())
+        for name, body in tables
+    }
 
 
 COLUMNS = table_columns()
@@ -129,7 +136,10 @@ def test_held_out_has_100_pairs():
 
 
 def test_pairs_have_the_three_alpaca_fields_and_none_is_empty():
-    assert all(list(pair) == ["instruction", "input", "output"] and all(pair.values()) for pair in PAIRS)
+    assert all(
+        list(pair) == ["instruction", "input", "output"] and all(pair.values())
+        for pair in PAIRS
+    )
 
 
 def test_no_input_is_repeated():
@@ -164,7 +174,7 @@ def test_schemas_sql_creates_every_table():
     connection = sqlite3.connect(":memory:")
     connection.executescript(SCHEMAS)
     rows = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
-    assert {name for name, in rows} == set(COLUMNS) == set(make_demo_data.TABLES)
+    assert {name for (name,) in rows} == set(COLUMNS) == set(make_demo_data.TABLES)
 
 
 def test_dataset_info_names_existing_files():
@@ -200,15 +210,25 @@ def test_every_sql_statement_runs_on_the_schemas(database):
 def test_most_statements_find_rows_in_the_seeded_database(database):
     """Else the comparisons below would compare nothing with nothing."""
     before = contents(lambda text: database.execute(text).fetchall())
-    empty = [sql for sql in (pair["output"] for pair in PAIRS) if run_sql(database, sql) in ([], before)]
+    empty = [
+        sql
+        for sql in (pair["output"] for pair in PAIRS)
+        if run_sql(database, sql) in ([], before)
+    ]
     assert len(empty) < 0.05 * len(PAIRS)
 
 
 def test_most_statements_give_another_result_without_their_conditions(database):
     """MAX and MIN aside: the extreme of some rows is often that of all rows."""
     sqls = [pair["output"] for pair in PAIRS]
-    with_where = [sql for sql in sqls if " WHERE " in sql and not re.search(r"(MAX|MIN)\(", sql)]
-    same = [sql for sql in with_where if run_sql(database, sql) == run_sql(database, without_where(sql))]
+    with_where = [
+        sql for sql in sqls if " WHERE " in sql and not re.search(r"(MAX|MIN)\(", sql)
+    ]
+    same = [
+        sql
+        for sql in with_where
+        if run_sql(database, sql) == run_sql(database, without_where(sql))
+    ]
     assert len(same) < 0.02 * len(with_where)
 
 
@@ -235,7 +255,9 @@ def alchemy_model(base, table, columns):
 @pytest.fixture(scope="module")
 def alchemy():
     """A function that evaluates SQLAlchemy code, and the connection it uses."""
-    sqlalchemy = pytest.importorskip("sqlalchemy", reason="SQLAlchemy code is evaluated with SQLAlchemy")
+    sqlalchemy = pytest.importorskip(
+        "sqlalchemy", reason="SQLAlchemy code is evaluated with SQLAlchemy"
+    )
     from sqlalchemy.orm import DeclarativeBase, Session
     from sqlalchemy.pool import StaticPool
 
@@ -243,7 +265,10 @@ def alchemy():
         pass
 
     names = {name: getattr(sqlalchemy, name) for name in ("select", "update", "delete", "func")}
-    names |= {model_name(table): alchemy_model(Base, table, columns) for table, columns in COLUMNS.items()}
+    names |= {
+        model_name(table): alchemy_model(Base, table, columns)
+        for table, columns in COLUMNS.items()
+    }
     engine = sqlalchemy.create_engine("sqlite://", poolclass=StaticPool)
     raw = engine.raw_connection()
     fill(raw.driver_connection)
@@ -253,7 +278,9 @@ def alchemy():
             result = eval(code, dict(names), {"session": session})
             if is_write:
                 session.flush()
-                return contents(lambda text: [tuple(row) for row in session.execute(sqlalchemy.text(text))])
+                return contents(
+                    lambda text: [tuple(row) for row in session.execute(sqlalchemy.text(text))]
+                )
             return as_rows(result)
 
     yield evaluate, engine, names
@@ -304,7 +331,11 @@ def normalised(sql):
 def with_star_spelled_out(sql):
     """The SQL with * as the list of the table's columns."""
     table = re.search(r"(?:FROM|UPDATE|INTO) (\w+)", sql).group(1)
-    return sql.replace("SELECT *", f"SELECT {', '.join(COLUMNS[table])}") if "COUNT" not in sql else sql
+    return (
+        sql.replace("SELECT *", f"SELECT {', '.join(COLUMNS[table])}")
+        if "COUNT" not in sql
+        else sql
+    )
 
 
 def test_sqlalchemy_compiles_to_the_text_of_the_sql(alchemy):
@@ -312,7 +343,9 @@ def test_sqlalchemy_compiles_to_the_text_of_the_sql(alchemy):
     _, engine, names = alchemy
     wrong = []
     for pair in pairs_of("SQLAlchemy"):
-        statement = re.fullmatch(r"session\.(?:execute|scalars?)\((.*?)\)(?:\.all\(\))?", pair["input"])
+        statement = re.fullmatch(
+            r"session\.(?:execute|scalars?)\((.*?)\)(?:\.all\(\))?", pair["input"]
+        )
         if statement:
             statement = eval(statement.group(1), dict(names))
             text = str(statement.compile(engine, compile_kwargs={"literal_binds": True}))
@@ -326,11 +359,15 @@ def test_sqlalchemy_compiles_to_the_text_of_the_sql(alchemy):
 
 def django_model(models, table, columns):
     fields = {"__module__": __name__}
-    fields["Meta"] = type("Meta", (), {"app_label": "demo", "db_table": table, "managed": False})
+    fields["Meta"] = type(
+        "Meta", (), {"app_label": "demo", "db_table": table, "managed": False}
+    )
     for name, declaration in itertools.islice(columns.items(), 1, None):
         target = referred_table(declaration)
         if target:
-            fields[name.removesuffix("_id")] = models.ForeignKey(model_name(target), on_delete=models.CASCADE)
+            fields[name.removesuffix("_id")] = models.ForeignKey(
+                model_name(target), on_delete=models.CASCADE
+            )
         elif declaration.startswith("TEXT"):
             fields[name] = models.TextField()
         else:
@@ -344,13 +381,20 @@ def django_evaluate():
     django = pytest.importorskip("django", reason="Django code is evaluated with Django")
     from django.conf import settings
 
-    settings.configure(DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}},
-                       INSTALLED_APPS=[], DEFAULT_AUTO_FIELD="django.db.models.AutoField", USE_TZ=False)
+    settings.configure(
+        DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}},
+        INSTALLED_APPS=[],
+        DEFAULT_AUTO_FIELD="django.db.models.AutoField",
+        USE_TZ=False,
+    )
     django.setup()
     from django.db import connection, models, transaction
 
     names = {name: getattr(models, name) for name in ("Count", "Sum", "Avg", "Max", "Min")}
-    names |= {model_name(table): django_model(models, table, columns) for table, columns in COLUMNS.items()}
+    names |= {
+        model_name(table): django_model(models, table, columns)
+        for table, columns in COLUMNS.items()
+    }
     connection.ensure_connection()
     fill(connection.connection)
 
@@ -385,7 +429,12 @@ def test_django_code_gives_the_result_of_its_sql(django_evaluate, database):
 def test_a_wrong_statement_is_told_from_the_right_one(database):
     """The comparison sees a missing condition, another limit, another column and another order."""
     right = "SELECT name, city FROM customers WHERE age > 30 ORDER BY name LIMIT 5"
-    changes = {" WHERE age > 30": "", "LIMIT 5": "LIMIT 4", "name, city": "name, age", "BY name": "BY city"}
+    changes = {
+        " WHERE age > 30": "",
+        "LIMIT 5": "LIMIT 4",
+        "name, city": "name, age",
+        "BY name": "BY city",
+    }
     wrong = [right.replace(old, new) for old, new in changes.items()]
     expected = comparable(right, run_sql(database, right))
     assert all(comparable(sql, run_sql(database, sql)) != expected for sql in wrong)

@@ -21,8 +21,16 @@ ALL_STEPS = f"step {STEPS}/{STEPS}"
 def nodes(count: int, address: str = "127.0.0.1", **more: str) -> list[dict[str, str]]:
     """The environment of each node."""
     port = str(free_port())
-    return [{"NNODES": str(count), "NODE_RANK": str(rank), "MASTER_ADDR": address, "MASTER_PORT": port, **more}
-            for rank in range(count)]
+    return [
+        {
+            "NNODES": str(count),
+            "NODE_RANK": str(rank),
+            "MASTER_ADDR": address,
+            "MASTER_PORT": port,
+            **more,
+        }
+        for rank in range(count)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +44,9 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
     return early, late
 
 
-def test_two_nodes_train_one_run_to_the_weights_of_one_node(two_nodes: tuple[Run, Run], reference: Run):
+def test_two_nodes_train_one_run_to_the_weights_of_one_node(
+    two_nodes: tuple[Run, Run], reference: Run
+):
     first, second = two_nodes
     assert (first.returncode, second.returncode) == (0, 0), first.console + second.console
     assert "x 2 processes x 1 accumulation = 2 samples per step" in first.console
@@ -47,7 +57,9 @@ def test_two_nodes_train_one_run_to_the_weights_of_one_node(two_nodes: tuple[Run
 def test_only_the_console_of_node_0_speaks(two_nodes: tuple[Run, Run]):
     first, second = two_nodes
     assert ALL_STEPS in first.console
-    assert [line for line in second.console.splitlines() if not line.startswith("waiting for")] == []
+    assert [
+        line for line in second.console.splitlines() if not line.startswith("waiting for")
+    ] == []
 
 
 def test_two_nodes_make_one_run_directory_and_one_swanlab_record(two_nodes: tuple[Run, Run]):
@@ -58,8 +70,10 @@ def test_two_nodes_make_one_run_directory_and_one_swanlab_record(two_nodes: tupl
 
 def test_a_stop_on_node_1_stops_both_after_a_checkpoint(tmp_path: Path):
     config, (first, second) = write_config(tmp_path, num_train_epochs=20), nodes(2)
-    with (Run(tmp_path, config, "run_name=stop", ranks=1, env=first) as leader,
-          Run(tmp_path, config, "run_name=stop", ranks=1, env=second) as other):
+    with (
+        Run(tmp_path, config, "run_name=stop", ranks=1, env=first) as leader,
+        Run(tmp_path, config, "run_name=stop", ranks=1, env=second) as other,
+    ):
         leader.reach(1)
         other.process.send_signal(signal.SIGTERM)
         assert (leader.wait(), other.wait()) == (143, 143), leader.console
@@ -82,7 +96,9 @@ def test_a_node_that_dies_and_comes_back_resumes_the_run(tmp_path: Path, referen
 
 
 def test_a_node_that_waits_for_another_says_so_and_obeys_a_stop_at_once(tmp_path: Path):
-    with Run(tmp_path, write_config(tmp_path), "run_name=alone", ranks=1, env=nodes(2)[0]) as leader:
+    with Run(
+        tmp_path, write_config(tmp_path), "run_name=alone", ranks=1, env=nodes(2)[0]
+    ) as leader:
         leader.see(r"waiting for the other nodes at 127\.0\.0\.1:\d+, up to 15 minutes")
         leader.process.send_signal(signal.SIGTERM)
         assert leader.wait(30) == 143
@@ -91,7 +107,9 @@ def test_a_node_that_waits_for_another_says_so_and_obeys_a_stop_at_once(tmp_path
     assert "failed" not in leader.console
 
 
-def test_a_run_that_was_stopped_while_it_waited_for_a_lost_node_resumes(tmp_path: Path, reference: Run):
+def test_a_run_that_was_stopped_while_it_waited_for_a_lost_node_resumes(
+    tmp_path: Path, reference: Run
+):
     config, (first, second) = write_config(tmp_path), nodes(2)
     with Run(tmp_path, config, "run_name=lost", ranks=1, env=first) as leader:
         with Run(tmp_path, config, "run_name=lost", ranks=1, env=second, faults=SLOW):
@@ -99,22 +117,33 @@ def test_a_run_that_was_stopped_while_it_waited_for_a_lost_node_resumes(tmp_path
         leader.see("restart 1 of 3")
         leader.process.send_signal(signal.SIGINT)
         assert leader.wait(30) == 130, leader.console
-        variables = f"NNODES=2 NODE_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT={first['MASTER_PORT']}"
-        assert f"resume      {variables} python {SCRIPT} --resume {leader.run_dir}" in leader.console
-    with Run(tmp_path, config, "run_name=lost", ranks=1, env=second) as back:  # the old STOP file is still there
+        variables = (
+            f"NNODES=2 NODE_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT={first['MASTER_PORT']}"
+        )
+        assert (
+            f"resume      {variables} python {SCRIPT} --resume {leader.run_dir}"
+            in leader.console
+        )
+    with Run(
+        tmp_path, config, "run_name=lost", ranks=1, env=second
+    ) as back:  # the old STOP file is still there
         resumed = run(tmp_path, "--resume", leader.run_dir, ranks=1, env=first)
         assert (resumed.returncode, back.wait()) == (0, 0), resumed.console + back.console
     assert weights(leader.run_dir) == weights(reference.run_dir)
 
 
-def test_a_node_that_falls_silent_is_given_up_and_the_run_resumes_when_it_is_back(tmp_path: Path, reference: Run):
+def test_a_node_that_falls_silent_is_given_up_and_the_run_resumes_when_it_is_back(
+    tmp_path: Path, reference: Run
+):
     # A heartbeat each second, and three may be missed: as in three minutes by default.
     config, (first, second) = write_config(tmp_path), nodes(2, QWEN3_FT_HEARTBEAT="1,3")
     with Run(tmp_path, config, "run_name=mute", ranks=1, env=first) as leader:
         with Run(tmp_path, config, "run_name=mute", ranks=1, env=second, faults=SLOW) as lost:
             leader.reach(4)
             for pid in lost.pids():
-                os.kill(pid, signal.SIGSTOP)  # as with a node without power, no connection is closed
+                os.kill(
+                    pid, signal.SIGSTOP
+                )  # as with a node without power, no connection is closed
             leader.see("node 1 sent no heartbeat for 3 s; restarting")
             leader.see("restart 1 of 3")
         back = run(tmp_path, config, "run_name=mute", ranks=1, env=second)
@@ -133,7 +162,10 @@ def test_nodes_with_different_numbers_of_processes_are_refused(tmp_path: Path):
 def test_a_rendezvous_port_that_is_taken_is_named_as_the_cause(tmp_path: Path):
     """Taken between the preflight and torchrun: by node 0's own port check nothing listened there yet."""
     config, (first, _) = write_config(tmp_path, deepspeed=None), nodes(2)
-    with socket.socket() as server, Run(tmp_path, config, "run_name=p", ranks=1, env=first) as leader:
+    with (
+        socket.socket() as server,
+        Run(tmp_path, config, "run_name=p", ranks=1, env=first) as leader,
+    ):
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         leader.see("waiting for the other nodes|^run ")
         server.bind(("127.0.0.1", int(first["MASTER_PORT"])))
@@ -153,9 +185,12 @@ def namespaces() -> list[str]:
     commands += [["link", "add", cables[0], "type", "veth", "peer", "name", cables[1]]]
     for number, (name, cable) in enumerate(zip(names, cables, strict=True), 1):
         inside = ["-n", name]
-        commands += [["link", "set", cable, "netns", name],
-                     [*inside, "addr", "add", f"10.77.0.{number}/24", "dev", cable],
-                     [*inside, "link", "set", cable, "up"], [*inside, "link", "set", "lo", "up"]]
+        commands += [
+            ["link", "set", cable, "netns", name],
+            [*inside, "addr", "add", f"10.77.0.{number}/24", "dev", cable],
+            [*inside, "link", "set", cable, "up"],
+            [*inside, "link", "set", "lo", "up"],
+        ]
     try:
         for command in commands:
             done = subprocess.run(["ip", *command], capture_output=True, text=True)
@@ -167,13 +202,23 @@ def namespaces() -> list[str]:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-def test_two_network_namespaces_train_one_run(namespaces: list[str], tmp_path: Path, reference: Run):
+def test_two_network_namespaces_train_one_run(
+    namespaces: list[str], tmp_path: Path, reference: Run
+):
     config, environments = write_config(tmp_path), nodes(2, "10.77.0.1")
-    commands = [["ip", "netns", "exec", name, sys.executable, str(SCRIPT)] for name in namespaces]
+    commands = [
+        ["ip", "netns", "exec", name, sys.executable, str(SCRIPT)] for name in namespaces
+    ]
     for name, env in zip(namespaces, environments, strict=True):
-        env["GLOO_SOCKET_IFNAME"] = f"v{name[-6:]}"  # gloo would ask for the host name's address, which both share
-    with Run(tmp_path, config, "run_name=net", ranks=1, env=environments[1], command=commands[1]) as second:
-        first = run(tmp_path, config, "run_name=net", ranks=1, env=environments[0], command=commands[0])
+        env["GLOO_SOCKET_IFNAME"] = (
+            f"v{name[-6:]}"  # gloo would ask for the host name's address, which both share
+        )
+    with Run(
+        tmp_path, config, "run_name=net", ranks=1, env=environments[1], command=commands[1]
+    ) as second:
+        first = run(
+            tmp_path, config, "run_name=net", ranks=1, env=environments[0], command=commands[0]
+        )
         second.wait()
     assert (first.returncode, second.returncode) == (0, 0), first.console + second.console
     assert weights(first.run_dir) == weights(reference.run_dir)

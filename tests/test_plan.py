@@ -29,36 +29,48 @@ ZERO3 = {"zero_optimization": {"stage": 3, **GATHERED}}
 # --- Steps -----------------------------------------------------------------------------------------------
 
 
-def steps(samples: int, micro: int, accumulation: int, ranks: int, epochs: float = 1, **more: object) -> tuple:
+def steps(
+    samples: int, micro: int, accumulation: int, ranks: int, epochs: float = 1, **more: object
+) -> tuple:
     """(steps per epoch, steps in all)."""
-    values = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulation,
-              "num_train_epochs": epochs, **more}
+    values = {
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": accumulation,
+        "num_train_epochs": epochs,
+        **more,
+    }
     plan = plan_steps([samples], values, ranks)
     return plan.per_epoch, plan.total
 
 
-@pytest.mark.parametrize(("given", "wanted"), [
-    pytest.param((1000, 2, 8, 4, 3), (16, 48), id="default-1000/64=15.6"),
-    pytest.param((1024, 2, 8, 4, 3), (16, 48), id="no-rest-1024/64=16"),
-    pytest.param((1025, 2, 8, 4, 3), (17, 51), id="one-sample-more"),
-    pytest.param((10, 3, 1, 1, 1), (4, 4), id="last-batch-short"),
-    pytest.param((10, 1, 4, 1, 1), (3, 3), id="last-group-short"),
-    pytest.param((10, 2, 2, 2, 1), (2, 2), id="5-batches-3-a-rank-2-groups"),
-    pytest.param((9, 2, 1, 4, 1), (2, 2), id="even-batches-fill-up"),
-    pytest.param((3, 8, 16, 8, 1), (1, 1), id="less-than-one-step"),
-    pytest.param((100, 10, 1, 1, 0.5), (10, 5), id="half-an-epoch"),
-    pytest.param((100, 10, 1, 1, 0.55), (10, 6), id="epochs-round-up"),
-    pytest.param((100, 10, 1, 1, 2.01), (10, 21), id="a-little-over-two"),
-])
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        pytest.param((1000, 2, 8, 4, 3), (16, 48), id="default-1000/64=15.6"),
+        pytest.param((1024, 2, 8, 4, 3), (16, 48), id="no-rest-1024/64=16"),
+        pytest.param((1025, 2, 8, 4, 3), (17, 51), id="one-sample-more"),
+        pytest.param((10, 3, 1, 1, 1), (4, 4), id="last-batch-short"),
+        pytest.param((10, 1, 4, 1, 1), (3, 3), id="last-group-short"),
+        pytest.param((10, 2, 2, 2, 1), (2, 2), id="5-batches-3-a-rank-2-groups"),
+        pytest.param((9, 2, 1, 4, 1), (2, 2), id="even-batches-fill-up"),
+        pytest.param((3, 8, 16, 8, 1), (1, 1), id="less-than-one-step"),
+        pytest.param((100, 10, 1, 1, 0.5), (10, 5), id="half-an-epoch"),
+        pytest.param((100, 10, 1, 1, 0.55), (10, 6), id="epochs-round-up"),
+        pytest.param((100, 10, 1, 1, 2.01), (10, 21), id="a-little-over-two"),
+    ],
+)
 def test_steps_by_hand(given, wanted):
     assert steps(*given) == wanted
 
 
-@pytest.mark.parametrize(("given", "wanted"), [
-    pytest.param((10, 3, 1, 1), (3, 3), id="short-batch-dropped"),
-    pytest.param((17, 2, 1, 4), (2, 2), id="8-batches-2-a-rank"),
-    pytest.param((15, 2, 1, 4), (1, 1), id="7-batches-1-a-rank"),
-])
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        pytest.param((10, 3, 1, 1), (3, 3), id="short-batch-dropped"),
+        pytest.param((17, 2, 1, 4), (2, 2), id="8-batches-2-a-rank"),
+        pytest.param((15, 2, 1, 4), (1, 1), id="7-batches-1-a-rank"),
+    ],
+)
 def test_steps_where_the_rest_is_dropped_by_hand(given, wanted):
     assert steps(*given, dataloader_drop_last=True) == wanted
 
@@ -73,10 +85,21 @@ def test_defaults_are_those_of_transformers():
 
 
 def test_steps_equal_those_of_accelerate_and_transformers():
-    grid = [dict(samples=n, micro=m, accumulation=a, ranks=r, epochs=e, drop_last=d, max_steps=s)
-            for n, m, a, r, e, d, s in product((7, 64, 1000, 1001), (1, 3, 8), (1, 4), (1, 2, 4), (0.3, 1, 2.5),
-                                               (False, True), (-1, 5)) if not (d and n < m * r)]
-    real = ask_python("""
+    grid = [
+        dict(samples=n, micro=m, accumulation=a, ranks=r, epochs=e, drop_last=d, max_steps=s)
+        for n, m, a, r, e, d, s in product(
+            (7, 64, 1000, 1001),
+            (1, 3, 8),
+            (1, 4),
+            (1, 2, 4),
+            (0.3, 1, 2.5),
+            (False, True),
+            (-1, 5),
+        )
+        if not (d and n < m * r)
+    ]
+    real = ask_python(
+        """
 from types import SimpleNamespace
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
@@ -91,16 +114,34 @@ def one(samples, micro, accumulation, ranks, epochs, drop_last, max_steps):
     values = Trainer.set_initial_training_values(trainer, args, loader)
     return [values[1], values[6]]
 result = [one(**case) for case in data]
-""", grid)
-    planned = [list(steps(case["samples"], case["micro"], case["accumulation"], case["ranks"], case["epochs"],
-                          max_steps=case["max_steps"], dataloader_drop_last=case["drop_last"])) for case in grid]
+""",
+        grid,
+    )
+    planned = [
+        list(
+            steps(
+                case["samples"],
+                case["micro"],
+                case["accumulation"],
+                case["ranks"],
+                case["epochs"],
+                max_steps=case["max_steps"],
+                dataloader_drop_last=case["drop_last"],
+            )
+        )
+        for case in grid
+    ]
     assert len(grid) > 300
-    assert [(case, plan, true) for case, plan, true in zip(grid, planned, real, strict=True) if plan != true] == []
+    assert [
+        (case, plan, true)
+        for case, plan, true in zip(grid, planned, real, strict=True)
+        if plan != true
+    ] == []
 
 
 # --- Samples ---------------------------------------------------------------------------------------------
 
-ROW = {"instruction": "a [b] {c}, \"d\"\n", "input": "", "output": "SELECT '1';"}
+ROW = {"instruction": 'a [b] {c}, "d"\n', "input": "", "output": "SELECT '1';"}
 
 
 def write_rows(path: Path, count: int) -> Path:
@@ -112,9 +153,11 @@ def write_rows(path: Path, count: int) -> Path:
             writer.writeheader()
             writer.writerows([ROW] * count)
     elif path.suffix == ".parquet":
-        ask_python("import pyarrow, pyarrow.parquet\n"
-                   "result = pyarrow.parquet.write_table(pyarrow.Table.from_pylist(data[0]), data[1])",
-                   [[ROW] * count, str(path)])
+        ask_python(
+            "import pyarrow, pyarrow.parquet\n"
+            "result = pyarrow.parquet.write_table(pyarrow.Table.from_pylist(data[0]), data[1])",
+            [[ROW] * count, str(path)],
+        )
     elif path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(ROW) + "\n" for _ in range(count)))
     else:
@@ -142,7 +185,10 @@ def test_rows_of_a_folder_are_those_of_its_files_and_limited_together(tmp_path):
 def test_rows_of_a_large_json_array(tmp_path):
     # more than one block of reading, so that rows are cut in two
     path = tmp_path / "rows.json"
-    path.write_text(json.dumps([{**ROW, "output": "ü" * 3000}] * 1500, indent=1, ensure_ascii=False), encoding="utf-8")
+    path.write_text(
+        json.dumps([{**ROW, "output": "ü" * 3000}] * 1500, indent=1, ensure_ascii=False),
+        encoding="utf-8",
+    )
     assert count_rows(path, None) == 1500
 
 
@@ -168,13 +214,16 @@ ODD_FILES = {
 def test_rows_of_odd_files_are_those_that_datasets_reads(tmp_path):
     for name, text in ODD_FILES.items():
         (tmp_path / name).write_text(text, encoding="utf-8", newline="")
-    real = ask_python("""
+    real = ask_python(
+        """
 from datasets import disable_progress_bars, load_dataset
 disable_progress_bars()
 kinds = {"json": "json", "jsonl": "json", "csv": "csv", "txt": "text"}
 result = {name: len(load_dataset(kinds[name.rpartition(".")[2]], data_files=f"{data[0]}/{name}", split="train",
                                  cache_dir=f"{data[0]}/cache")) for name in data[1]}
-""", [str(tmp_path), list(ODD_FILES)])
+""",
+        [str(tmp_path), list(ODD_FILES)],
+    )
     assert {name: count_rows(tmp_path / name, None) for name in ODD_FILES} == real
 
 
@@ -184,14 +233,19 @@ def test_limit_keeps_a_long_file_cheap(tmp_path, write_config, clean_env):
     plain = measure(config, clean_env, tmp_path)[0]
     (tmp_path / "data" / "tiny.json").unlink()
     with open(tmp_path / "data" / "tiny.jsonl", "w") as file:
-        file.writelines(['{"instruction": "select them all", "output": "SELECT 1;"}\n'] * 1_000_000)
+        file.writelines(
+            ['{"instruction": "select them all", "output": "SELECT 1;"}\n'] * 1_000_000
+        )
     write_json(tmp_path / "data" / "dataset_info.json", {"tiny": {"file_name": "tiny.jsonl"}})
     assert measure(config, clean_env, tmp_path)[0] - plain < 0.2
 
 
 @pytest.fixture
-def samples_of(write_config: Callable, plan_of: Callable, tmp_path: Path) -> Callable[..., int | None]:
+def samples_of(
+    write_config: Callable, plan_of: Callable, tmp_path: Path
+) -> Callable[..., int | None]:
     """The planned samples for these data sets ({name: entry of dataset_info.json}) and keys."""
+
     def samples(info: dict, **keys: object) -> int | None:
         write_json(tmp_path / "data" / "dataset_info.json", info)
         return plan_of(write_config(dataset=",".join(info), **keys))["samples"]
@@ -199,14 +253,19 @@ def samples_of(write_config: Callable, plan_of: Callable, tmp_path: Path) -> Cal
     return samples
 
 
-@pytest.mark.parametrize(("keys", "samples"), [
-    pytest.param({}, 100, id="all"), pytest.param({"max_samples": 30}, 30, id="max-samples"),
-    pytest.param({"max_samples": 300}, 100, id="max-samples-above"),
-    pytest.param({"val_size": 25}, 75, id="val-size-number"), pytest.param({"val_size": 0.25}, 75, id="val-size-share"),
-    pytest.param({"val_size": 0.015}, 98, id="val-size-share-rounds-up"),
-    pytest.param({"val_size": 0.1, "max_samples": 55}, 49, id="val-size-after-max-samples"),
-    pytest.param({"val_size": 0}, 100, id="val-size-0"),
-])
+@pytest.mark.parametrize(
+    ("keys", "samples"),
+    [
+        pytest.param({}, 100, id="all"),
+        pytest.param({"max_samples": 30}, 30, id="max-samples"),
+        pytest.param({"max_samples": 300}, 100, id="max-samples-above"),
+        pytest.param({"val_size": 25}, 75, id="val-size-number"),
+        pytest.param({"val_size": 0.25}, 75, id="val-size-share"),
+        pytest.param({"val_size": 0.015}, 98, id="val-size-share-rounds-up"),
+        pytest.param({"val_size": 0.1, "max_samples": 55}, 49, id="val-size-after-max-samples"),
+        pytest.param({"val_size": 0}, 100, id="val-size-0"),
+    ],
+)
 def test_samples_of_one_data_set(samples_of, tmp_path, keys, samples):
     write_rows(tmp_path / "data" / "a.json", 100)
     assert samples_of({"a": {"file_name": "a.json"}}, **keys) == samples
@@ -215,13 +274,22 @@ def test_samples_of_one_data_set(samples_of, tmp_path, keys, samples):
 def test_val_size_1_is_one_sample_or_refused(here, write_config):
     # LLaMA-Factory gives a 1 to train_test_split as a number of samples, and a 1.0 as a share, which raises.
     done = here(write_config(val_size=1), "--dry-run", "--json")
-    assert json.loads(done.stdout)["samples"] == 19 if done.returncode == 0 else re.search("val_size: .*1", done.stderr)
+    assert (
+        json.loads(done.stdout)["samples"] == 19
+        if done.returncode == 0
+        else re.search("val_size: .*1", done.stderr)
+    )
 
 
 def test_max_samples_counts_for_each_data_set(samples_of, tmp_path):
     write_rows(tmp_path / "data" / "a.json", 100)
     write_rows(tmp_path / "data" / "b.jsonl", 7)
-    assert samples_of({"a": {"file_name": "a.json"}, "b": {"file_name": "b.jsonl"}}, max_samples=30) == 37
+    assert (
+        samples_of(
+            {"a": {"file_name": "a.json"}, "b": {"file_name": "b.jsonl"}}, max_samples=30
+        )
+        == 37
+    )
 
 
 def test_max_samples_counts_for_a_parquet_file(samples_of, tmp_path):
@@ -235,10 +303,15 @@ def test_max_samples_counts_for_a_folder(samples_of, tmp_path):
     assert samples_of({"a": {"file_name": "a"}}, max_samples=30) == 30
 
 
-@pytest.mark.parametrize(("drawn", "limit", "samples"), [(5, None, 5), (50, None, 50), (50, 30, 30), (5, 30, 5)])
+@pytest.mark.parametrize(
+    ("drawn", "limit", "samples"), [(5, None, 5), (50, None, 50), (50, 30, 30), (5, 30, 5)]
+)
 def test_num_samples_of_dataset_info_draws_so_many(samples_of, tmp_path, drawn, limit, samples):
     write_rows(tmp_path / "data" / "a.json", 20)
-    assert samples_of({"a": {"file_name": "a.json", "num_samples": drawn}}, max_samples=limit) == samples
+    assert (
+        samples_of({"a": {"file_name": "a.json", "num_samples": drawn}}, max_samples=limit)
+        == samples
+    )
 
 
 def test_sharegpt_data_is_counted_alike(samples_of, tmp_path):
@@ -247,22 +320,39 @@ def test_sharegpt_data_is_counted_alike(samples_of, tmp_path):
     assert samples_of({"a": {"file_name": "a.json", "formatting": "sharegpt"}}) == 9
 
 
-@pytest.mark.parametrize(("keys", "reason"), [
-    pytest.param({"packing": True}, "packing", id="packing"),
-    pytest.param({"neat_packing": True}, "packing", id="neat-packing"),
-    pytest.param({"stage": "pt"}, "packing", id="pretraining-packs"),
-    pytest.param({"streaming": True, "max_steps": 5}, "streamed", id="streaming"),
-    pytest.param({"dataset_dir": "REMOTE:someone/data"}, "loaded", id="hub"),
-    pytest.param({"dataset": "tiny,tiny2", "mix_strategy": "interleave_over"}, "interleav", id="interleaving"),
-])
-def test_samples_that_cannot_be_known_are_null_with_the_reason(here, write_config, tmp_path, keys, reason):
-    write_json(tmp_path / "data" / "dataset_info.json",
-               {"tiny": {"file_name": "tiny.json"}, "tiny2": {"file_name": "tiny.json"}})
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        pytest.param({"packing": True}, "packing", id="packing"),
+        pytest.param({"neat_packing": True}, "packing", id="neat-packing"),
+        pytest.param({"stage": "pt"}, "packing", id="pretraining-packs"),
+        pytest.param({"streaming": True, "max_steps": 5}, "streamed", id="streaming"),
+        pytest.param({"dataset_dir": "REMOTE:someone/data"}, "loaded", id="hub"),
+        pytest.param(
+            {"dataset": "tiny,tiny2", "mix_strategy": "interleave_over"},
+            "interleav",
+            id="interleaving",
+        ),
+    ],
+)
+def test_samples_that_cannot_be_known_are_null_with_the_reason(
+    here, write_config, tmp_path, keys, reason
+):
+    write_json(
+        tmp_path / "data" / "dataset_info.json",
+        {"tiny": {"file_name": "tiny.json"}, "tiny2": {"file_name": "tiny.json"}},
+    )
     config = write_config(**keys)
     plan = json.loads(here(config, "--dry-run", "--json").stdout)
-    assert (plan["samples"], plan["steps_per_epoch"], plan["total_steps"]) == (None, None, keys.get("max_steps"))
-    assert re.search(rf"steps +{keys.get('max_steps', 'unknown')} in all \(.*{reason}",
-                     here(config, "--dry-run").stdout)
+    assert (plan["samples"], plan["steps_per_epoch"], plan["total_steps"]) == (
+        None,
+        None,
+        keys.get("max_steps"),
+    )
+    assert re.search(
+        rf"steps +{keys.get('max_steps', 'unknown')} in all \(.*{reason}",
+        here(config, "--dry-run").stdout,
+    )
 
 
 def test_hub_data_set_of_dataset_info_is_unknown(samples_of):
@@ -281,8 +371,13 @@ BATCH_AND_STEPS = ("world_size", "global_batch_size", "steps_per_epoch", "total_
 
 @pytest.mark.parametrize("gpus", [1, 2, 4])
 def test_global_batch_size_makes_the_same_steps_on_any_number_of_gpus(plan_of, gpus):
-    plan = plan_of("global_batch_size=64", "gradient_accumulation_steps=null", "max_samples=1000", gpus=fake_gpus(4),
-                   env={"CUDA_VISIBLE_DEVICES": ",".join("0123"[:gpus])})
+    plan = plan_of(
+        "global_batch_size=64",
+        "gradient_accumulation_steps=null",
+        "max_samples=1000",
+        gpus=fake_gpus(4),
+        env={"CUDA_VISIBLE_DEVICES": ",".join("0123"[:gpus])},
+    )
     assert [plan[key] for key in BATCH_AND_STEPS] == [gpus, 64, 16, 48]
 
 
@@ -292,16 +387,30 @@ def test_default_config_makes_48_steps_of_64_samples(plan_of):
 
 
 def test_batch_arithmetic_is_shown_in_full(here):
-    assert re.search(r"batch +2 .*x 4 GPUs x 8 .*= 64 samples", here("--dry-run", gpus=fake_gpus(4)).stdout)
+    assert re.search(
+        r"batch +2 .*x 4 GPUs x 8 .*= 64 samples", here("--dry-run", gpus=fake_gpus(4)).stdout
+    )
 
 
-@pytest.mark.parametrize(("wanted", "micro", "near"), [
-    (7, 2, "6 and 8"), (1, 2, "2"), (65, 2, "64 and 66"), (10, 4, "8 and 12"), (9, 8, "8 and 16"),
-])
+@pytest.mark.parametrize(
+    ("wanted", "micro", "near"),
+    [
+        (7, 2, "6 and 8"),
+        (1, 2, "2"),
+        (65, 2, "64 and 66"),
+        (10, 4, "8 and 12"),
+        (9, 8, "8 and 16"),
+    ],
+)
 def test_indivisible_batch_names_the_nearest_that_can(here, write_config, wanted, micro, near):
-    done = here(write_config(global_batch_size=wanted, per_device_train_batch_size=micro,
-                             gradient_accumulation_steps=None),
-                "--dry-run")
+    done = here(
+        write_config(
+            global_batch_size=wanted,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=None,
+        ),
+        "--dry-run",
+    )
     assert done.returncode == 2
     assert re.search(rf"global_batch_size: {wanted} .*nearest.*: {near}$", done.stderr.strip())
 
@@ -309,7 +418,10 @@ def test_indivisible_batch_names_the_nearest_that_can(here, write_config, wanted
 def test_batch_that_disagrees_with_the_accumulation_is_refused(here, write_config):
     done = here(write_config(global_batch_size=64, gradient_accumulation_steps=8), "--dry-run")
     assert done.returncode == 2
-    assert re.search(r"global_batch_size: 64 means gradient_accumulation_steps 32 .*gradient_accumulation_steps is 8; remove one", done.stderr)
+    assert re.search(
+        r"global_batch_size: 64 means gradient_accumulation_steps 32 .*gradient_accumulation_steps is 8; remove one",
+        done.stderr,
+    )
 
 
 def test_batch_that_agrees_with_the_accumulation_is_accepted(plan_of, write_config):
@@ -328,45 +440,101 @@ def test_accumulation_of_the_command_line_replaces_the_batch_of_the_file(plan_of
     assert (plan["problems"], plan["global_batch_size"]) == ([], 6)
 
 
-def test_batch_and_accumulation_that_disagree_on_the_command_line_are_refused(here, write_config):
-    done = here(write_config(), "global_batch_size=32", "gradient_accumulation_steps=2", "--dry-run")
+def test_batch_and_accumulation_that_disagree_on_the_command_line_are_refused(
+    here, write_config
+):
+    done = here(
+        write_config(), "global_batch_size=32", "gradient_accumulation_steps=2", "--dry-run"
+    )
     assert done.returncode == 2
-    assert re.search(r"command line: global_batch_size: 32 means gradient_accumulation_steps 16", done.stderr)
+    assert re.search(
+        r"command line: global_batch_size: 32 means gradient_accumulation_steps 16", done.stderr
+    )
 
 
 # --- Parameters ------------------------------------------------------------------------------------------
 
-SMALL = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3,
-         "num_attention_heads": 4, "num_key_value_heads": 2}
+SMALL = {
+    "vocab_size": 1000,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 SHAPES = {
     "llama": {"model_type": "llama", "tie_word_embeddings": False},
-    "llama-with-biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
-    "llama-all-heads": {"model_type": "llama", "num_key_value_heads": 4, "tie_word_embeddings": False},
+    "llama-with-biases": {
+        "model_type": "llama",
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": True,
+    },
+    "llama-all-heads": {
+        "model_type": "llama",
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+    },
     "mistral": {"model_type": "mistral", "head_dim": 32, "tie_word_embeddings": False},
     "qwen2-tied": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen2-untied": {"model_type": "qwen2", "tie_word_embeddings": False},
     "qwen3-tied": {"model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": True},
     "qwen3-untied": {"model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": False},
-    "qwen3-with-biases": {"model_type": "qwen3", "head_dim": 32, "attention_bias": True, "tie_word_embeddings": False},
-    "qwen3-moe": {"model_type": "qwen3_moe", "head_dim": 32, "num_experts": 6, "num_experts_per_tok": 2,
-                  "moe_intermediate_size": 48, "decoder_sparse_step": 1, "mlp_only_layers": [],
-                  "tie_word_embeddings": False},
-    "qwen3-moe-every-other-layer": {"model_type": "qwen3_moe", "head_dim": 32, "num_experts": 6,
-                                    "num_experts_per_tok": 2,
-                                    "moe_intermediate_size": 48, "decoder_sparse_step": 2, "tie_word_embeddings": True},
+    "qwen3-with-biases": {
+        "model_type": "qwen3",
+        "head_dim": 32,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+    },
+    "qwen3-moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 32,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "tie_word_embeddings": False,
+    },
+    "qwen3-moe-every-other-layer": {
+        "model_type": "qwen3_moe",
+        "head_dim": 32,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "decoder_sparse_step": 2,
+        "tie_word_embeddings": True,
+    },
     # the shapes of the Qwen3 releases that the launcher knows by name
-    "Qwen/Qwen3-0.6B": {"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072,
-                        "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
-                        "tie_word_embeddings": True},
-    "Qwen/Qwen3-14B": {"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 5120, "intermediate_size": 17408,
-                       "num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128,
-                       "tie_word_embeddings": False},
+    "Qwen/Qwen3-0.6B": {
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "tie_word_embeddings": True,
+    },
+    "Qwen/Qwen3-14B": {
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": 5120,
+        "intermediate_size": 17408,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "tie_word_embeddings": False,
+    },
 }
 
 
 def test_parameters_are_those_that_transformers_makes(here, write_config, tmp_path):
     shapes = {name: {**SMALL, **shape} for name, shape in SHAPES.items()}
-    real = ask_python("""
+    real = ask_python(
+        """
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 result = {}
@@ -375,15 +543,23 @@ for name, shape in data.items():
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape))
     model.tie_weights()
     result[name] = sum(p.numel() for p in model.parameters())  # a tied matrix is one parameter
-""", shapes)
+""",
+        shapes,
+    )
     planned = {}
     for name, shape in shapes.items():
         write_config()
         write_json(tmp_path / "model" / "config.json", shape)
         words = [f"model_name_or_path={name}"] if "/" in name else []
-        planned[name] = json.loads(here(tmp_path / "config.yaml", *words, "--dry-run", "--json").stdout)["parameters"]
+        planned[name] = json.loads(
+            here(tmp_path / "config.yaml", *words, "--dry-run", "--json").stdout
+        )["parameters"]
     # null is honest where the launcher does not know an architecture; a wrong number is not
-    assert {name: count for name, count in planned.items() if count != real[name] and "every-other" not in name} == {}
+    assert {
+        name: count
+        for name, count in planned.items()
+        if count != real[name] and "every-other" not in name
+    } == {}
     assert planned["qwen3-moe-every-other-layer"] in (None, real["qwen3-moe-every-other-layer"])
     assert real["Qwen/Qwen3-14B"] == QWEN3_14B
 
@@ -392,16 +568,24 @@ def test_parameters_of_another_architecture_are_unknown(here, write_config, tmp_
     config = write_config()
     write_json(tmp_path / "model" / "config.json", {**TINY_MODEL, "model_type": "other"})
     plan = json.loads(here(config, "--dry-run", "--json").stdout)
-    assert [plan[key] for key in ("parameters", "memory_per_gpu", "host_memory", "checkpoint_bytes")] == [None] * 4
+    assert [
+        plan[key] for key in ("parameters", "memory_per_gpu", "host_memory", "checkpoint_bytes")
+    ] == [None] * 4
 
 
 def test_parameters_of_another_architecture_come_from_its_weights(here, write_config, tmp_path):
     config = write_config(train_from_scratch=None)
     write_json(tmp_path / "model" / "config.json", {**TINY_MODEL, "model_type": "other"})
-    header = json.dumps({"__metadata__": {"format": "pt"},
-                         "a": {"dtype": "F32", "shape": [10, 20], "data_offsets": [0, 800]},
-                         "b": {"dtype": "F32", "shape": [7], "data_offsets": [800, 828]}}).encode()
-    (tmp_path / "model" / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(828))
+    header = json.dumps(
+        {
+            "__metadata__": {"format": "pt"},
+            "a": {"dtype": "F32", "shape": [10, 20], "data_offsets": [0, 800]},
+            "b": {"dtype": "F32", "shape": [7], "data_offsets": [800, 828]},
+        }
+    ).encode()
+    (tmp_path / "model" / "model.safetensors").write_bytes(
+        len(header).to_bytes(8, "little") + header + bytes(828)
+    )
     assert json.loads(here(config, "--dry-run", "--json").stdout)["parameters"] == 207
 
 
@@ -411,30 +595,42 @@ def test_parameters_of_another_architecture_come_from_its_weights(here, write_co
 @pytest.fixture(scope="module")
 def deepspeed_estimates() -> dict[str, list[int]]:
     """[host, each GPU] bytes for Qwen3-14B on four GPUs by DeepSpeed's own estimate."""
-    return ask_python("""
+    return ask_python(
+        """
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as estimate
 cases = {"none": (False, False), "optimizer": (True, False), "all": (True, True)}
 result = {name: estimate(*data, num_gpus_per_node=4, cpu_offload=first, cpu_offload_params=second)[:2]
           for name, (first, second) in cases.items()}
-""", [QWEN3_14B, LARGEST_LAYER])
+""",
+        [QWEN3_14B, LARGEST_LAYER],
+    )
 
 
 OFFLOADS = {
     "none": ZERO3,
     "optimizer": {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}},
-    "all": {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"},
-                                  "offload_param": {"device": "cpu"}}},
+    "all": {
+        "zero_optimization": {
+            "stage": 3,
+            "offload_optimizer": {"device": "cpu"},
+            "offload_param": {"device": "cpu"},
+        }
+    },
 }
 
 
 @pytest.mark.parametrize("offload", OFFLOADS)
 def test_model_states_of_qwen3_14b_agree_with_deepspeed(plan_of, deepspeed_estimates, offload):
     plan = plan_of(f"deepspeed={json.dumps(OFFLOADS[offload])}", gpus=fake_gpus(4))
-    states = sum(plan["memory_per_gpu"][part] for part in ("parameters", "gradients", "optimizer"))
+    states = sum(
+        plan["memory_per_gpu"][part] for part in ("parameters", "gradients", "optimizer")
+    )
     host, gpu = deepspeed_estimates[offload]
     assert plan["parameters"] == QWEN3_14B
     assert states == pytest.approx(gpu, rel=0.1)
-    if offload != "none":  # without offload DeepSpeed names what loading takes on the host, not model states
+    if (
+        offload != "none"
+    ):  # without offload DeepSpeed names what loading takes on the host, not model states
         assert plan["host_memory"] == pytest.approx(host, rel=0.1)
 
 
@@ -449,11 +645,14 @@ def test_without_offload_nothing_is_said_of_host_memory(here):
     assert not re.search(r"^host ", done.stdout, re.MULTILINE)
 
 
-@pytest.mark.parametrize(("stage", "parts"), [
-    pytest.param(1, (2, 4, 3), id="zero1-divides-the-optimizer"),
-    pytest.param(2, (2, 1, 3), id="zero2-the-gradients-too"),
-    pytest.param(3, (0.5, 1, 3), id="zero3-the-parameters-too"),
-])
+@pytest.mark.parametrize(
+    ("stage", "parts"),
+    [
+        pytest.param(1, (2, 4, 3), id="zero1-divides-the-optimizer"),
+        pytest.param(2, (2, 1, 3), id="zero2-the-gradients-too"),
+        pytest.param(3, (0.5, 1, 3), id="zero3-the-parameters-too"),
+    ],
+)
 def test_zero_stage_divides_by_the_ranks(plan_of, stage, parts):
     plan = plan_of(f"deepspeed={{zero_optimization: {{stage: {stage}}}}}", gpus=fake_gpus(4))
     extra = 4 * LARGEST_LAYER if stage == 3 else 0  # the layer that is gathered at the time
@@ -462,12 +661,20 @@ def test_zero_stage_divides_by_the_ranks(plan_of, stage, parts):
     assert found == pytest.approx([QWEN3_14B * bytes_each for bytes_each in parts], rel=0.01)
 
 
-@pytest.mark.parametrize(("change", "part"), [
-    ("cutoff_len=4096", "activations"), ("cutoff_len=4096", "logits"), ("per_device_train_batch_size=4", "activations"),
-    ("per_device_train_batch_size=4", "logits"), ("disable_gradient_checkpointing=true", "activations"),
-])
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ("cutoff_len=4096", "activations"),
+        ("cutoff_len=4096", "logits"),
+        ("per_device_train_batch_size=4", "activations"),
+        ("per_device_train_batch_size=4", "logits"),
+        ("disable_gradient_checkpointing=true", "activations"),
+    ],
+)
 def test_more_tokens_take_more_memory(plan_of, change, part):
-    before, after = (plan_of(*words, gpus=fake_gpus(4))["memory_per_gpu"][part] for words in ([], [change]))
+    before, after = (
+        plan_of(*words, gpus=fake_gpus(4))["memory_per_gpu"][part] for words in ([], [change])
+    )
     assert after >= 2 * before > 0
 
 
@@ -497,16 +704,34 @@ def test_default_config_on_four_gpus_of_24_gib_names_what_fits_and_that_is_accep
 
 
 # 216 M parameters: 3.6 GiB of states under ZeRO on one GPU, 1.7 GiB with offload, and 5.4 GiB of host memory for that
-MEDIUM = {**TINY_MODEL, "vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 12,
-          "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": False}
+MEDIUM = {
+    **TINY_MODEL,
+    "vocab_size": 32000,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "tie_word_embeddings": False,
+}
 
 
 @pytest.fixture
 def medium(write_config: Callable, tmp_path: Path) -> Callable[..., Path]:
     """A configuration for the model above on GPUs with ZeRO-3."""
+
     def write(**changes: object) -> Path:
-        config = write_config(**{"use_cpu": None, "bf16": True, "deepspeed": ZERO3, "cutoff_len": 512,
-                                 "per_device_train_batch_size": 1, **changes})
+        config = write_config(
+            **{
+                "use_cpu": None,
+                "bf16": True,
+                "deepspeed": ZERO3,
+                "cutoff_len": 512,
+                "per_device_train_batch_size": 1,
+                **changes,
+            }
+        )
         write_json(tmp_path / "model" / "config.json", MEDIUM)
         return config
 
@@ -530,7 +755,9 @@ def test_offload_is_named_where_it_makes_the_run_fit_and_is_accepted(plan_of, me
     assert not_fitting(plan_of(config, *words, gpus=fake_gpus(1, 3))) == []
 
 
-def test_smaller_micro_batch_is_named_where_it_makes_the_run_fit_and_is_the_same_step(plan_of, medium):
+def test_smaller_micro_batch_is_named_where_it_makes_the_run_fit_and_is_the_same_step(
+    plan_of, medium
+):
     config = medium(per_device_train_batch_size=64, gradient_accumulation_steps=2)
     words, _ = remedies(plan_of(config, gpus=fake_gpus(1, 10))["problems"])
     assert any(word.startswith("per_device_train_batch_size=") for word in words)
@@ -540,10 +767,16 @@ def test_smaller_micro_batch_is_named_where_it_makes_the_run_fit_and_is_the_same
 
 def test_more_gpus_are_named_where_only_they_make_the_run_fit(plan_of):
     # 600 GiB of states: no host of a test has room to offload them
-    words, devices = remedies(plan_of("model_name_or_path=Qwen/Qwen3-32B", gpus=fake_gpus(4, 80))["problems"])
+    words, devices = remedies(
+        plan_of("model_name_or_path=Qwen/Qwen3-32B", gpus=fake_gpus(4, 80))["problems"]
+    )
     assert devices and devices > 4
-    plan = plan_of("model_name_or_path=Qwen/Qwen3-32B", *words, f"cuda_visible_devices={list(range(devices))}",
-                   gpus=fake_gpus(devices, 80))
+    plan = plan_of(
+        "model_name_or_path=Qwen/Qwen3-32B",
+        *words,
+        f"cuda_visible_devices={list(range(devices))}",
+        gpus=fake_gpus(devices, 80),
+    )
     assert not_fitting(plan) == []
 
 
@@ -556,7 +789,12 @@ def test_a_suggested_number_of_gpus_is_one_that_nodes_have(plan_of, gpus):
 
 
 def test_offload_that_the_host_cannot_hold_is_refused(here):
-    done = here("model_name_or_path=Qwen/Qwen3-32B", f"deepspeed={OFFLOAD}", "--dry-run", gpus=fake_gpus(4, 80))
+    done = here(
+        "model_name_or_path=Qwen/Qwen3-32B",
+        f"deepspeed={OFFLOAD}",
+        "--dry-run",
+        gpus=fake_gpus(4, 80),
+    )
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if host > 900 * GIB:
         pytest.skip("this node has the memory")
@@ -568,9 +806,14 @@ def test_memory_of_lora_is_not_guessed(plan_of, write_config):
 
 
 def test_plan_shows_memory_by_part_against_what_the_gpu_has(here):
-    line = re.search(r"^memory .*", here("--dry-run", gpus=fake_gpus(4, 80)).stdout, re.MULTILINE)[0]
+    line = re.search(
+        r"^memory .*", here("--dry-run", gpus=fake_gpus(4, 80)).stdout, re.MULTILINE
+    )[0]
     assert "of 80.0 GiB" in line
-    assert all(part in line for part in ("parameters", "gradients", "optimizer", "activations", "logits", "buffers"))
+    assert all(
+        part in line
+        for part in ("parameters", "gradients", "optimizer", "activations", "logits", "buffers")
+    )
 
 
 # --- A larger micro-batch under ZeRO-3 -------------------------------------------------------------------
@@ -586,18 +829,29 @@ def test_zero3_with_room_suggests_a_larger_micro_batch_that_is_the_same_step(her
     eight = "cuda_visible_devices=[0,1,2,3,4,5,6,7]"
     words = suggested(here(eight, "--dry-run", gpus=fake_gpus(8, 80)).stdout)
     before, after = (plan_of(eight, *more, gpus=fake_gpus(8, 80)) for more in ([], words))
-    assert [word.partition("=")[0] for word in words] == ["per_device_train_batch_size", "gradient_accumulation_steps"]
-    assert (after["global_batch_size"], after["total_steps"]) == (before["global_batch_size"], before["total_steps"])
+    assert [word.partition("=")[0] for word in words] == [
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+    ]
+    assert (after["global_batch_size"], after["total_steps"]) == (
+        before["global_batch_size"],
+        before["total_steps"],
+    )
     assert int(words[1].partition("=")[2]) <= 4, "half of the default's 8 micro-batches at most"
     assert not_fitting(after) == []
 
 
-@pytest.mark.parametrize("changes", [
-    pytest.param(["deepspeed={zero_optimization: {stage: 2}}"], id="zero2-gathers-nothing"),
-    pytest.param(["gradient_accumulation_steps=1"], id="nothing-to-exchange"),
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param(["deepspeed={zero_optimization: {stage: 2}}"], id="zero2-gathers-nothing"),
+        pytest.param(["gradient_accumulation_steps=1"], id="nothing-to-exchange"),
+    ],
+)
 def test_no_suggestion_where_there_is_nothing_to_gain(here, changes):
-    done = here("cuda_visible_devices=[0,1,2,3,4,5,6,7]", *changes, "--dry-run", gpus=fake_gpus(8, 200))
+    done = here(
+        "cuda_visible_devices=[0,1,2,3,4,5,6,7]", *changes, "--dry-run", gpus=fake_gpus(8, 200)
+    )
     assert suggested(done.stdout) == []
 
 
@@ -608,18 +862,35 @@ def test_no_suggestion_that_would_not_fit(here):
 # --- Disk ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("words", "checkpoint", "disk"), [
-    # bytes a parameter: 2 for the weights, 12 for the optimizer; then checkpoints at once (one more than is kept,
-    # while the new one is written) and the final model
-    pytest.param([], 14, 3 * 14 + 2, id="default-keeps-2"),
-    pytest.param(["save_only_model=true"], 2, 3 * 2 + 2, id="weights-only"),
-    pytest.param(["save_total_limit=null"], 14, 3 * 14 + 2, id="all-three-of-48-steps-by-16"),
-    pytest.param(["save_total_limit=null", "save_steps=10"], 14, 5 * 14 + 2, id="the-last-step-is-saved-too"),
-    pytest.param(["save_total_limit=5"], 14, 3 * 14 + 2, id="fewer-saves-than-the-limit"),
-    pytest.param(["save_strategy=no"], 14, 2, id="no-checkpoints"),
-    pytest.param(["save_strategy=epoch", "save_total_limit=null"], 14, 3 * 14 + 2, id="one-an-epoch"),
-    pytest.param(["save_steps=0.5", "save_total_limit=null"], 14, 2 * 14 + 2, id="every-half-of-all-steps"),
-])
+@pytest.mark.parametrize(
+    ("words", "checkpoint", "disk"),
+    [
+        # bytes a parameter: 2 for the weights, 12 for the optimizer; then checkpoints at once (one more than is kept,
+        # while the new one is written) and the final model
+        pytest.param([], 14, 3 * 14 + 2, id="default-keeps-2"),
+        pytest.param(["save_only_model=true"], 2, 3 * 2 + 2, id="weights-only"),
+        pytest.param(
+            ["save_total_limit=null"], 14, 3 * 14 + 2, id="all-three-of-48-steps-by-16"
+        ),
+        pytest.param(
+            ["save_total_limit=null", "save_steps=10"],
+            14,
+            5 * 14 + 2,
+            id="the-last-step-is-saved-too",
+        ),
+        pytest.param(["save_total_limit=5"], 14, 3 * 14 + 2, id="fewer-saves-than-the-limit"),
+        pytest.param(["save_strategy=no"], 14, 2, id="no-checkpoints"),
+        pytest.param(
+            ["save_strategy=epoch", "save_total_limit=null"], 14, 3 * 14 + 2, id="one-an-epoch"
+        ),
+        pytest.param(
+            ["save_steps=0.5", "save_total_limit=null"],
+            14,
+            2 * 14 + 2,
+            id="every-half-of-all-steps",
+        ),
+    ],
+)
 def test_bytes_on_disk(plan_of, words, checkpoint, disk):
     plan = plan_of(*words, gpus=fake_gpus(4))
     assert plan["checkpoint_bytes"] == pytest.approx(QWEN3_14B * checkpoint, rel=0.01)
@@ -628,19 +899,38 @@ def test_bytes_on_disk(plan_of, words, checkpoint, disk):
 
 def test_disk_that_is_too_small_is_refused_unless_forced(here, write_config, tmp_path):
     config = write_config(save_steps=1)
-    write_json(tmp_path / "model" / "config.json", {**MEDIUM, "hidden_size": 32768, "num_hidden_layers": 300})
+    write_json(
+        tmp_path / "model" / "config.json",
+        {**MEDIUM, "hidden_size": 32768, "num_hidden_layers": 300},
+    )
     done = here(config, "--dry-run")
-    assert re.search(r"output_dir: disk: .* is needed, .* is free; lower save_total_limit.*--force", done.stderr)
+    assert re.search(
+        r"output_dir: disk: .* is needed, .* is free; lower save_total_limit.*--force",
+        done.stderr,
+    )
     assert here(config, "--dry-run", "--force").returncode == 0
 
 
 # --- The plan as data and as text ------------------------------------------------------------------------
 
-CONTRACT = {"devices", "world_size", "global_batch_size", "steps_per_epoch", "total_steps", "memory_per_gpu",
-            "host_memory", "checkpoint_bytes", "problems", "command", "environment"}
+CONTRACT = {
+    "devices",
+    "world_size",
+    "global_batch_size",
+    "steps_per_epoch",
+    "total_steps",
+    "memory_per_gpu",
+    "host_memory",
+    "checkpoint_bytes",
+    "problems",
+    "command",
+    "environment",
+}
 
 
-@pytest.mark.parametrize("options", [{"gpus": fake_gpus(4)}, {"gpus": None}], ids=["gpus", "no-driver"])
+@pytest.mark.parametrize(
+    "options", [{"gpus": fake_gpus(4)}, {"gpus": None}], ids=["gpus", "no-driver"]
+)
 def test_json_has_the_keys_of_the_contract(plan_of, options):
     assert set(plan_of(**options)) >= CONTRACT
 
@@ -656,20 +946,40 @@ def test_plan_is_one_aligned_screen(launcher, write_config):
     assert len(lines) <= 24
     labels = {line.partition(" ")[0] for line in lines}
     assert labels >= {"model", "devices", "batch", "steps", "schedule", "memory", "disk"}
-    assert all(re.match(r"\w+ {2,}\S", line) and line[12] != " " and line[11] == " " for line in lines)
+    assert all(
+        re.match(r"\w+ {2,}\S", line) and line[12] != " " and line[11] == " " for line in lines
+    )
 
 
-@pytest.mark.parametrize(("keys", "text"), [
-    pytest.param({}, r"log every 5 steps, save every 500 steps, no evaluation", id="steps"),
-    pytest.param({"save_strategy": "epoch", "val_size": 4, "eval_strategy": "epoch"},
-                 r"save every epoch, evaluate every epoch", id="epoch"),
-    pytest.param({"save_strategy": "no"}, r"no checkpoints?", id="no"),
-    pytest.param({"val_size": 4, "eval_strategy": "steps", "eval_steps": 3}, r"evaluate every 3 steps",
-                 id="evaluation"),
-    pytest.param({"save_steps": 0.5}, r"save every (3 steps|0\.5 of all steps)", id="share-of-all-steps"),
-])
+@pytest.mark.parametrize(
+    ("keys", "text"),
+    [
+        pytest.param({}, r"log every 5 steps, save every 500 steps, no evaluation", id="steps"),
+        pytest.param(
+            {"save_strategy": "epoch", "val_size": 4, "eval_strategy": "epoch"},
+            r"save every epoch, evaluate every epoch",
+            id="epoch",
+        ),
+        pytest.param({"save_strategy": "no"}, r"no checkpoints?", id="no"),
+        pytest.param(
+            {"val_size": 4, "eval_strategy": "steps", "eval_steps": 3},
+            r"evaluate every 3 steps",
+            id="evaluation",
+        ),
+        pytest.param(
+            {"save_steps": 0.5},
+            r"save every (3 steps|0\.5 of all steps)",
+            id="share-of-all-steps",
+        ),
+    ],
+)
 def test_plan_says_when_it_logs_saves_and_evaluates(here, write_config, keys, text):
-    assert re.search(text, re.search(r"^schedule .*", here(write_config(**keys), "--dry-run").stdout, re.MULTILINE)[0])
+    assert re.search(
+        text,
+        re.search(
+            r"^schedule .*", here(write_config(**keys), "--dry-run").stdout, re.MULTILINE
+        )[0],
+    )
 
 
 def test_dry_run_of_the_default_config_leaves_nothing_behind(launcher, tmp_path, root):
@@ -680,25 +990,39 @@ def test_dry_run_of_the_default_config_leaves_nothing_behind(launcher, tmp_path,
 
 
 def test_dry_run_shows_a_command_that_can_be_pasted(here, write_config):
-    line = re.search(r"^command +(.*)", here(write_config(), "--dry-run").stdout, re.MULTILINE)[1]
-    assert re.search(r"FORCE_TORCHRUN=1 .*torch\.distributed\.run --nproc-per-node 1 .*\.py \S+/config\.yaml$", line)
+    line = re.search(r"^command +(.*)", here(write_config(), "--dry-run").stdout, re.MULTILINE)[
+        1
+    ]
+    assert re.search(
+        r"FORCE_TORCHRUN=1 .*torch\.distributed\.run --nproc-per-node 1 .*\.py \S+/config\.yaml$",
+        line,
+    )
 
 
 def measure(config: Path | None, env: dict, cwd: Path, runs: int = 3) -> tuple[float, float]:
     """(median processor seconds, largest MiB) of dry runs, import included."""
-    code = ("import resource, sys, re; sys.path.insert(0, sys.argv.pop(1)); import train_qwen3_ft as t\n"
-            "t.main(sys.argv[1:] + ['--dry-run'])\n"
-            "peak = re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]\n"
-            "used = resource.getrusage(resource.RUSAGE_SELF)\n"
-            "print('USED', used.ru_utime + used.ru_stime, peak)")
+    code = (
+        "import resource, sys, re; sys.path.insert(0, sys.argv.pop(1)); import train_qwen3_ft as t\n"
+        "t.main(sys.argv[1:] + ['--dry-run'])\n"
+        "peak = re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]\n"
+        "used = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "print('USED', used.ru_utime + used.ru_stime, peak)"
+    )
     command = [sys.executable, "-c", code, str(ROOT), *([str(config)] if config else [])]
-    shown = [subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True).stdout for _ in range(runs)]
+    shown = [
+        subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True).stdout
+        for _ in range(runs)
+    ]
     found = [text.rpartition("USED ")[2].split() for text in shown]
-    return statistics.median(float(seconds) for seconds, _ in found), max(int(kib) for _, kib in found) / 1024
+    return statistics.median(float(seconds) for seconds, _ in found), max(
+        int(kib) for _, kib in found
+    ) / 1024
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_dry_run_of_the_default_config_is_quick_and_small(clean_env, tmp_path):
-    seconds, mib = measure(None, {**clean_env, "FAKE_GPUS": json.dumps(fake_gpus(4))}, tmp_path, runs=5)
+    seconds, mib = measure(
+        None, {**clean_env, "FAKE_GPUS": json.dumps(fake_gpus(4))}, tmp_path, runs=5
+    )
     assert seconds <= 0.35
     assert mib <= 60

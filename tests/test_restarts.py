@@ -44,7 +44,9 @@ def failed(scratch: Path) -> SimpleNamespace:
     folder = scratch / "failed"
     shutil.copytree(CONFIGS / "data", folder / "data")
     config = write_config(folder, max_restarts=1, dataset_dir=str(folder / "data"))
-    faults = [{"point": "kill", "step": 4, "rank": 1, "name": name} for name in ("first", "second")]
+    faults = [
+        {"point": "kill", "step": 4, "rank": 1, "name": name} for name in ("first", "second")
+    ]
     with Run(folder, config, faults=faults) as live:
         until(lambda: committed(live.run_dir), "the first checkpoint")
         run_dir = live.run_dir
@@ -52,10 +54,14 @@ def failed(scratch: Path) -> SimpleNamespace:
         second = run(folder, "--resume", run_dir, "learning_rate=0.5")
         after = (run_dir / "config.yaml").read_bytes()
         live.wait()
-    return SimpleNamespace(run=live, run_dir=run_dir, folder=folder, second=second, before=before, after=after)
+    return SimpleNamespace(
+        run=live, run_dir=run_dir, folder=folder, second=second, before=before, after=after
+    )
 
 
-def refusal(failed: SimpleNamespace, *arguments: object, ranks: int = 2, run_dir: Path | None = None) -> str:
+def refusal(
+    failed: SimpleNamespace, *arguments: object, ranks: int = 2, run_dir: Path | None = None
+) -> str:
     """The one line with which --resume is refused."""
     done = run(failed.folder, "--resume", run_dir or failed.run_dir, *arguments, ranks=ranks)
     assert done.returncode == 2, done.console
@@ -64,23 +70,30 @@ def refusal(failed: SimpleNamespace, *arguments: object, ranks: int = 2, run_dir
 
 
 def test_kills_after_progress_restart_as_often_as_max_restarts_says(failed: SimpleNamespace):
-    assert re.findall(r"restart \d of \d: resuming from checkpoint-\d+", failed.run.console) == [
-        "restart 1 of 1: resuming from checkpoint-2"]
+    assert re.findall(
+        r"restart \d of \d: resuming from checkpoint-\d+", failed.run.console
+    ) == ["restart 1 of 1: resuming from checkpoint-2"]
     assert failed.run.returncode == 1
 
 
 def test_a_failed_run_says_what_is_left_and_how_to_resume(failed: SimpleNamespace):
-    summary = failed.run.console[failed.run.console.rindex("\nstate "):]
+    summary = failed.run.console[failed.run.console.rindex("\nstate ") :]
     assert re.search(f"^state +failed at step [45] of {STEPS}$", summary, re.MULTILINE)
     assert re.search("^checkpoints +checkpoint-4, checkpoint-2$", summary, re.MULTILINE)
-    assert re.search(rf"python {re.escape(str(SCRIPT))} --resume {re.escape(str(failed.run_dir))}$", failed.run.console,
-                     re.MULTILINE)
+    assert re.search(
+        rf"python {re.escape(str(SCRIPT))} --resume {re.escape(str(failed.run_dir))}$",
+        failed.run.console,
+        re.MULTILINE,
+    )
     assert (failed.run_dir / "logs" / "rank1.log").stat().st_size > 0
 
 
 def test_a_second_launcher_in_a_live_run_directory_is_refused(failed: SimpleNamespace):
     assert failed.second.returncode == 2
-    assert f"this run is still running (launcher pid {failed.run.process.pid})" in failed.second.console
+    assert (
+        f"this run is still running (launcher pid {failed.run.process.pid})"
+        in failed.second.console
+    )
 
 
 def test_a_second_launcher_leaves_the_live_run_as_it_is(failed: SimpleNamespace):
@@ -90,19 +103,26 @@ def test_a_second_launcher_leaves_the_live_run_as_it_is(failed: SimpleNamespace)
 # --- what --resume refuses
 
 
-def test_resuming_on_ranks_that_cannot_share_the_samples_of_a_step_is_refused(failed: SimpleNamespace):
+def test_resuming_on_ranks_that_cannot_share_the_samples_of_a_step_is_refused(
+    failed: SimpleNamespace,
+):
     assert "global_batch_size: 2 cannot be split into micro-batches" in refusal(failed, ranks=3)
 
 
 def test_resuming_with_another_learning_rate_is_refused(failed: SimpleNamespace):
-    assert "learning_rate: was 0.003 when the run started and is 1e-05 now, but cannot change on resume" in refusal(
-        failed, "learning_rate=1e-5")
+    assert (
+        "learning_rate: was 0.003 when the run started and is 1e-05 now, but cannot change on resume"
+        in refusal(failed, "learning_rate=1e-5")
+    )
 
 
 def test_resuming_with_another_model_is_refused(failed: SimpleNamespace, tmp_path: Path):
     shutil.copytree(CONFIGS / "demo_model", tmp_path / "other")
     line = refusal(failed, f"model_name_or_path={tmp_path}/other")
-    assert re.search("model_name_or_path: was .* when the run started and is .* now, but cannot change on resume", line)
+    assert re.search(
+        "model_name_or_path: was .* when the run started and is .* now, but cannot change on resume",
+        line,
+    )
 
 
 def test_resuming_with_changed_data_is_refused(failed: SimpleNamespace):
@@ -110,12 +130,16 @@ def test_resuming_with_changed_data_is_refused(failed: SimpleNamespace):
     content = path.read_bytes()
     path.write_bytes(content.replace(b"SELECT", b"select", 1))
     try:
-        assert re.search("code2sql_demo.json.* has changed since the run started", refusal(failed))
+        assert re.search(
+            "code2sql_demo.json.* has changed since the run started", refusal(failed)
+        )
     finally:
         path.write_bytes(content)
 
 
-def test_resuming_where_there_never_was_a_run_is_refused(failed: SimpleNamespace, tmp_path: Path):
+def test_resuming_where_there_never_was_a_run_is_refused(
+    failed: SimpleNamespace, tmp_path: Path
+):
     assert re.search("expected the (run )?directory", refusal(failed, run_dir=tmp_path))
 
 
@@ -124,11 +148,13 @@ def test_resuming_a_finished_run_says_so_and_succeeds(reference: Run, tmp_path: 
     assert done.returncode == 0
     assert done.console == (
         f"{reference.run_dir}: this run is finished, there is nothing to resume; to train its model further: "
-        f"python {SCRIPT.name} model_name_or_path={reference.run_dir}\n")
+        f"python {SCRIPT.name} model_name_or_path={reference.run_dir}\n"
+    )
 
 
 def test_resume_without_a_directory_takes_the_newest_unfinished_run(
-        failed: SimpleNamespace, reference: Run, tmp_path: Path):
+    failed: SimpleNamespace, reference: Run, tmp_path: Path
+):
     sources = {"old": failed.run_dir, "new": failed.run_dir, "finished": reference.run_dir}
     for number, (name, source) in enumerate(sources.items()):
         shutil.copytree(source, tmp_path / "out" / name)
@@ -151,11 +177,16 @@ def resumed_from_torn(failed: SimpleNamespace, scratch: Path) -> Run:
 
 
 def test_a_resume_passes_over_a_torn_checkpoint_and_names_it(resumed_from_torn: Run):
-    assert re.search(r"checkpoint-4 is incomplete \(.*optim_states\.pt has \d+ bytes instead of \d+\); "
-                     r"moved to incomplete-checkpoint-4", resumed_from_torn.console)
+    assert re.search(
+        r"checkpoint-4 is incomplete \(.*optim_states\.pt has \d+ bytes instead of \d+\); "
+        r"moved to incomplete-checkpoint-4",
+        resumed_from_torn.console,
+    )
 
 
-def test_a_resume_past_a_torn_checkpoint_ends_with_identical_weights(resumed_from_torn: Run, reference: Run):
+def test_a_resume_past_a_torn_checkpoint_ends_with_identical_weights(
+    resumed_from_torn: Run, reference: Run
+):
     assert resumed_from_torn.returncode == 0, resumed_from_torn.console
     assert weights(resumed_from_torn.run_dir) == weights(reference.run_dir)
     assert losses(resumed_from_torn.run_dir) == losses(reference.run_dir)
@@ -167,19 +198,27 @@ def test_a_resume_past_a_torn_checkpoint_ends_with_identical_weights(resumed_fro
 @pytest.fixture(scope="module")
 def raised(scratch: Path) -> Run:
     """A run that evaluates every second step, in which rank 1 raises in step 5, before the first checkpoint."""
-    config = write_config(scratch / "raised", save_steps=100, val_size=4, eval_strategy="steps", eval_steps=2)
+    config = write_config(
+        scratch / "raised", save_steps=100, val_size=4, eval_strategy="steps", eval_steps=2
+    )
     return run(scratch / "raised", config, faults=[{"point": "raise", "step": 5, "rank": 1}])
 
 
 def test_an_error_before_any_checkpoint_is_not_tried_again(raised: Run):
     assert raised.returncode == 1
-    assert raised.console.count("training failed") == 1 and "restart" not in raised.console, raised.console
+    assert raised.console.count("training failed") == 1 and "restart" not in raised.console, (
+        raised.console
+    )
 
 
 def test_an_error_is_shown_with_its_own_traceback_and_without_torchruns(raised: Run):
-    assert raised.console.count("RuntimeError: planted fault: the third sample is bad") == 1, raised.console
+    assert raised.console.count("RuntimeError: planted fault: the third sample is bad") == 1, (
+        raised.console
+    )
     assert raised.console.count("Traceback (most recent call last)") == 1
-    assert not re.search("ChildFailedError|torch/distributed/(run|elastic|launcher)", raised.console)
+    assert not re.search(
+        "ChildFailedError|torch/distributed/(run|elastic|launcher)", raised.console
+    )
 
 
 def test_an_error_names_the_log_of_the_rank_that_failed(raised: Run):
@@ -193,7 +232,11 @@ def test_a_failed_run_has_its_curve_of_training_and_of_evaluation(raised: Run):
 
     picture = raised.run_dir / "training_loss.png"
     assert line_of(raised.console, "curve") == str(picture)
-    colours = {tuple(round(255 * part) for part in pixel[:3]) for row in imread(picture) for pixel in row}
+    colours = {
+        tuple(round(255 * part) for part in pixel[:3])
+        for row in imread(picture)
+        for pixel in row
+    }
     assert {(31, 119, 180), (255, 127, 14)} <= colours, "matplotlib's first two line colours"
 
 
@@ -206,10 +249,15 @@ def model_only(scratch: Path) -> Run:
 
 def test_a_kill_that_leaves_nothing_to_resume_is_not_tried_again(model_only: Run):
     assert model_only.returncode == 1
-    assert "restart" not in model_only.console and "there is no checkpoint to resume from" in model_only.console
+    assert (
+        "restart" not in model_only.console
+        and "there is no checkpoint to resume from" in model_only.console
+    )
 
 
-def test_a_run_that_saves_the_model_only_is_said_not_to_be_resumable(model_only: Run, tmp_path: Path):
+def test_a_run_that_saves_the_model_only_is_said_not_to_be_resumable(
+    model_only: Run, tmp_path: Path
+):
     done = run(tmp_path, "--resume", model_only.run_dir, ranks=1)
     assert done.returncode == 2, done.console
     assert re.search("save_only_model", done.console)
@@ -224,12 +272,16 @@ def killed_twice(scratch: Path) -> Run:
     """A run that reports to SwanLab and whose ranks are killed twice, each time after progress."""
     folder = scratch / "twice"
     config = write_config(folder, report_to="swanlab", save_steps=3)
-    faults = [{"point": "kill", "step": 5, "rank": 0, "name": "rank 0"},
-              {"point": "kill", "step": 7, "rank": 1, "name": "rank 1"}]  # the seventh of a start: step 10
+    faults = [
+        {"point": "kill", "step": 5, "rank": 0, "name": "rank 0"},
+        {"point": "kill", "step": 7, "rank": 1, "name": "rank 1"},
+    ]  # the seventh of a start: step 10
     return run(folder, config, faults=faults, env={"SWANLAB_MODE": "local"})
 
 
-def test_a_run_with_two_kills_is_one_experiment_with_each_step_once(killed_twice: Run, reference: Run):
+def test_a_run_with_two_kills_is_one_experiment_with_each_step_once(
+    killed_twice: Run, reference: Run
+):
     assert killed_twice.returncode == 0, killed_twice.console
     assert killed_twice.console.count("resuming from checkpoint-") == 2
     [folder] = records(killed_twice.run_dir.parent / "swanlog")
@@ -238,7 +290,9 @@ def test_a_run_with_two_kills_is_one_experiment_with_each_step_once(killed_twice
     assert (record["state"], record["points"]["train/loss"]) == ("finished", wanted)
 
 
-def test_a_run_with_two_kills_has_the_metrics_of_an_undisturbed_one(killed_twice: Run, reference: Run):
+def test_a_run_with_two_kills_has_the_metrics_of_an_undisturbed_one(
+    killed_twice: Run, reference: Run
+):
     assert losses(killed_twice.run_dir) == losses(reference.run_dir)
     assert weights(killed_twice.run_dir) == weights(reference.run_dir)
 
@@ -248,10 +302,14 @@ def rank_0_killed(scratch: Path) -> Run:
     """A run without restarts whose rank 0 is killed in the middle, between two steps that are logged."""
     folder = scratch / "rank 0"
     config = write_config(folder, report_to="swanlab", max_restarts=0, plot_loss=True)
-    return run(folder, config, faults=[{"point": "kill", "step": 8}], env={"SWANLAB_MODE": "local"})
+    return run(
+        folder, config, faults=[{"point": "kill", "step": 8}], env={"SWANLAB_MODE": "local"}
+    )
 
 
-def test_a_kill_of_rank_0_leaves_every_logged_step_in_the_metrics(rank_0_killed: Run, reference: Run):
+def test_a_kill_of_rank_0_leaves_every_logged_step_in_the_metrics(
+    rank_0_killed: Run, reference: Run
+):
     known = losses(reference.run_dir)
     assert rank_0_killed.returncode == 1, rank_0_killed.console
     assert losses(rank_0_killed.run_dir) == {step: known[step] for step in range(1, 8)}
@@ -266,7 +324,8 @@ def test_a_kill_of_rank_0_leaves_every_logged_step_in_swanlab(rank_0_killed: Run
 
 
 def test_a_kill_of_rank_0_leaves_the_curve_of_every_logged_step(
-        rank_0_killed: Run, monkeypatch: pytest.MonkeyPatch):
+    rank_0_killed: Run, monkeypatch: pytest.MonkeyPatch
+):
     from matplotlib.axes import Axes
 
     from train_qwen3_ft import draw_curve
@@ -292,15 +351,25 @@ def alone(scratch: Path) -> SimpleNamespace:
     lock.parent.mkdir(parents=True)
     lock.touch()
     config = write_config(folder, deepspeed=None, max_samples=12)
-    whole = train(folder, config, ranks=1, env={"TORCH_EXTENSIONS_DIR": str(folder / "extensions")})
-    faults = [{"point": "trainer state", "step": 6}, {"point": "kill", "step": 7}, {"point": "final save", "step": 12}]
+    whole = train(
+        folder, config, ranks=1, env={"TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
+    )
+    faults = [
+        {"point": "trainer state", "step": 6},
+        {"point": "kill", "step": 7},
+        {"point": "final save", "step": 12},
+    ]
     killed = run(folder, config, ranks=1, faults=faults)
     return SimpleNamespace(whole=whole, killed=killed, lock=lock)
 
 
 def test_one_process_without_zero_resumes_to_identical_weights(alone: SimpleNamespace):
     assert alone.killed.returncode == 0, alone.killed.console
-    assert re.findall(r"resuming from checkpoint-(\d+)", alone.killed.console) == ["4", "10", "12"]
+    assert re.findall(r"resuming from checkpoint-(\d+)", alone.killed.console) == [
+        "4",
+        "10",
+        "12",
+    ]
     assert weights(alone.killed.run_dir) == weights(alone.whole.run_dir)
 
 
@@ -317,7 +386,10 @@ def test_a_stale_build_lock_is_cleared_at_the_start(alone: SimpleNamespace):
 
 
 def test_two_ranks_without_deepspeed_resume_to_identical_weights(tmp_path: Path):
-    whole, cut = (write_config(tmp_path / name, deepspeed=None, save_steps=100) for name in ("whole", "cut"))
+    whole, cut = (
+        write_config(tmp_path / name, deepspeed=None, save_steps=100)
+        for name in ("whole", "cut")
+    )
     uninterrupted = train(tmp_path / "whole", whole)
     with Run(tmp_path / "cut", cut, faults=[{"point": "slow"}]) as live:
         live.reach(3)
@@ -338,5 +410,6 @@ def test_a_resumed_run_saves_and_logs_as_it_is_told_now(tmp_path: Path):
     changes = ("save_steps=5", "logging_steps=5", "save_total_limit=9")
     train(tmp_path, "--resume", live.run_dir, *changes, ranks=1)
     assert [step for step in losses(live.run_dir) if step > stopped] == [
-        step for step in (5, 10) if step > stopped]
+        step for step in (5, 10) if step > stopped
+    ]
     assert {10, 12} <= set(committed(live.run_dir)) and 8 not in committed(live.run_dir)

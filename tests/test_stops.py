@@ -14,7 +14,10 @@ from helpers.config import STEPS, write_config
 from helpers.launcher import Run, command_of, committed, losses, until, weights
 from train_qwen3_ft import checkpoint_problem
 
-HELD = {"preprocessing_num_workers": 2, "overwrite_cache": True}  # so that tokenizing processes are there
+HELD = {
+    "preprocessing_num_workers": 2,
+    "overwrite_cache": True,
+}  # so that tokenizing processes are there
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +64,17 @@ def stop(live: Run, kind: str) -> SimpleNamespace:
     status = live.wait()
     problems = [checkpoint_problem(path) for path in live.run_dir.glob("checkpoint-*")]
     return SimpleNamespace(
-        status=status, wanted=code, console=live.console, left=live.left_after(10), step=live.last_step(), kept=kept,
-        loaders=loaders, committed=committed(live.run_dir), model=(live.run_dir / "model.safetensors").exists(),
-        problems=[problem for problem in problems if problem])
+        status=status,
+        wanted=code,
+        console=live.console,
+        left=live.left_after(10),
+        step=live.last_step(),
+        kept=kept,
+        loaders=loaders,
+        committed=committed(live.run_dir),
+        model=(live.run_dir / "model.safetensors").exists(),
+        problems=[problem for problem in problems if problem],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +85,9 @@ def stopped(scratch: Path) -> SimpleNamespace:
     finished.
     """
     folder, stops, slow = scratch / "stops", {}, [{"point": "slow"}]
-    config = write_config(folder, save_steps=100, save_total_limit=None, dataloader_num_workers=1)
+    config = write_config(
+        folder, save_steps=100, save_total_limit=None, dataloader_num_workers=1
+    )
     arguments = (config,)
     for kind in STOPS:
         with Run(folder, *arguments, faults=slow) as live:
@@ -88,7 +101,9 @@ def stopped(scratch: Path) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("kind", STOPS)
-def test_a_stop_leaves_exactly_one_complete_checkpoint_at_its_step(stopped: SimpleNamespace, kind: str):
+def test_a_stop_leaves_exactly_one_complete_checkpoint_at_its_step(
+    stopped: SimpleNamespace, kind: str
+):
     seen = stopped.stops[kind]
     assert (seen.committed, seen.problems) == ([*seen.kept, seen.step], []), seen.console
     assert seen.loaders == 1, "no DataLoader worker lived when the stop was asked for"
@@ -120,7 +135,9 @@ def test_under_nohup_a_hangup_does_not_stop_the_run(stopped: SimpleNamespace):
     assert "SIGHUP" not in stopped.last.console and "stopping" not in stopped.last.console
 
 
-def test_a_run_that_was_stopped_and_resumed_ends_with_identical_weights(stopped: SimpleNamespace, reference: Run):
+def test_a_run_that_was_stopped_and_resumed_ends_with_identical_weights(
+    stopped: SimpleNamespace, reference: Run
+):
     assert weights(stopped.last.run_dir) == weights(reference.run_dir)
     assert losses(stopped.last.run_dir) == losses(reference.run_dir)
 
@@ -152,8 +169,12 @@ def window_closed(scratch: Path) -> SimpleNamespace:
         live.reach(1)
         live.terminal.close()
         status = live.wait()
-        return SimpleNamespace(status=status, left=live.left_after(10), committed=committed(live.run_dir),
-                               step=live.last_step())
+        return SimpleNamespace(
+            status=status,
+            left=live.left_after(10),
+            committed=committed(live.run_dir),
+            step=live.last_step(),
+        )
 
 
 def test_closing_the_terminal_is_a_stop_with_a_checkpoint(window_closed: SimpleNamespace):
@@ -178,8 +199,12 @@ def impatient(scratch: Path) -> SimpleNamespace:
         live_at_two = live.process.poll() is None
         os.kill(live.process.pid, signal.SIGINT)
         status = live.wait(30)
-        return SimpleNamespace(status=status, left=live.left_after(10), live_at_two=live_at_two,
-                               console=live.console)
+        return SimpleNamespace(
+            status=status,
+            left=live.left_after(10),
+            live_at_two=live_at_two,
+            console=live.console,
+        )
 
 
 def test_two_interrupts_wait_and_the_third_kills_at_once(impatient: SimpleNamespace):
@@ -210,12 +235,22 @@ def kill_and_look(live: Run, victim: str) -> list[str]:
 
 @pytest.mark.parametrize("victim", ["launcher", "torchrun", "rank 1"])
 def test_a_kill_in_training_leaves_no_process(tmp_path: Path, victim: str):
-    config = write_config(tmp_path, max_restarts=0, report_to="swanlab", save_steps=100, dataloader_num_workers=1)
+    config = write_config(
+        tmp_path, max_restarts=0, report_to="swanlab", save_steps=100, dataloader_num_workers=1
+    )
     ranks = 2 if victim == "rank 1" else 1
-    with Run(tmp_path, config, ranks=ranks, env={"SWANLAB_MODE": "local"}, faults=[{"point": "slow"}]) as live:
+    with Run(
+        tmp_path, config, ranks=ranks, env={"SWANLAB_MODE": "local"}, faults=[{"point": "slow"}]
+    ) as live:
         live.reach(1)
-        assert [len(live.children(rank)) for rank in range(ranks)] == [1] * ranks, "no DataLoader workers"
-        until(lambda: any("--tracker" in command_of(pid) for pid in live.pids()), "the tracker", 10)
+        assert [len(live.children(rank)) for rank in range(ranks)] == [1] * ranks, (
+            "no DataLoader workers"
+        )
+        until(
+            lambda: any("--tracker" in command_of(pid) for pid in live.pids()),
+            "the tracker",
+            10,
+        )
         assert kill_and_look(live, victim) == []
 
 

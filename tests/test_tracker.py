@@ -14,14 +14,22 @@ from helpers.launcher import Run, command_of, losses, metrics, run, side_by_side
 from helpers.swanlab_records import dashboard_points, read_dashboard, read_record, records
 from helpers.swanlab_service import SwanLabService
 
-SETTINGS = {"report_to": "swanlab", "deepspeed": None, "max_steps": 12, "logging_steps": 5, "save_steps": 4}
+SETTINGS = {
+    "report_to": "swanlab",
+    "deepspeed": None,
+    "max_steps": 12,
+    "logging_steps": 5,
+    "save_steps": 4,
+}
 SLOW = [{"point": "slow"}]
 
 
 def train(folder: Path, *arguments: object, **options: object) -> Run:
     """A run of 12 steps that reports to SwanLab, to its end, whatever that is."""
     changes = options.pop("changes", {})
-    return run(folder, write_config(folder, **{**SETTINGS, **changes}), *arguments, ranks=1, **options)
+    return run(
+        folder, write_config(folder, **{**SETTINGS, **changes}), *arguments, ranks=1, **options
+    )
 
 
 def logged(done: Run) -> dict[int, float]:
@@ -62,7 +70,11 @@ def test_online_the_service_gets_every_point_and_the_end(tmp_path: Path) -> None
     assert remote["scalars"]["train/loss"] == logged(done)
     assert remote["state"] == "FINISHED"
     assert remote["name"] == done.run_dir.name
-    assert re.search(rf"^dashboard +{re.escape(service.environment['SWANLAB_WEB_HOST'])}/", done.console, re.MULTILINE)
+    assert re.search(
+        rf"^dashboard +{re.escape(service.environment['SWANLAB_WEB_HOST'])}/",
+        done.console,
+        re.MULTILINE,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +82,12 @@ def older_spelling(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """use_swanlab with a name and a folder, on a PATH that is empty: no git, no shell."""
     folder = tmp_path_factory.mktemp("older")
     (folder / "nothing").mkdir()
-    changes = {"report_to": None, "use_swanlab": True, "swanlab_run_name": "mine",
-               "swanlab_logdir": str(folder / "elsewhere")}
+    changes = {
+        "report_to": None,
+        "use_swanlab": True,
+        "swanlab_run_name": "mine",
+        "swanlab_logdir": str(folder / "elsewhere"),
+    }
     return train(folder, changes=changes, env={"PATH": str(folder / "nothing")})
 
 
@@ -86,25 +102,56 @@ def test_a_node_without_git_trains_and_records_all_the_same(older_spelling: Run)
     assert read_record(folder)["state"] == "finished"
 
 
-EVALUATED = {"val_size": 8, "eval_strategy": "steps", "eval_steps": 6, "per_device_eval_batch_size": 4,
-             "max_samples": 40}
+EVALUATED = {
+    "val_size": 8,
+    "eval_strategy": "steps",
+    "eval_steps": 6,
+    "per_device_eval_batch_size": 4,
+    "max_samples": 40,
+}
 
 
 def test_the_evaluation_loss_is_recorded_once_at_its_step(tmp_path: Path) -> None:
     done = train(tmp_path, changes=EVALUATED)
     [folder] = swanlog(done)
-    known = [(line["step"], line["eval_loss"]) for line in metrics(done.run_dir) if "eval_loss" in line]
-    assert read_record(folder)["points"]["eval/loss"] == dashboard_points(folder, "eval/loss") == known
+    known = [
+        (line["step"], line["eval_loss"])
+        for line in metrics(done.run_dir)
+        if "eval_loss" in line
+    ]
+    assert (
+        read_record(folder)["points"]["eval/loss"]
+        == dashboard_points(folder, "eval/loss")
+        == known
+    )
     assert re.findall(r"step (\d+)/12  evaluation loss \d", done.console) == ["6", "12"]
 
 
 def test_each_evaluated_data_set_has_its_own_loss(tmp_path: Path) -> None:
-    done = train(tmp_path, changes={**EVALUATED, "val_size": None, "eval_on_each_dataset": True,
-                                    "eval_dataset": "code2sql_demo,code2sql_heldout", "max_samples": 24})
+    done = train(
+        tmp_path,
+        changes={
+            **EVALUATED,
+            "val_size": None,
+            "eval_on_each_dataset": True,
+            "eval_dataset": "code2sql_demo,code2sql_heldout",
+            "max_samples": 24,
+        },
+    )
     [folder] = swanlog(done)
     for name in ("code2sql_demo", "code2sql_heldout"):
-        assert [step for step, _ in read_record(folder)["points"][f"eval/{name}_loss"]] == [6, 12]
-        assert len(re.findall(rf"step \d+/12  evaluation loss \d.* on {name}$", done.console, re.MULTILINE)) == 2
+        assert [step for step, _ in read_record(folder)["points"][f"eval/{name}_loss"]] == [
+            6,
+            12,
+        ]
+        assert (
+            len(
+                re.findall(
+                    rf"step \d+/12  evaluation loss \d.* on {name}$", done.console, re.MULTILINE
+                )
+            )
+            == 2
+        )
 
 
 # --- stops, resumes, and a tracker that is killed
@@ -131,7 +178,9 @@ def test_a_stopped_run_is_recorded_as_stopped_by_the_user(resumed: tuple[Run, Ru
     assert (record["state"], record["error"]) == ("aborted", "stopped by the user")
 
 
-def test_a_resumed_run_is_a_second_local_record_whose_name_says_so(resumed: tuple[Run, Run]) -> None:
+def test_a_resumed_run_is_a_second_local_record_whose_name_says_so(
+    resumed: tuple[Run, Run],
+) -> None:
     done = resumed[1]
     names = [read_record(folder)["name"] for folder in swanlog(done)]
     assert sorted(names) == [done.run_dir.name, f"{done.run_dir.name} (resume 1)"]
@@ -160,7 +209,12 @@ def test_a_killed_tracker_is_replaced_and_no_point_is_lost(tmp_path: Path) -> No
 
 # --- a service that fails: their waits pass side by side
 
-SERVICES = {"refuse": ("refuse",), "hang": ("hang",), "falls silent": (8,), "dies": (8, True)}  # 8: login and creation
+SERVICES = {
+    "refuse": ("refuse",),
+    "hang": ("hang",),
+    "falls silent": (8,),
+    "dies": (8, True),
+}  # 8: login and creation
 
 
 @pytest.fixture(scope="module")
@@ -176,20 +230,31 @@ def failing_services(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]
         return dict(zip(SERVICES, side_by_side(starts), strict=True))
 
 
-@pytest.mark.parametrize(("mode", "cause"), [("refuse", "AuthenticationError"), ("hang", "no answer in")])
+@pytest.mark.parametrize(
+    ("mode", "cause"), [("refuse", "AuthenticationError"), ("hang", "no answer in")]
+)
 def test_a_service_that_cannot_be_used_costs_one_warning(
-        failing_services: dict[str, Run], mode: str, cause: str) -> None:
+    failing_services: dict[str, Run], mode: str, cause: str
+) -> None:
     done = failing_services[mode]
     assert done.returncode == 0
-    [warning] = [line for line in done.console.splitlines() if "SwanLab cannot be reached" in line]
+    [warning] = [
+        line for line in done.console.splitlines() if "SwanLab cannot be reached" in line
+    ]
     assert cause in warning
-    local = [folder for folder in swanlog(done) if (folder / "logs").is_dir() and any((folder / "logs").iterdir())]
+    local = [
+        folder
+        for folder in swanlog(done)
+        if (folder / "logs").is_dir() and any((folder / "logs").iterdir())
+    ]
     assert f"swanlab sync {local[-1]} -i " in warning
     assert dashboard_points(local[-1], "train/loss") == list(logged(done).items())
 
 
 @pytest.mark.parametrize("mode", ["falls silent", "dies"])
-def test_a_service_that_ends_in_the_middle_costs_no_point(failing_services: dict[str, Run], mode: str) -> None:
+def test_a_service_that_ends_in_the_middle_costs_no_point(
+    failing_services: dict[str, Run], mode: str
+) -> None:
     done = failing_services[mode]
     assert done.returncode == 0
     assert "swanlab sync" in done.console
@@ -230,7 +295,9 @@ def broken_swanlab(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
 
 
 @pytest.mark.parametrize("fault", BREAKS)
-def test_a_broken_swanlab_does_not_touch_training(broken_swanlab: dict[str, Run], fault: str) -> None:
+def test_a_broken_swanlab_does_not_touch_training(
+    broken_swanlab: dict[str, Run], fault: str
+) -> None:
     done = broken_swanlab[fault]
     assert done.returncode == 0, done.console
     assert list(logged(done)) == [5, 10]

@@ -27,16 +27,27 @@ MINUTES = 60
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The README's first command: the whole demo."""
     folder = tmp_path_factory.mktemp("demo")
-    return train(folder, ROOT / "configs" / "demo_cpu.yaml", f"output_dir={folder}/out", ranks=None,
-                 seconds=15 * MINUTES)
+    return train(
+        folder,
+        ROOT / "configs" / "demo_cpu.yaml",
+        f"output_dir={folder}/out",
+        ranks=None,
+        seconds=15 * MINUTES,
+    )
 
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The demo cut to 12 steps on two ranks under ZeRO-3, reporting to SwanLab."""
     folder = tmp_path_factory.mktemp("sharded")
-    return train(folder, ROOT / "configs" / "demo_cpu.yaml", f"output_dir={folder}/out", f"deepspeed={ZERO3_FILE}",
-                 "max_steps=12", "save_steps=5")
+    return train(
+        folder,
+        ROOT / "configs" / "demo_cpu.yaml",
+        f"output_dir={folder}/out",
+        f"deepspeed={ZERO3_FILE}",
+        "max_steps=12",
+        "save_steps=5",
+    )
 
 
 # --- the demo
@@ -48,8 +59,20 @@ def test_the_demo_learns(demo: Run) -> None:
     assert logged[-1] < 1.0
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "plan.json", "summary.json", "metrics.jsonl", "trainer_log.jsonl",
-                                  "training_loss.png", "model.safetensors", "tokenizer.json", "logs/rank0.log"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.yaml",
+        "plan.json",
+        "summary.json",
+        "metrics.jsonl",
+        "trainer_log.jsonl",
+        "training_loss.png",
+        "model.safetensors",
+        "tokenizer.json",
+        "logs/rank0.log",
+    ],
+)
 def test_the_demo_leaves(demo: Run, name: str) -> None:
     assert (demo.run_dir / name).stat().st_size > 0
 
@@ -62,7 +85,10 @@ def test_the_demo_is_recorded_in_swanlab_at_every_fifth_step(demo: Run) -> None:
 
 
 def test_the_demo_takes_the_planned_steps(demo: Run) -> None:
-    assert read_summary(demo)["steps"] == json.loads((demo.run_dir / "plan.json").read_text())["total_steps"]
+    assert (
+        read_summary(demo)["steps"]
+        == json.loads((demo.run_dir / "plan.json").read_text())["total_steps"]
+    )
 
 
 def test_the_demo_model_translates_held_out_code(demo: Run) -> None:
@@ -75,19 +101,44 @@ def test_the_demo_model_translates_held_out_code(demo: Run) -> None:
 
 
 def test_the_summary_names_what_the_user_needs(demo: Run) -> None:
-    summary = demo.console[demo.console.rindex("\nstate "):]
-    for wanted in (f"finished at step {read_summary(demo)['steps']}", "tokens/s", "peak", "checkpoint-",
-                   "training_loss.png", "swanlab watch ", "llamafactory-cli chat "):
+    summary = demo.console[demo.console.rindex("\nstate ") :]
+    for wanted in (
+        f"finished at step {read_summary(demo)['steps']}",
+        "tokens/s",
+        "peak",
+        "checkpoint-",
+        "training_loss.png",
+        "swanlab watch ",
+        "llamafactory-cli chat ",
+    ):
         assert wanted in summary
 
 
-@pytest.mark.parametrize(("values", "command"), [
-    ({"stage": "sft", "finetuning_type": "full", "template": "qwen3", "enable_thinking": False},
-     "llamafactory-cli chat --model_name_or_path '/a run' --template qwen3 --enable_thinking false"),
-    ({"stage": "dpo", "finetuning_type": "lora", "template": "qwen3", "model_name_or_path": "Qwen/Qwen3-8B"},
-     "llamafactory-cli chat --model_name_or_path Qwen/Qwen3-8B --adapter_name_or_path '/a run' --template qwen3"),
-    ({"stage": "rm", "finetuning_type": "full"}, ""),
-], ids=["full", "lora", "reward model"])
+@pytest.mark.parametrize(
+    ("values", "command"),
+    [
+        (
+            {
+                "stage": "sft",
+                "finetuning_type": "full",
+                "template": "qwen3",
+                "enable_thinking": False,
+            },
+            "llamafactory-cli chat --model_name_or_path '/a run' --template qwen3 --enable_thinking false",
+        ),
+        (
+            {
+                "stage": "dpo",
+                "finetuning_type": "lora",
+                "template": "qwen3",
+                "model_name_or_path": "Qwen/Qwen3-8B",
+            },
+            "llamafactory-cli chat --model_name_or_path Qwen/Qwen3-8B --adapter_name_or_path '/a run' --template qwen3",
+        ),
+        ({"stage": "rm", "finetuning_type": "full"}, ""),
+    ],
+    ids=["full", "lora", "reward model"],
+)
 def test_the_chat_command_fits_what_was_trained(values: dict, command: str) -> None:
     assert chat_command(Path("/a run"), values) == command
 
@@ -120,18 +171,34 @@ def test_the_console_of_two_ranks_says_each_thing_once(sharded: Run) -> None:
 
 def test_every_rank_has_its_own_log(sharded: Run) -> None:
     for rank in (0, 1):
-        assert f"Process rank: {rank}, world size: 2" in (sharded.run_dir / "logs" / f"rank{rank}.log").read_text()
+        assert (
+            f"Process rank: {rank}, world size: 2"
+            in (sharded.run_dir / "logs" / f"rank{rank}.log").read_text()
+        )
 
 
 def test_swanlab_holds_the_values_of_the_trainers_own_log(sharded: Run) -> None:
     [folder] = records(sharded.run_dir.parent / "swanlog")
     record = read_record(folder)
-    assert dict(record["points"]["train/loss"]) == {step: values[0] for step, values in losses(sharded.run_dir).items()}
-    assert set(record["points"]) >= {f"train/{name}" for name in (
-        "loss", "learning_rate", "grad_norm", "epoch", "tokens_per_second", "samples_per_second")}
+    assert dict(record["points"]["train/loss"]) == {
+        step: values[0] for step, values in losses(sharded.run_dir).items()
+    }
+    assert set(record["points"]) >= {
+        f"train/{name}"
+        for name in (
+            "loss",
+            "learning_rate",
+            "grad_norm",
+            "epoch",
+            "tokens_per_second",
+            "samples_per_second",
+        )
+    }
 
 
-def test_swanlab_in_local_mode_shows_a_finished_run_under_the_run_directorys_name(sharded: Run) -> None:
+def test_swanlab_in_local_mode_shows_a_finished_run_under_the_run_directorys_name(
+    sharded: Run,
+) -> None:
     [folder] = records(sharded.run_dir.parent / "swanlog")
     assert read_record(folder)["state"] == "finished"
     assert read_dashboard(folder) == {"name": sharded.run_dir.name, "status": "finished"}
@@ -155,21 +222,32 @@ def test_config_yaml_launches_the_same_run_again(sharded: Run, tmp_path: Path) -
 # --- where and how it is started
 
 
-def test_it_works_from_another_directory_in_a_path_with_spaces_and_umlauts(tmp_path: Path) -> None:
+def test_it_works_from_another_directory_in_a_path_with_spaces_and_umlauts(
+    tmp_path: Path,
+) -> None:
     home = tmp_path / "mein Ordner ü 模型"
     home.mkdir()
     shutil.copy(SCRIPT, home)
     shutil.copytree(ROOT / "configs", home / "configs")
     elsewhere = tmp_path / "elsewhere"
     (elsewhere / "torch").mkdir(parents=True)
-    for name in ("random.py", "torch/__init__.py"):  # modules of the user's that shadow what torchrun imports
+    for name in (
+        "random.py",
+        "torch/__init__.py",
+    ):  # modules of the user's that shadow what torchrun imports
         (elsewhere / name).write_text("raise SystemExit('taken for another')")
-    done = train(elsewhere, "configs/demo_cpu.yaml", "max_steps=2",
-                 command=[sys.executable, str(home / SCRIPT.name)])
+    done = train(
+        elsewhere,
+        "configs/demo_cpu.yaml",
+        "max_steps=2",
+        command=[sys.executable, str(home / SCRIPT.name)],
+    )
     assert done.run_dir.is_relative_to(elsewhere / "saves" / "demo_cpu")
 
 
-def test_a_torchrun_of_the_users_is_refused_in_one_line_that_says_what_to_type(tmp_path: Path) -> None:
+def test_a_torchrun_of_the_users_is_refused_in_one_line_that_says_what_to_type(
+    tmp_path: Path,
+) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     done = run(tmp_path, "configs/demo_cpu.yaml", ranks=None, command=[*torchrun, str(SCRIPT)])
     said = [line for line in done.console.splitlines() if line.startswith("error: ")]
@@ -179,10 +257,21 @@ def test_a_torchrun_of_the_users_is_refused_in_one_line_that_says_what_to_type(t
     assert not (tmp_path / "saves").exists()
 
 
-@pytest.mark.parametrize("arguments", [[], ["--resume", "some/run"], ["--dry-run"], ["learning_rat=1e-3"]],
-                         ids=["a run", "a resume", "a dry run", "a mistake"])
-def test_a_rank_of_a_torchrun_of_the_users_ends_with_exit_code_2(tmp_path: Path, arguments: list[str]) -> None:
-    env = {"TORCHELASTIC_RUN_ID": "none", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["--resume", "some/run"], ["--dry-run"], ["learning_rat=1e-3"]],
+    ids=["a run", "a resume", "a dry run", "a mistake"],
+)
+def test_a_rank_of_a_torchrun_of_the_users_ends_with_exit_code_2(
+    tmp_path: Path, arguments: list[str]
+) -> None:
+    env = {
+        "TORCHELASTIC_RUN_ID": "none",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+    }
     first = run(tmp_path, *arguments, ranks=None, env=env)
     second = run(tmp_path, *arguments, ranks=None, env={**env, "RANK": "1", "LOCAL_RANK": "1"})
     assert (first.returncode, second.returncode) == (2, 2)
@@ -194,36 +283,59 @@ def test_tensorboard_wandb_offline_and_mlflow_pass_through_at_once(tmp_path: Pat
     backends = ["tensorboard", "wandb", "mlflow"]
     for package in backends:
         pytest.importorskip(package, reason=f"{package} is in tests/requirements.txt")
-    config = write_config(tmp_path, max_steps=2, report_to=backends, deepspeed=None, project="mine")
+    config = write_config(
+        tmp_path, max_steps=2, report_to=backends, deepspeed=None, project="mine"
+    )
     done = train(tmp_path, config, ranks=1, env={"WANDB_MODE": "offline"})
     assert list(done.run_dir.glob("tensorboard/events*"))
     [record] = done.run_dir.glob("wandb/offline-run-*/*.wandb")
-    assert record.read_bytes().count(b"train/loss") >= 2, "what is not written out when wandb is not ended"
+    assert record.read_bytes().count(b"train/loss") >= 2, (
+        "what is not written out when wandb is not ended"
+    )
     with sqlite3.connect(done.run_dir.parent / "mlflow.db") as database:
-        runs = database.execute("select e.name, r.name, r.status, m.step, m.value from runs r join experiments e "
-                                "on e.experiment_id = r.experiment_id join metrics m on m.run_uuid = r.run_uuid "
-                                "where m.key = 'loss' order by m.step").fetchall()
-    logged = [("mine", done.run_dir.name, "FINISHED", step, values[0]) for step, values in losses(done.run_dir).items()]
+        runs = database.execute(
+            "select e.name, r.name, r.status, m.step, m.value from runs r join experiments e "
+            "on e.experiment_id = r.experiment_id join metrics m on m.run_uuid = r.run_uuid "
+            "where m.key = 'loss' order by m.step"
+        ).fetchall()
+    logged = [
+        ("mine", done.run_dir.name, "FINISHED", step, values[0])
+        for step, values in losses(done.run_dir).items()
+    ]
     assert runs == logged
 
 
 def test_a_closed_standard_output_does_not_end_the_run(tmp_path: Path) -> None:
     command = ["sh", "-c", 'exec "$0" "$@" >&-', sys.executable, str(SCRIPT)]
-    done = run(tmp_path, write_config(tmp_path, max_steps=1, deepspeed=None), ranks=1, command=command)
+    done = run(
+        tmp_path, write_config(tmp_path, max_steps=1, deepspeed=None), ranks=1, command=command
+    )
     assert (done.process.returncode, done.console) == (0, "")
     assert list(tmp_path.glob("out/*/model.safetensors"))
 
 
-def test_a_runs_config_with_a_global_batch_size_fits_another_number_of_processes(tmp_path: Path) -> None:
-    config = write_config(tmp_path, max_steps=1, deepspeed=None, global_batch_size=4, gradient_accumulation_steps=None)
+def test_a_runs_config_with_a_global_batch_size_fits_another_number_of_processes(
+    tmp_path: Path,
+) -> None:
+    config = write_config(
+        tmp_path,
+        max_steps=1,
+        deepspeed=None,
+        global_batch_size=4,
+        gradient_accumulation_steps=None,
+    )
     done = train(tmp_path, config, ranks=1)
-    assert "Gradient Accumulation steps = 4" in (done.run_dir / "logs" / "rank0.log").read_text(encoding="utf-8")
+    assert "Gradient Accumulation steps = 4" in (done.run_dir / "logs" / "rank0.log").read_text(
+        encoding="utf-8"
+    )
     again = train(tmp_path, done.run_dir / "config.yaml", "--dry-run")
     assert "1 per device x 2 processes x 2 accumulation = 4 samples per step" in again.console
 
 
 def test_streamed_data_trains_for_max_steps(tmp_path: Path) -> None:
-    config = write_config(tmp_path, streaming=True, max_samples=None, max_steps=3, deepspeed=None)
+    config = write_config(
+        tmp_path, streaming=True, max_samples=None, max_steps=3, deepspeed=None
+    )
     done = train(tmp_path, config)
     assert "3 in all (the data is streamed)" in done.console
     assert read_summary(done)["steps"] == 3
@@ -233,11 +345,26 @@ def test_a_million_streamed_rows_take_hardly_more_memory_than_a_hundred(tmp_path
     peaks = []
     for name, count in (("few", 100), ("many", 1_000_000)):
         with open(tmp_path / f"{name}.jsonl", "w", encoding="utf-8") as file:
-            file.writelines(f'{{"instruction": "get(id={n})", "output": "SELECT {n}"}}\n' for n in range(count))
+            file.writelines(
+                f'{{"instruction": "get(id={n})", "output": "SELECT {n}"}}\n'
+                for n in range(count)
+            )
         columns = {"prompt": "instruction", "response": "output"}
-        write_json(tmp_path / "dataset_info.json", {name: {"file_name": f"{name}.jsonl", "columns": columns}})
-        config = write_config(tmp_path / name, dataset=name, dataset_dir=str(tmp_path), streaming=True, max_steps=3,
-                              max_samples=None, cache_dir=str(tmp_path / "cache"), deepspeed=None, save_strategy="no")
+        write_json(
+            tmp_path / "dataset_info.json",
+            {name: {"file_name": f"{name}.jsonl", "columns": columns}},
+        )
+        config = write_config(
+            tmp_path / name,
+            dataset=name,
+            dataset_dir=str(tmp_path),
+            streaming=True,
+            max_steps=3,
+            max_samples=None,
+            cache_dir=str(tmp_path / "cache"),
+            deepspeed=None,
+            save_strategy="no",
+        )
         done = train(tmp_path / name, config, ranks=1)
         assert read_summary(done)["steps"] == 3
         peaks.append(read_summary(done)["peak_memory"])
@@ -253,20 +380,46 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from pyarrow import Table, parquet
 
     folder = tmp_path_factory.mktemp("data")
-    rows = [{"instruction": f"question {n}", "input": "with, a comma\nand a line", "output": f"SELECT {n};"}
-            for n in range(23)]
+    rows = [
+        {
+            "instruction": f"question {n}",
+            "input": "with, a comma\nand a line",
+            "output": f"SELECT {n};",
+        }
+        for n in range(23)
+    ]
     write_json(folder / "a.json", rows)
-    (folder / "b.jsonl").write_text("\n\n".join(json.dumps(row) for row in rows[:17]) + "\n\n", encoding="utf-8")
+    (folder / "b.jsonl").write_text(
+        "\n\n".join(json.dumps(row) for row in rows[:17]) + "\n\n", encoding="utf-8"
+    )
     with open(folder / "c.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows[:11])
     parquet.write_table(Table.from_pylist(rows[:13]), folder / "d.parquet")
-    write_json(folder / "e.json", [{"conversations": [{"from": "human", "value": f"question {n}"},
-                                                      {"from": "gpt", "value": f"SELECT {n};"}]} for n in range(9)])
-    write_json(folder / "dataset_info.json", {
-        **{file[0]: {"file_name": file} for file in ("a.json", "b.jsonl", "c.csv", "d.parquet")},
-        "e": {"file_name": "e.json", "formatting": "sharegpt"}, "drawn": {"file_name": "a.json", "num_samples": 31}})
+    write_json(
+        folder / "e.json",
+        [
+            {
+                "conversations": [
+                    {"from": "human", "value": f"question {n}"},
+                    {"from": "gpt", "value": f"SELECT {n};"},
+                ]
+            }
+            for n in range(9)
+        ],
+    )
+    write_json(
+        folder / "dataset_info.json",
+        {
+            **{
+                file[0]: {"file_name": file}
+                for file in ("a.json", "b.jsonl", "c.csv", "d.parquet")
+            },
+            "e": {"file_name": "e.json", "formatting": "sharegpt"},
+            "drawn": {"file_name": "a.json", "num_samples": 31},
+        },
+    )
     return folder
 
 
@@ -288,8 +441,13 @@ COMBINATIONS = [
 ]
 
 
-PLANNED = {"per_device_train_batch_size": 2, "max_samples": None, "num_train_epochs": 1, "deepspeed": None,
-           "save_strategy": "no"}
+PLANNED = {
+    "per_device_train_batch_size": 2,
+    "max_samples": None,
+    "num_train_epochs": 1,
+    "deepspeed": None,
+    "save_strategy": "no",
+}
 # LLaMA-Factory's own data set for each configuration, and what transformers makes of its length.
 TRAINER_STEPS = """
 import json
@@ -324,14 +482,20 @@ def planned_config(folder: Path, data: Path, changes: dict) -> Path:
 def trainer_steps(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[int]:
     """The trainer's total for each combination, all of them worked out in one process."""
     folder = tmp_path_factory.mktemp("combinations")
-    cases = [(ranks, yaml.safe_load(planned_config(folder, data, changes).read_text(encoding="utf-8")))
-             for ranks, changes in COMBINATIONS]
+    cases = [
+        (
+            ranks,
+            yaml.safe_load(planned_config(folder, data, changes).read_text(encoding="utf-8")),
+        )
+        for ranks, changes in COMBINATIONS
+    ]
     return ask_python(TRAINER_STEPS, cases)
 
 
 @pytest.mark.parametrize("number", range(len(COMBINATIONS)))
 def test_the_planned_steps_are_the_trainers_total(
-        number: int, data: Path, trainer_steps: list[int], here: Callable, tmp_path: Path) -> None:
+    number: int, data: Path, trainer_steps: list[int], here: Callable, tmp_path: Path
+) -> None:
     ranks, changes = COMBINATIONS[number]
     config = planned_config(tmp_path, data, changes)
     done = here(config, "--dry-run", "--json", env={"NPROC_PER_NODE": str(ranks)})
@@ -339,41 +503,84 @@ def test_the_planned_steps_are_the_trainers_total(
 
 
 @pytest.mark.parametrize("number", [3, 9, 12])
-def test_the_planned_steps_are_those_of_a_real_run(number: int, data: Path, tmp_path: Path) -> None:
+def test_the_planned_steps_are_those_of_a_real_run(
+    number: int, data: Path, tmp_path: Path
+) -> None:
     ranks, changes = COMBINATIONS[number]
     done = train(tmp_path, planned_config(tmp_path, data, changes), ranks=ranks)
     planned = json.loads((done.run_dir / "plan.json").read_text())["total_steps"]
     assert planned == read_summary(done)["steps"]
     log = (done.run_dir / "logs" / "rank0.log").read_text(encoding="utf-8")
-    assert planned == int(re.search(r"Total optimization steps = ([\d,]+)", log)[1].replace(",", ""))
+    assert planned == int(
+        re.search(r"Total optimization steps = ([\d,]+)", log)[1].replace(",", "")
+    )
 
 
 def test_the_planned_checkpoint_has_the_real_size(tmp_path: Path) -> None:
-    model = make_model(tmp_path / "model", hidden_size=512, intermediate_size=2048, num_hidden_layers=8,
-                       num_attention_heads=8, num_key_value_heads=4, head_dim=64)
-    done = train(tmp_path, write_config(tmp_path, model_name_or_path=str(model), max_steps=1, save_steps=1))
+    model = make_model(
+        tmp_path / "model",
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+    )
+    done = train(
+        tmp_path,
+        write_config(tmp_path, model_name_or_path=str(model), max_steps=1, save_steps=1),
+    )
     plan = json.loads((done.run_dir / "plan.json").read_text())
     assert plan["parameters"] > 30_000_000
-    real = sum(path.stat().st_size for path in (done.run_dir / "checkpoint-1").rglob("*") if path.is_file())
+    real = sum(
+        path.stat().st_size
+        for path in (done.run_dir / "checkpoint-1").rglob("*")
+        if path.is_file()
+    )
     assert math.isclose(plan["checkpoint_bytes"], real, rel_tol=0.03)
 
 
 # --- no secret anywhere
 
-SECRETS = {"swanlab_api_key": "yaml-secret-1", "hf_hub_token": "yaml-secret-2", "ms_hub_token": "yaml-secret-3"}
+SECRETS = {
+    "swanlab_api_key": "yaml-secret-1",
+    "hf_hub_token": "yaml-secret-2",
+    "ms_hub_token": "yaml-secret-3",
+}
 
 
 @pytest.fixture(scope="module")
 def with_secrets(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run with a secret in every place that takes one."""
     folder = tmp_path_factory.mktemp("secrets")
-    config = write_config(folder, max_steps=2, report_to="swanlab", swanlab_mode="local", deepspeed=None, **SECRETS)
-    return train(folder, config, "hub_token=override-secret-4", "om_hub_token=override-secret-5", ranks=1,
-                 env={"SWANLAB_API_KEY": "environment-secret-6", "WANDB_API_KEY": "environment-secret-7"})
+    config = write_config(
+        folder,
+        max_steps=2,
+        report_to="swanlab",
+        swanlab_mode="local",
+        deepspeed=None,
+        **SECRETS,
+    )
+    return train(
+        folder,
+        config,
+        "hub_token=override-secret-4",
+        "om_hub_token=override-secret-5",
+        ranks=1,
+        env={
+            "SWANLAB_API_KEY": "environment-secret-6",
+            "WANDB_API_KEY": "environment-secret-7",
+        },
+    )
 
 
 def test_no_secret_reaches_a_file_or_the_console(with_secrets: Run) -> None:
-    command = ["grep", "-rlaE", "(yaml|override|environment)-secret-[0-9]", str(with_secrets.folder)]
+    command = [
+        "grep",
+        "-rlaE",
+        "(yaml|override|environment)-secret-[0-9]",
+        str(with_secrets.folder),
+    ]
     planted = subprocess.run(command, capture_output=True, text=True).stdout.split()
     assert planted == [str(with_secrets.folder / "config.yaml")]
 

@@ -26,9 +26,18 @@ def build_model():
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
-    return Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=8192, hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
-        num_key_value_heads=4, head_dim=64, tie_word_embeddings=False))
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=8192,
+            hidden_size=512,
+            intermediate_size=1536,
+            num_hidden_layers=8,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            head_dim=64,
+            tie_word_embeddings=False,
+        )
+    )
 
 
 def train_step(model, optimizer, tokens) -> None:
@@ -66,15 +75,19 @@ def work(steps: int, tokens: int) -> None:
     if distributed.get_rank() == 0:
         step, agreement = map(statistics.median, times)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        print(f"{parameters / 1e6:.1f} M parameters, {distributed.get_world_size()} ranks x {tokens} tokens, "
-              f"{steps} steps: median step {step * 1e3:.1f} ms, agreement {agreement * 1e3:.3f} ms = "
-              f"{agreement / step:.3%} of it (at most 1 %)")
+        print(
+            f"{parameters / 1e6:.1f} M parameters, {distributed.get_world_size()} ranks x {tokens} tokens, "
+            f"{steps} steps: median step {step * 1e3:.1f} ms, agreement {agreement * 1e3:.3f} ms = "
+            f"{agreement / step:.3%} of it (at most 1 %)"
+        )
         Path(os.environ["BENCHMARK_RESULT"]).write_text(str(agreement / step))
     distributed.destroy_process_group()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--tokens", type=int, default=64, help="per rank and step")
     options = parser.parse_args()
@@ -82,8 +95,21 @@ def main() -> int:
         work(options.steps, options.tokens)
         return 0
     with tempfile.NamedTemporaryFile() as result:
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "BENCHMARK_RESULT": result.name}
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+        env = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "BENCHMARK_RESULT": result.name,
+        }
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            __file__,
+        ]
         subprocess.run([*command, *sys.argv[1:]], env=env, check=True)
         return 0 if float(Path(result.name).read_text()) <= 0.01 else 1
 

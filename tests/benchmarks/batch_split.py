@@ -31,24 +31,39 @@ def main() -> None:
             for micro, accumulation in SPLITS:
                 folder = Path(scratch, f"{repeat}-{micro}")
                 folder.mkdir()
-                config = make_config(folder, deepspeed=ZERO3_FILE, max_steps=20, per_device_train_batch_size=micro,
-                                     gradient_accumulation_steps=accumulation)
-                plan = subprocess.run([sys.executable, str(SCRIPT), str(config), "--dry-run", "--json"], check=True,
-                                      capture_output=True, env={"NPROC_PER_NODE": "2", "PATH": "/usr/bin:/bin"})
-                run = Watched(launcher(config), folder / "out", NPROC_PER_NODE="2", OMP_NUM_THREADS="1")
+                config = make_config(
+                    folder,
+                    deepspeed=ZERO3_FILE,
+                    max_steps=20,
+                    per_device_train_batch_size=micro,
+                    gradient_accumulation_steps=accumulation,
+                )
+                plan = subprocess.run(
+                    [sys.executable, str(SCRIPT), str(config), "--dry-run", "--json"],
+                    check=True,
+                    capture_output=True,
+                    env={"NPROC_PER_NODE": "2", "PATH": "/usr/bin:/bin"},
+                )
+                run = Watched(
+                    launcher(config), folder / "out", NPROC_PER_NODE="2", OMP_NUM_THREADS="1"
+                )
                 rates[micro, accumulation].append(run.rate(skip=5))
                 losses[micro, accumulation] = (run.losses[1], run.losses[max(run.losses)])
                 weights = 4 * json.loads(plan.stdout)["parameters"]  # in float32
                 gathered[micro, accumulation] = weights * 2 * accumulation / 2
     print(describe_machine())
-    print("| micro-batch x accumulation | steps/s | against 2 x 8 | first loss | last loss | gathered per step (MB) |")
+    print(
+        "| micro-batch x accumulation | steps/s | against 2 x 8 | first loss | last loss | gathered per step (MB) |"
+    )
     print("|---|---|---|---|---|---|")
     base = statistics.median(rates[SPLITS[0]])
     for split in SPLITS:
         rate = statistics.median(rates[split])
         first, last = losses[split]
-        print(f"| {split[0]} x {split[1]} | {rate:.2f} | {rate / base:.2f} | {first:.6f} | {last:.6f} | "
-              f"{gathered[split] / 1e6:.1f} |")
+        print(
+            f"| {split[0]} x {split[1]} | {rate:.2f} | {rate / base:.2f} | {first:.6f} | {last:.6f} | "
+            f"{gathered[split] / 1e6:.1f} |"
+        )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ from helpers.config import demo_base, write_config
 
 def read_repeats(description: str, default: int) -> int:
     """How often a benchmark measures, from the command line."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("repeats", metavar="REPEATS", type=int, nargs="?", default=default)
     return parser.parse_args().repeats
 
@@ -40,10 +42,17 @@ class Watched:
 
     def __init__(self, command: list[str], out: Path, **environment: str):
         self.steps, self.losses, self.peak = {}, {}, 0
-        env = {key: value for key, value in os.environ.items() if not re.match("CUDA|SWANLAB|NPROC|MASTER|NNODES", key)}
+        env = {
+            key: value
+            for key, value in os.environ.items()
+            if not re.match("CUDA|SWANLAB|NPROC|MASTER|NNODES", key)
+        }
         with tempfile.TemporaryFile("w+") as output:
             begun = time.perf_counter()
-            env |= {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}", **environment}  # where torchrun is
+            env |= {
+                "PATH": f"{Path(sys.executable).parent}:{env['PATH']}",
+                **environment,
+            }  # where torchrun is
             process = subprocess.Popen(command, env=env, stdout=output, stderr=output)
             while process.poll() is None:
                 self.look(process.pid, out, begun)
@@ -52,19 +61,23 @@ class Watched:
             output.seek(0)
             self.console = output.read()
         if process.returncode:
-            raise SystemExit(f"{command}: exit code {process.returncode}\n{self.console[-3000:]}")
+            raise SystemExit(
+                f"{command}: exit code {process.returncode}\n{self.console[-3000:]}"
+            )
 
     def look(self, pid: int, out: Path, begun: float) -> None:
         now = time.perf_counter() - begun
         for log in [*out.glob("trainer_log.jsonl"), *out.glob("*/trainer_log.jsonl")]:
-            for text in log.read_text(encoding="utf-8").splitlines()[len(self.steps):]:
+            for text in log.read_text(encoding="utf-8").splitlines()[len(self.steps) :]:
                 line = json.loads(text) if text.endswith("}") else {}
                 if "loss" in line and line["current_steps"] not in self.steps:
                     self.steps[line["current_steps"]] = now
                     self.losses[line["current_steps"]] = line["loss"]
         try:
             with open(f"/proc/{pid}/status", encoding="ascii") as status:
-                peaks = [int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM")]
+                peaks = [
+                    int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM")
+                ]
                 self.peak = max([self.peak, *peaks])
         except OSError:
             pass
@@ -92,7 +105,15 @@ def llamafactory_cli(config: Path) -> list[str]:
 def describe_machine() -> str:
     """Machine, date and versions, for the head of a table."""
     with open("/proc/cpuinfo", encoding="utf-8") as info:
-        model = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), platform.machine())
+        model = next(
+            (line.split(":")[1].strip() for line in info if line.startswith("model name")),
+            platform.machine(),
+        )
     packages = ("torch", "transformers", "llamafactory", "deepspeed")
-    versions = ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)])
+    versions = ", ".join(
+        [
+            f"Python {platform.python_version()}",
+            *(f"{name} {version(name)}" for name in packages),
+        ]
+    )
     return f"{model}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}, {versions}"

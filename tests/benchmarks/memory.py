@@ -33,21 +33,44 @@ def resident(tag: str) -> dict[str, int]:
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, KeyError, ValueError):
-            env = dict(item.split("=", 1) for item in (process / "environ").read_text().split("\0") if "=" in item)
+            env = dict(
+                item.split("=", 1)
+                for item in (process / "environ").read_text().split("\0")
+                if "=" in item
+            )
             if env.get("MEMORY_TAG") == tag and "RANK" in env:
-                found[env["RANK"]] = int((process / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+                found[env["RANK"]] = int(
+                    (process / "statm").read_text().split()[1]
+                ) * os.sysconf("SC_PAGE_SIZE")
     return found
 
 
 def measure(folder: Path, model: Path) -> tuple[int, int]:
     """(planned, held) bytes: the plan's parts per rank, and the least that rank 1 holds in the middle of the run."""
     folder.mkdir()
-    config = make_config(folder, model_name_or_path=str(model), deepspeed=ZERO3_FILE, max_steps=12, cutoff_len=16,
-                         per_device_train_batch_size=1, gradient_accumulation_steps=1)
-    env = {**os.environ, "NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1", "MEMORY_TAG": folder.name,
-           "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    plan = subprocess.run([sys.executable, str(SCRIPT), str(config), "--dry-run", "--json"], env=env, check=True,
-                          capture_output=True)
+    config = make_config(
+        folder,
+        model_name_or_path=str(model),
+        deepspeed=ZERO3_FILE,
+        max_steps=12,
+        cutoff_len=16,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=1,
+    )
+    env = {
+        **os.environ,
+        "NPROC_PER_NODE": "2",
+        "OMP_NUM_THREADS": "1",
+        "MEMORY_TAG": folder.name,
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+    }
+    plan = subprocess.run(
+        [sys.executable, str(SCRIPT), str(config), "--dry-run", "--json"],
+        env=env,
+        check=True,
+        capture_output=True,
+    )
     process = subprocess.Popen(launcher(config), env=env, stdout=subprocess.DEVNULL)
     held = []
     while process.poll() is None:
@@ -61,15 +84,26 @@ def measure(folder: Path, model: Path) -> tuple[int, int]:
 
 def main() -> None:
     """Measure both models and print the comparison."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        large = make_model(Path(scratch, "model"), hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-                           num_attention_heads=12, num_key_value_heads=6, head_dim=64)
+        large = make_model(
+            Path(scratch, "model"),
+            hidden_size=768,
+            intermediate_size=3072,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+            num_key_value_heads=6,
+            head_dim=64,
+        )
         small_plan, small_held = measure(Path(scratch, "small"), CONFIGS / "demo_model")
         large_plan, large_held = measure(Path(scratch, "large"), large)
     planned, held = large_plan - small_plan, large_held - small_held
     print(describe_machine())
-    print(f"planned {planned / 2**20:.0f} MiB, held {held / 2**20:.0f} MiB per rank; planned / held {planned / held:.3f}")
+    print(
+        f"planned {planned / 2**20:.0f} MiB, held {held / 2**20:.0f} MiB per rank; planned / held {planned / held:.3f}"
+    )
 
 
 if __name__ == "__main__":

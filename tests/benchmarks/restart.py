@@ -39,21 +39,31 @@ def measure(folder: Path, rank: int) -> tuple[float, float]:
         os.kill(live.worker(rank), signal.SIGKILL)
         live.see("restart 1 of 1")
         restarted = time.time()
-        after = until(lambda: [done for done in steps_done(folder) if done > restarted], "a step after the restart")
+        after = until(
+            lambda: [done for done in steps_done(folder) if done > restarted],
+            "a step after the restart",
+        )
         return cold, after[0] - killed
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     rounds, folder = parser.parse_args().rounds, Path(tempfile.mkdtemp(prefix="restart-"))
     pairs = []
     for number in range(rounds):
         pairs.append(measure(folder / str(number), number % 2))
-        print(f"round {number + 1}: cold start {pairs[-1][0]:.1f} s, restart {pairs[-1][1]:.1f} s", flush=True)
+        print(
+            f"round {number + 1}: cold start {pairs[-1][0]:.1f} s, restart {pairs[-1][1]:.1f} s",
+            flush=True,
+        )
     cold, restart = (statistics.median(times) for times in zip(*pairs, strict=True))
-    print(f"median of {rounds}: cold start {cold:.2f} s, restart {restart:.2f} s, "
-          f"ratio {restart / cold:.2f} (at most 1.3)")
+    print(
+        f"median of {rounds}: cold start {cold:.2f} s, restart {restart:.2f} s, "
+        f"ratio {restart / cold:.2f} (at most 1.3)"
+    )
     shutil.rmtree(folder)
     return 0 if restart <= 1.3 * cold else 1
 

@@ -30,7 +30,8 @@ TAG = "FAULT_TEST_TAG"
 FOREIGN = re.compile(
     r"CUDA_|NVIDIA_|SWANLAB_|WANDB_|HF_|HUGGING|TRANSFORMERS_|DS_|MASTER_|TORCHELASTIC_|QWEN3_FT_|"
     r"FAKE_GPUS|PYTHON|(NPROC_PER_NODE|NNODES|NODE_RANK|RANK|LOCAL_RANK|WORLD_SIZE|"
-    r"LOCAL_WORLD_SIZE|FORCE_TORCHRUN|USE_RAY|USE_V1|USE_MCA|CC|CXX)$"
+    r"LOCAL_WORLD_SIZE|FORCE_TORCHRUN|USE_RAY|USE_V1|USE_MCA|CC|CXX|NETRC|"
+    r"USE_MODELSCOPE_HUB|USE_OPENMIND_HUB|DISABLE_VERSION_CHECK)$"
 )
 
 
@@ -71,7 +72,12 @@ def environment_of(pid: int) -> dict[str, str]:
 def command_of(pid: int) -> str:
     """A process's command line."""
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        return (
+            Path(f"/proc/{pid}/cmdline")
+            .read_bytes()
+            .replace(b"\0", b" ")
+            .decode(errors="replace")
+        )
     return ""
 
 
@@ -196,10 +202,13 @@ class Run:
 
     def see(self, pattern: str, seconds: float = PATIENCE) -> re.Match:
         """Wait until the console shows `pattern`; fail at once where the launcher ends without it."""
+
         def look() -> re.Match | None:
             ended = self.process.poll() is not None
             found = re.search(pattern, self.console, re.MULTILINE)
-            assert found or not ended, f"ended with {self.process.returncode} before {pattern!r}:\n{self.console}"
+            assert found or not ended, (
+                f"ended with {self.process.returncode} before {pattern!r}:\n{self.console}"
+            )
             return found
 
         return until(look, f"{pattern!r} on the console", seconds)
@@ -210,13 +219,19 @@ class Run:
 
     def reach(self, step: int) -> "Run":
         """Wait until `step` has been logged; fail where the launcher ends before."""
-        until(lambda: self.last_step() >= step or self.process.poll() is not None, f"step {step}")
+        until(
+            lambda: self.last_step() >= step or self.process.poll() is not None, f"step {step}"
+        )
         assert self.last_step() >= step, self.console
         return self
 
     def wait(self, seconds: float = PATIENCE) -> int:
         """The launcher's exit code."""
-        until(lambda: self.process.poll() is not None, f"the end of the launcher; console:\n{self.console}", seconds)
+        until(
+            lambda: self.process.poll() is not None,
+            f"the end of the launcher; console:\n{self.console}",
+            seconds,
+        )
         return self.process.returncode
 
     def pids(self) -> list[int]:
@@ -226,13 +241,23 @@ class Run:
 
     def torchrun(self) -> int | None:
         """torchrun's pid."""
-        return next((pid for pid in self.pids() if "torch.distributed.run" in command_of(pid)), None)
+        return next(
+            (pid for pid in self.pids() if "torch.distributed.run" in command_of(pid)), None
+        )
 
     def worker(self, rank: int) -> int | None:
         """The pid of a rank, or None."""
         agent = self.torchrun()
-        return next((pid for pid in self.pids() if agent and parent_of(pid) == agent
-                     and environment_of(pid).get("RANK") == str(rank)), None)
+        return next(
+            (
+                pid
+                for pid in self.pids()
+                if agent
+                and parent_of(pid) == agent
+                and environment_of(pid).get("RANK") == str(rank)
+            ),
+            None,
+        )
 
     def children(self, rank: int) -> list[int]:
         """The processes that a rank has forked: DataLoader workers, tokenizers."""
@@ -316,13 +341,21 @@ def losses(run_dir: Path) -> dict[int, list[float]]:
 
 def committed(run_dir: Path) -> list[int]:
     """The steps of the checkpoints that have a manifest, as the folder shows it."""
-    return sorted(int(path.parent.name.rpartition("-")[2]) for path in run_dir.glob("checkpoint-*/manifest.json"))
+    return sorted(
+        int(path.parent.name.rpartition("-")[2])
+        for path in run_dir.glob("checkpoint-*/manifest.json")
+    )
 
 
 def ask_python(code: str, data: object) -> object:
     """Run code in a fresh Python with `data` in it; it must set `result`. Heavy packages stay in there."""
     frame = f"import json, sys\ndata = json.load(sys.stdin)\n{code}\nprint('RESULT', json.dumps(result))"
-    done = subprocess.run([sys.executable, "-c", frame], input=json.dumps(data), capture_output=True, text=True,
-                          env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"})
+    done = subprocess.run(
+        [sys.executable, "-c", frame],
+        input=json.dumps(data),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
+    )
     assert "RESULT" in done.stdout, done.stderr
     return json.loads(done.stdout.partition("RESULT")[2])

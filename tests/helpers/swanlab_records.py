@@ -18,7 +18,14 @@ def read_record(folder: Path) -> dict:
     from swanlab.proto.swanlab.run.v1.run_pb2 import RunState
     from swanlab.sdk.internal.core_python.store import DataStoreReader
 
-    found = {"name": None, "id": None, "state": "unfinished", "error": None, "points": {}, "console": []}
+    found = {
+        "name": None,
+        "id": None,
+        "state": "unfinished",
+        "error": None,
+        "points": {},
+        "console": [],
+    }
     [file] = folder.glob("run-*.swanlab")
     reader = DataStoreReader()
     reader.open(file)
@@ -32,26 +39,44 @@ def read_record(folder: Path) -> dict:
             state = RunState.Name(record.finish.state).removeprefix("RUN_STATE_").lower()
             found |= {"state": state, "error": record.finish.error or None}
         elif kind == "scalar":
-            found["points"].setdefault(record.scalar.key, []).append((record.scalar.step, record.scalar.value.number))
+            found["points"].setdefault(record.scalar.key, []).append(
+                (record.scalar.step, record.scalar.value.number)
+            )
         elif kind == "log":
             found["console"].append(record.log.line)
     reader.close()
-    config = yaml.safe_load((folder / "files" / "config.yaml").read_text(encoding="utf-8")) or {}
+    config = (
+        yaml.safe_load((folder / "files" / "config.yaml").read_text(encoding="utf-8")) or {}
+    )
     return {**found, "config": {key: entry["value"] for key, entry in config.items()}}
 
 
 def read_dashboard(folder: Path) -> dict:
     """The name and status that `swanlab watch` shows for a run of local mode."""
-    with sqlite3.connect(f"file:{folder.parent / 'runs.swanlab'}?mode=ro", uri=True) as database:
-        [(name, status)] = database.execute("select name, status from experiment where run_id = ?", (folder.name,))
+    with sqlite3.connect(
+        f"file:{folder.parent / 'runs.swanlab'}?mode=ro", uri=True
+    ) as database:
+        [(name, status)] = database.execute(
+            "select name, status from experiment where run_id = ?", (folder.name,)
+        )
     return {"name": name, "status": {0: "running", 1: "finished", -1: "crashed"}[status]}
 
 
 def dashboard_points(folder: Path, key: str) -> list[tuple[int, float]]:
     """The (step, value) points that `swanlab watch` draws for `key`."""
-    with sqlite3.connect(f"file:{folder.parent / 'runs.swanlab'}?mode=ro", uri=True) as database:
-        [(number,)] = database.execute("select t.folder from tag t join experiment e on e.id = t.experiment_id "
-                                       "where e.run_id = ? and t.name = ?", (folder.name, key)).fetchall()
-    lines = [line for path in sorted((folder / "logs" / number).glob("*.log"), key=lambda path: int(path.stem))
-             for line in path.read_text(encoding="utf-8").splitlines()]
+    with sqlite3.connect(
+        f"file:{folder.parent / 'runs.swanlab'}?mode=ro", uri=True
+    ) as database:
+        [(number,)] = database.execute(
+            "select t.folder from tag t join experiment e on e.id = t.experiment_id "
+            "where e.run_id = ? and t.name = ?",
+            (folder.name, key),
+        ).fetchall()
+    lines = [
+        line
+        for path in sorted(
+            (folder / "logs" / number).glob("*.log"), key=lambda path: int(path.stem)
+        )
+        for line in path.read_text(encoding="utf-8").splitlines()
+    ]
     return [(point["index"], point["data"]) for point in map(json.loads, lines)]

@@ -49,7 +49,11 @@ class SwanLabService:
     def environment(self) -> dict[str, str]:
         """What points SwanLab at this service."""
         url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        return {"SWANLAB_API_HOST": url, "SWANLAB_WEB_HOST": url, "SWANLAB_API_KEY": "a-key-for-tests"}
+        return {
+            "SWANLAB_API_HOST": url,
+            "SWANLAB_WEB_HOST": url,
+            "SWANLAB_API_KEY": "a-key-for-tests",
+        }
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
         """Answer one request as `mode` says."""
@@ -57,12 +61,17 @@ class SwanLabService:
         raw = gzip.decompress(raw) if handler.headers.get("Content-Encoding") == "gzip" else raw
         path = handler.path.split("?")[0].removeprefix("/api")
         self.requests.append((handler.command, path))
-        if self.mode == "hang" or (isinstance(self.mode, int) and len(self.requests) > self.mode):
+        if self.mode == "hang" or (
+            isinstance(self.mode, int) and len(self.requests) > self.mode
+        ):
             self.server.socket.close() if self.dies else self.released.wait()
             handler.close_connection = True
             return
-        code, body = (401, {"message": "no such key"}) if self.mode == "refuse" else self.route(
-            handler.command, path, json.loads(raw) if raw else None)
+        code, body = (
+            (401, {"message": "no such key"})
+            if self.mode == "refuse"
+            else self.route(handler.command, path, json.loads(raw) if raw else None)
+        )
         text = json.dumps(body).encode()
         handler.send_response(code)
         handler.send_header("Content-Type", "application/json")
@@ -74,12 +83,20 @@ class SwanLabService:
         """(status, answer) of a service that works."""
         if path == "/login/api_key":
             until = datetime.now(timezone.utc) + timedelta(days=30)
-            return 200, {"sid": "sid", "expiredAt": until.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
-                         "userInfo": {"username": "tester", "name": "tester"}}
+            return 200, {
+                "sid": "sid",
+                "expiredAt": until.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+                "userInfo": {"username": "tester", "name": "tester"},
+            }
         if method == "POST" and (found := re.fullmatch(r"/projects/(\w+)", path)):
             self.projects[found[1], body["name"]] = {
-                "cuid": body["name"], "name": body["name"], "version": 1, "path": f"/{found[1]}/{body['name']}",
-                "group": {"username": found[1]}, "_count": {"experiments": len(self.runs)}}
+                "cuid": body["name"],
+                "name": body["name"],
+                "version": 1,
+                "path": f"/{found[1]}/{body['name']}",
+                "group": {"username": found[1]},
+                "_count": {"experiments": len(self.runs)},
+            }
             return 201, {}
         if method == "GET" and (found := re.fullmatch(r"/project/(\w+)/([^/]+)", path)):
             project = self.projects.get((found[1], found[2]))
@@ -89,7 +106,10 @@ class SwanLabService:
         if found := re.fullmatch(r"/project/\w+/[^/]+/runs/([^/]+)(/\w+)?", path):
             return self.change_run(found[1], found[2], method, body)
         if found := re.fullmatch(r"/house/metrics/summaries/[^/]+/([^/]+)", path):
-            last = [{"key": key, "step": max(steps)} for key, steps in self.runs[found[1]]["scalars"].items()]
+            last = [
+                {"key": key, "step": max(steps)}
+                for key, steps in self.runs[found[1]]["scalars"].items()
+            ]
             return 200, {"scalar": last, "media": [], "log": []}
         if path == "/house/metrics" and body["type"] == "scalar":
             scalars = self.runs[body["experimentId"]]["scalars"]
@@ -100,13 +120,24 @@ class SwanLabService:
     def open_run(self, body: dict) -> tuple[int, dict]:
         """A new run, or one that goes on."""
         known = body["cuid"] in self.runs
-        new = {"name": body.get("name"), "createdAt": body["createdAt"], "scalars": {}, "profile": {}}
+        new = {
+            "name": body.get("name"),
+            "createdAt": body["createdAt"],
+            "scalars": {},
+            "profile": {},
+        }
         run = self.runs.setdefault(body["cuid"], new)
         run["state"] = "RUNNING"
-        return (200 if known else 201), {"cuid": body["cuid"], "slug": body["cuid"], "name": run["name"],
-                                         "createdAt": run["createdAt"]}
+        return (200 if known else 201), {
+            "cuid": body["cuid"],
+            "slug": body["cuid"],
+            "name": run["name"],
+            "createdAt": run["createdAt"],
+        }
 
-    def change_run(self, name: str, part: str | None, method: str, body: dict | None) -> tuple[int, dict]:
+    def change_run(
+        self, name: str, part: str | None, method: str, body: dict | None
+    ) -> tuple[int, dict]:
         """Read a run, or set its state or profile."""
         run = self.runs.get(name)
         if run is None:
@@ -115,4 +146,8 @@ class SwanLabService:
             run["state"] = body["state"]
         elif method == "PUT" and part == "/profile":
             run["profile"].update(body)
-        return 200, {"cuid": name, "slug": name, **{key: run[key] for key in ("name", "state", "createdAt")}}
+        return 200, {
+            "cuid": name,
+            "slug": name,
+            **{key: run[key] for key in ("name", "state", "createdAt")},
+        }

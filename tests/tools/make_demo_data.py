@@ -47,29 +47,59 @@ def tens(first, last):
 SCHEMAS = {
     "shop": {
         "customers": {"name": NAMES, "city": CITIES, "age": tens(20, 70)},
-        "orders": {"customer_id": SMALL, "product": ["chair", "desk", "lamp", "sofa", "vase"],
-                   "status": ["open", "paid", "sent", "void"], "price": tens(10, 90)},
+        "orders": {
+            "customer_id": SMALL,
+            "product": ["chair", "desk", "lamp", "sofa", "vase"],
+            "status": ["open", "paid", "sent", "void"],
+            "price": tens(10, 90),
+        },
     },
     "library": {
-        "authors": {"name": NAMES, "country": ["Chile", "France", "India", "Japan", "Kenya"],
-                    "awards": SMALL},
-        "books": {"title": TITLES, "author_id": SMALL,
-                  "genre": ["crime", "drama", "essay", "fantasy", "poetry"], "pages": HUNDREDS},
+        "authors": {
+            "name": NAMES,
+            "country": ["Chile", "France", "India", "Japan", "Kenya"],
+            "awards": SMALL,
+        },
+        "books": {
+            "title": TITLES,
+            "author_id": SMALL,
+            "genre": ["crime", "drama", "essay", "fantasy", "poetry"],
+            "pages": HUNDREDS,
+        },
     },
     "school": {
-        "teachers": {"name": NAMES, "subject": ["algebra", "biology", "history", "music", "physics"],
-                     "room": tens(10, 90)},
-        "courses": {"title": TITLES, "teacher_id": SMALL, "level": ["basic", "expert", "middle"],
-                    "credits": SMALL},
+        "teachers": {
+            "name": NAMES,
+            "subject": ["algebra", "biology", "history", "music", "physics"],
+            "room": tens(10, 90),
+        },
+        "courses": {
+            "title": TITLES,
+            "teacher_id": SMALL,
+            "level": ["basic", "expert", "middle"],
+            "credits": SMALL,
+        },
     },
     "clinic": {
-        "doctors": {"name": NAMES, "field": ["dental", "heart", "skin", "sport"], "salary": tens(30, 90)},
+        "doctors": {
+            "name": NAMES,
+            "field": ["dental", "heart", "skin", "sport"],
+            "salary": tens(30, 90),
+        },
         "patients": {"name": NAMES, "doctor_id": SMALL, "city": CITIES, "weight": tens(40, 90)},
     },
     "blog": {
-        "users": {"name": NAMES, "role": ["admin", "editor", "guest", "writer"], "points": tens(10, 90)},
-        "posts": {"title": TITLES, "user_id": SMALL, "topic": ["food", "games", "news", "travel"],
-                  "views": HUNDREDS},
+        "users": {
+            "name": NAMES,
+            "role": ["admin", "editor", "guest", "writer"],
+            "points": tens(10, 90),
+        },
+        "posts": {
+            "title": TITLES,
+            "user_id": SMALL,
+            "topic": ["food", "games", "news", "travel"],
+            "views": HUNDREDS,
+        },
     },
 }
 TABLES = {name: columns for tables in SCHEMAS.values() for name, columns in tables.items()}
@@ -87,7 +117,11 @@ def is_key(column):
 
 def columns_of(table, wanted):
     """Names of a table's columns whose pool holds `wanted` (str or int); keys are left out."""
-    return [name for name, pool in TABLES[table].items() if isinstance(pool[0], wanted) and not is_key(name)]
+    return [
+        name
+        for name, pool in TABLES[table].items()
+        if isinstance(pool[0], wanted) and not is_key(name)
+    ]
 
 
 def keys_of(table):
@@ -143,12 +177,16 @@ def in_order(rng, pool):
 
 def text_condition(rng, table):
     column = rng.choice(columns_of(table, str))
-    return Condition(Column(table, column), rng.choice(["=", "<>"]), rng.choice(TABLES[table][column]))
+    return Condition(
+        Column(table, column), rng.choice(["=", "<>"]), rng.choice(TABLES[table][column])
+    )
 
 
 def number_condition(rng, table):
     column = rng.choice(columns_of(table, int))
-    return Condition(Column(table, column), rng.choice(COMPARISONS), rng.choice(TABLES[table][column][1:-1]))
+    return Condition(
+        Column(table, column), rng.choice(COMPARISONS), rng.choice(TABLES[table][column][1:-1])
+    )
 
 
 def key_condition(rng, table):
@@ -156,7 +194,9 @@ def key_condition(rng, table):
 
 
 def any_condition(rng, table):
-    return rng.choice([text_condition, number_condition, number_condition, key_condition])(rng, table)
+    return rng.choice([text_condition, number_condition, number_condition, key_condition])(
+        rng, table
+    )
 
 
 def data_condition(rng, table):
@@ -166,7 +206,9 @@ def data_condition(rng, table):
 def plain_columns(table, without=()):
     """The columns that are no keys, less those that the given conditions already name."""
     used = {condition.column.name for condition in without}
-    return [name for name in columns_of(table, str) + columns_of(table, int) if name not in used]
+    return [
+        name for name in columns_of(table, str) + columns_of(table, int) if name not in used
+    ]
 
 
 def make_filter(rng):
@@ -189,28 +231,41 @@ def make_list(rng):
 def make_range(rng):
     table = rng.choice(list(TABLES))
     column = rng.choice(columns_of(table, int))
-    condition = Condition(Column(table, column), "BETWEEN", in_order(rng, TABLES[table][column]))
+    condition = Condition(
+        Column(table, column), "BETWEEN", in_order(rng, TABLES[table][column])
+    )
     return Query(table, where=(condition,))
 
 
 def make_columns(rng):
     table = rng.choice(list(TABLES))
     names = in_order(rng, plain_columns(table))
-    return Query(table, columns=tuple(Column(table, name) for name in names),
-                 where=(any_condition(rng, table),))
+    return Query(
+        table,
+        columns=tuple(Column(table, name) for name in names),
+        where=(any_condition(rng, table),),
+    )
 
 
 def make_order(rng):
     table = rng.choice(list(TABLES))
     where = (data_condition(rng, table),)
-    return Query(table, where=where, order=rng.choice(plain_columns(table, where)),
-                 descending=rng.random() < 0.5)
+    return Query(
+        table,
+        where=where,
+        order=rng.choice(plain_columns(table, where)),
+        descending=rng.random() < 0.5,
+    )
 
 
 def make_limit(rng):
     table = rng.choice(list(TABLES))
-    return Query(table, order=rng.choice(plain_columns(table)), descending=rng.random() < 0.5,
-                 limit=rng.choice(SMALL))
+    return Query(
+        table,
+        order=rng.choice(plain_columns(table)),
+        descending=rng.random() < 0.5,
+        limit=rng.choice(SMALL),
+    )
 
 
 def make_count(rng):
@@ -230,13 +285,21 @@ def number_aggregate(rng, table):
 
 
 def some_aggregate(rng, table):
-    return Aggregate("COUNT", Column(table, "id")) if rng.random() < 0.4 else number_aggregate(rng, table)
+    return (
+        Aggregate("COUNT", Column(table, "id"))
+        if rng.random() < 0.4
+        else number_aggregate(rng, table)
+    )
 
 
 def make_group(rng):
     table = rng.choice(list(TABLES))
-    return Query(table, group=Column(table, rng.choice(columns_of(table, str))),
-                 aggregate=some_aggregate(rng, table), where=(number_condition(rng, table),))
+    return Query(
+        table,
+        group=Column(table, rng.choice(columns_of(table, str))),
+        aggregate=some_aggregate(rng, table),
+        where=(number_condition(rng, table),),
+    )
 
 
 def make_join(rng):
@@ -249,8 +312,13 @@ def make_join_group(rng):
     table = rng.choice(CHILDREN)
     key = rng.choice(keys_of(table))
     group = Column(parent_of(key), rng.choice(columns_of(parent_of(key), str)))
-    return Query(table, key=key, group=group, aggregate=some_aggregate(rng, table),
-                 where=(number_condition(rng, table),))
+    return Query(
+        table,
+        key=key,
+        group=group,
+        aggregate=some_aggregate(rng, table),
+        where=(number_condition(rng, table),),
+    )
 
 
 def make_insert(rng):
@@ -272,9 +340,23 @@ def make_delete(rng):
     return Query(table, action="delete", where=(any_condition(rng, table),))
 
 
-KINDS = [make_filter, make_filter_two, make_list, make_range, make_columns, make_order, make_limit,
-         make_count, make_aggregate, make_group, make_join, make_join_group, make_insert, make_update,
-         make_delete]
+KINDS = [
+    make_filter,
+    make_filter_two,
+    make_list,
+    make_range,
+    make_columns,
+    make_order,
+    make_limit,
+    make_count,
+    make_aggregate,
+    make_group,
+    make_join,
+    make_join_group,
+    make_insert,
+    make_update,
+    make_delete,
+]
 
 # ---------------------------------------------------------------- SQL
 
@@ -288,7 +370,11 @@ def sql_column(query, column):
 
 
 def sql_condition(query, condition):
-    name, operator, value = sql_column(query, condition.column), condition.operator, condition.value
+    name, operator, value = (
+        sql_column(query, condition.column),
+        condition.operator,
+        condition.value,
+    )
     if operator == "IN":
         return f"{name} IN ({', '.join(map(sql_literal, value))})"
     if operator == "BETWEEN":
@@ -374,7 +460,11 @@ PYTHON_OPERATORS = {"=": "==", "<>": "!="}
 
 
 def alchemy_condition(condition):
-    name, operator, value = alchemy_column(condition.column), condition.operator, condition.value
+    name, operator, value = (
+        alchemy_column(condition.column),
+        condition.operator,
+        condition.value,
+    )
     if operator == "IN":
         return f"{name}.in_([{code_list(value)}])"
     if operator == "BETWEEN":
@@ -435,16 +525,31 @@ def to_sqlalchemy(query):
     return f"session.scalars({alchemy_read(query)}).all()"
 
 
-LOOKUPS = {"=": "", "<>": "", ">": "__gt", "<": "__lt", ">=": "__gte", "<=": "__lte", "IN": "__in",
-           "BETWEEN": "__range"}
+LOOKUPS = {
+    "=": "",
+    "<>": "",
+    ">": "__gt",
+    "<": "__lt",
+    ">=": "__gte",
+    "<=": "__lte",
+    "IN": "__in",
+    "BETWEEN": "__range",
+}
 
 
 def django_name(query, column):
-    return column.name if column.table == query.table else f"{query.key.removesuffix('_id')}__{column.name}"
+    return (
+        column.name
+        if column.table == query.table
+        else f"{query.key.removesuffix('_id')}__{column.name}"
+    )
 
 
 def django_argument(query, condition):
-    name, value = django_name(query, condition.column) + LOOKUPS[condition.operator], condition.value
+    name, value = (
+        django_name(query, condition.column) + LOOKUPS[condition.operator],
+        condition.value,
+    )
     if condition.operator == "IN":
         return f"{name}=[{code_list(value)}]"
     if condition.operator == "BETWEEN":
@@ -502,7 +607,11 @@ def go_name(column):
 
 
 def gorm_condition(query, condition):
-    name, operator, value = sql_column(query, condition.column), condition.operator, condition.value
+    name, operator, value = (
+        sql_column(query, condition.column),
+        condition.operator,
+        condition.value,
+    )
     if operator == "IN":
         return f"{name} IN ?", f"[]string{{{code_list(value)}}}"
     if operator == "BETWEEN":
@@ -513,12 +622,16 @@ def gorm_condition(query, condition):
 def gorm_where(query):
     if not query.where:
         return ""
-    texts, arguments = zip(*(gorm_condition(query, condition) for condition in query.where), strict=True)
+    texts, arguments = zip(
+        *(gorm_condition(query, condition) for condition in query.where), strict=True
+    )
     return f'.Where("{" AND ".join(texts)}", {", ".join(arguments)})'
 
 
 def gorm_create(query):
-    fields = ", ".join(f"{go_name(name)}: {code_literal(value)}" for name, value in query.values.items())
+    fields = ", ".join(
+        f"{go_name(name)}: {code_literal(value)}" for name, value in query.values.items()
+    )
     return f"db.Create(&{MODELS[query.table]}{{{fields}}})"
 
 
@@ -564,8 +677,11 @@ WRITERS = {"SQLAlchemy": to_sqlalchemy, "Django": to_django, "GORM": to_gorm}
 
 
 def make_pair(orm, query):
-    return {"instruction": f"Write the SQL of this {orm} code.", "input": WRITERS[orm](query),
-            "output": to_sql(query)}
+    return {
+        "instruction": f"Write the SQL of this {orm} code.",
+        "input": WRITERS[orm](query),
+        "output": to_sql(query),
+    }
 
 
 def draw_unseen(rng, make, seen):
@@ -614,7 +730,10 @@ def sql_definition(column, pool):
 
 
 def create_table(name):
-    lines = ["id INTEGER PRIMARY KEY", *(sql_definition(*item) for item in TABLES[name].items())]
+    lines = [
+        "id INTEGER PRIMARY KEY",
+        *(sql_definition(*item) for item in TABLES[name].items()),
+    ]
     return f"CREATE TABLE {name} (\n    " + ",\n    ".join(lines) + "\n);\n"
 
 
@@ -628,8 +747,17 @@ def schemas_text():
 
 # ---------------------------------------------------------------- tokenizer and model configuration
 
-ADDED_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>",
-                "<tool_response>", "</tool_response>", "<think>", "</think>"]
+ADDED_TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+    "<think>",
+    "</think>",
+]
 SPECIAL_TOKENS = ADDED_TOKENS[:3]
 # A word takes the space before it; digits stand alone; quotes and brackets never join a word, so that a value
 # has the same tokens in the code and in the SQL.
@@ -655,26 +783,51 @@ def training_texts(pairs):
 
 
 def make_tokenizer(pairs):
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        pre_tokenizers,
+        trainers,
+    )
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY - len(ADDED_TOKENS), show_progress=False,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - len(ADDED_TOKENS),
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
     tokenizer.train_from_iterator(training_texts(pairs), trainer)
-    tokenizer.add_tokens([AddedToken(token, special=token in SPECIAL_TOKENS, normalized=False)
-                          for token in ADDED_TOKENS])
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, special=token in SPECIAL_TOKENS, normalized=False)
+            for token in ADDED_TOKENS
+        ]
+    )
     return tokenizer
 
 
 def tokenizer_config():
-    return {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": None, "eos_token": "<|im_end|>",
-            "pad_token": "<|endoftext|>", "unk_token": None, "add_prefix_space": False,
-            "clean_up_tokenization_spaces": False, "model_max_length": 512, "chat_template": CHAT_TEMPLATE}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": None,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": None,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 512,
+        "chat_template": CHAT_TEMPLATE,
+    }
 
 
 def model_config(tokenizer):
@@ -705,8 +858,11 @@ def model_config(tokenizer):
 
 
 def generation_config(tokenizer):
-    return {"do_sample": False, "eos_token_id": tokenizer.token_to_id("<|im_end|>"),
-            "pad_token_id": tokenizer.token_to_id("<|endoftext|>")}
+    return {
+        "do_sample": False,
+        "eos_token_id": tokenizer.token_to_id("<|im_end|>"),
+        "pad_token_id": tokenizer.token_to_id("<|endoftext|>"),
+    }
 
 
 # ---------------------------------------------------------------- files
@@ -718,25 +874,33 @@ def as_json(value):
 
 def dataset_info():
     columns = {"prompt": "instruction", "query": "input", "response": "output"}
-    return {name: {"file_name": f"{name}.json", "formatting": "alpaca", "columns": columns}
-            for name in ("code2sql_demo", "code2sql_heldout")}
+    return {
+        name: {"file_name": f"{name}.json", "formatting": "alpaca", "columns": columns}
+        for name in ("code2sql_demo", "code2sql_heldout")
+    }
 
 
 def data_files():
     """Text of each file of configs/data by name."""
     train, held_out = make_pairs()
-    return {"code2sql_demo.json": as_json(train), "code2sql_heldout.json": as_json(held_out),
-            "dataset_info.json": as_json(dataset_info()), "schemas.sql": schemas_text()}
+    return {
+        "code2sql_demo.json": as_json(train),
+        "code2sql_heldout.json": as_json(held_out),
+        "dataset_info.json": as_json(dataset_info()),
+        "schemas.sql": schemas_text(),
+    }
 
 
 def model_files():
     """Text of each file of configs/demo_model by name."""
     train, _ = make_pairs()
     tokenizer = make_tokenizer(train)
-    return {"config.json": as_json(model_config(tokenizer)),
-            "generation_config.json": as_json(generation_config(tokenizer)),
-            "tokenizer.json": tokenizer.to_str(pretty=True) + "\n",
-            "tokenizer_config.json": as_json(tokenizer_config())}
+    return {
+        "config.json": as_json(model_config(tokenizer)),
+        "generation_config.json": as_json(generation_config(tokenizer)),
+        "tokenizer.json": tokenizer.to_str(pretty=True) + "\n",
+        "tokenizer_config.json": as_json(tokenizer_config()),
+    }
 
 
 def write_files(folder, files):

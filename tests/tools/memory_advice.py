@@ -12,12 +12,22 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from train_qwen3_ft import QWEN3_SHAPES, Model, Zero, count_parameters, estimate_memory, format_bytes, qwen3_config
+from train_qwen3_ft import (
+    QWEN3_SHAPES,
+    Model,
+    Zero,
+    count_parameters,
+    estimate_memory,
+    format_bytes,
+    qwen3_config,
+)
 
 # What NVML reports of such cards, in bytes: 24, 48 and 80 GB cards hold a little less or more than they are called.
 CARDS = {"24 GB": 24 * 2**30, "48 GB": 48 * 2**30, "80 GB": 80 * 2**30}
-COLUMNS = {"largest under ZeRO-3": (Zero(3, used=True), tuple(reversed(QWEN3_SHAPES))),
-           "14B with offload": (Zero(3, True, True, used=True), ("14B",))}
+COLUMNS = {
+    "largest under ZeRO-3": (Zero(3, used=True), tuple(reversed(QWEN3_SHAPES))),
+    "14B with offload": (Zero(3, True, True, used=True), ("14B",)),
+}
 
 
 def best(strategy: Zero, sizes: tuple[str, ...], count: int, room: int) -> str:
@@ -37,10 +47,14 @@ def best(strategy: Zero, sizes: tuple[str, ...], count: int, room: int) -> str:
 
 def main() -> None:
     """Print the table."""
-    print("| GPUs | " + " | ".join(f"{card}, {name}" for card in CARDS for name in COLUMNS) + " |")
+    print(
+        "| GPUs | " + " | ".join(f"{card}, {name}" for card in CARDS for name in COLUMNS) + " |"
+    )
     print("|---" * (1 + len(CARDS) * len(COLUMNS)) + "|")
     for count in (1, 2, 4, 8):
-        cells = [best(*column, count, room) for room in CARDS.values() for column in COLUMNS.values()]
+        cells = [
+            best(*column, count, room) for room in CARDS.values() for column in COLUMNS.values()
+        ]
         print(f"| {count} | " + " | ".join(cells) + " |")
 
 

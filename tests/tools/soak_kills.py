@@ -25,7 +25,10 @@ from helpers.launcher import Run, committed, losses, run, until, weights
 
 def kill_once(live: Run, before: int, chance: random.Random) -> str:
     """Wait for a checkpoint newer than `before`, then up to a second, and SIGKILL a rank; returns what was done."""
-    until(lambda: max([0, *committed(live.run_dir)]) > before or live.process.poll() is not None, "a save")
+    until(
+        lambda: max([0, *committed(live.run_dir)]) > before or live.process.poll() is not None,
+        "a save",
+    )
     time.sleep(chance.uniform(0, 1))
     rank, step = chance.randrange(2), live.last_step()
     worker = live.worker(rank)
@@ -42,14 +45,18 @@ def soak(folder: Path, kills: int, seed: int, changes: dict) -> Run:
             before = max(committed(live.run_dir), default=0) if restarts else 0
             done = kill_once(live, before, chance)
             restarts += 1
-            resumed = live.see(rf"^restart {restarts} of {kills}: resuming from (checkpoint-\d+)$")[1]
+            resumed = live.see(
+                rf"^restart {restarts} of {kills}: resuming from (checkpoint-\d+)$"
+            )[1]
             print(f"kill {restarts}: {done}, resumed from {resumed}", flush=True)
         live.wait(1200)
     return live
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=240)
@@ -59,14 +66,18 @@ def main() -> int:
     whole = run(folder / "whole", write_config(folder / "whole", **changes), seconds=1200)
     killed = soak(folder / "killed", options.kills, options.seed, changes)
     assert whole.process.returncode == 0, whole.console
-    print(f"{options.kills} kills (seed {options.seed}), {killed.console.count('restart ')} restarts, "
-          f"{len(list(killed.run_dir.glob('incomplete-*')))} incomplete checkpoints moved aside, exit {killed.process.returncode}, "
-          f"{time.monotonic() - begun:.0f} s")
+    print(
+        f"{options.kills} kills (seed {options.seed}), {killed.console.count('restart ')} restarts, "
+        f"{len(list(killed.run_dir.glob('incomplete-*')))} incomplete checkpoints moved aside, exit {killed.process.returncode}, "
+        f"{time.monotonic() - begun:.0f} s"
+    )
     same = killed.process.returncode == 0 and weights(killed.run_dir) == weights(whole.run_dir)
     logged = losses(whole.run_dir)
     equal = sum(losses(killed.run_dir).get(step) == values for step, values in logged.items())
-    print(f"final weights bit-identical: {'yes' if same else 'NO'}; "
-          f"equal losses: {equal} of {len(logged)} logged steps")
+    print(
+        f"final weights bit-identical: {'yes' if same else 'NO'}; "
+        f"equal losses: {equal} of {len(logged)} logged steps"
+    )
     good = same and equal == len(logged)
     if good:
         shutil.rmtree(folder)

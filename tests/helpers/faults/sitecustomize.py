@@ -18,7 +18,9 @@ def strike_once(fault):
     """Whether this fault has not struck yet; it has from now on."""
     name = fault.get("name", f"{fault['point']}-{fault['step']}")
     try:
-        os.close(os.open(os.path.join(os.environ["FAULT_MARKERS"], name), os.O_CREAT | os.O_EXCL))
+        os.close(
+            os.open(os.path.join(os.environ["FAULT_MARKERS"], name), os.O_CREAT | os.O_EXCL)
+        )
     except FileExistsError:
         return False
     return True
@@ -35,7 +37,11 @@ def at_event(fault, wanted, pattern):
     expression = re.compile(rf"checkpoint-{fault['step']}/{pattern}")
 
     def hook(event, arguments):
-        if event == wanted and expression.search(str(arguments[0])) and (wanted != "open" or "w" in str(arguments[1])):
+        if (
+            event == wanted
+            and expression.search(str(arguments[0]))
+            and (wanted != "open" or "w" in str(arguments[1]))
+        ):
             die(fault)
 
     sys.addaudithook(hook)
@@ -46,7 +52,9 @@ def in_rotation(fault):
     left = [0]
 
     def hook(event, arguments):
-        if event == "shutil.rmtree" and re.search(rf"checkpoint-{fault['step']}\b", str(arguments[0])):
+        if event == "shutil.rmtree" and re.search(
+            rf"checkpoint-{fault['step']}\b", str(arguments[0])
+        ):
             left[0] = 3
         elif event == "os.remove" and left[0]:
             left[0] -= 1
@@ -94,18 +102,25 @@ def after_weights(fault):
         if folder.endswith(f"checkpoint-{fault['step']}"):
             die(fault)
 
-    Patch("deepspeed.runtime.engine", lambda module: before(module.DeepSpeedEngine, "save_checkpoint", action))
+    Patch(
+        "deepspeed.runtime.engine",
+        lambda module: before(module.DeepSpeedEngine, "save_checkpoint", action),
+    )
 
 
 def after_one_shard(fault):
     """Rank 1 dies before it writes its shard, once rank 0 has written its own (and the script that lies beside it)."""
+
     def action(engine, folder, tag):
         if folder.endswith(f"checkpoint-{fault['step']}"):
             while not os.path.exists(os.path.join(folder, "zero_to_fp32.py")):
                 time.sleep(0.01)
             die(fault)
 
-    Patch("deepspeed.runtime.engine", lambda module: before(module.DeepSpeedEngine, "_save_zero_checkpoint", action))
+    Patch(
+        "deepspeed.runtime.engine",
+        lambda module: before(module.DeepSpeedEngine, "_save_zero_checkpoint", action),
+    )
 
 
 def in_step(fault, act):
@@ -116,7 +131,9 @@ def in_step(fault, act):
         if calls[0] == fault["step"] and strike_once(fault):
             act()
 
-    Patch("transformers.trainer", lambda module: before(module.Trainer, "training_step", action))
+    Patch(
+        "transformers.trainer", lambda module: before(module.Trainer, "training_step", action)
+    )
 
 
 def fail():
@@ -129,11 +146,15 @@ def kill():
 
 def slow_down(fault):
     """Give the test time to act between two steps."""
-    Patch("transformers.trainer", lambda module: before(module.Trainer, "training_step", lambda *args: time.sleep(0.4)))
+    Patch(
+        "transformers.trainer",
+        lambda module: before(module.Trainer, "training_step", lambda *args: time.sleep(0.4)),
+    )
 
 
 def clock(fault):
     """Write down when each training step was done."""
+
     def change(module):
         original = module.Trainer.training_step
 
@@ -152,12 +173,15 @@ def hold_tokenization(fault):
     def action(self, *args):
         time.sleep(fault.get("seconds", 300))
 
-    Patch("llamafactory.data.processor.supervised",
-          lambda module: before(module.SupervisedDatasetProcessor, "preprocess_dataset", action))
+    Patch(
+        "llamafactory.data.processor.supervised",
+        lambda module: before(module.SupervisedDatasetProcessor, "preprocess_dataset", action),
+    )
 
 
 def before_final_save(fault):
     """Die when all checkpoints are committed and the final model is about to be written."""
+
     def change(module):
         original = module.Trainer.save_model
 
