@@ -1348,9 +1348,8 @@ def check_keyed_packages(config: Config, env: dict[str, str], problems: Problems
     values = Values(DEFAULTS | config.values)
     for key, is_used, package in PACKAGES:
         if is_used(values[key]) and find_spec(package.replace("-", "_")) is None:
-            what = f"{key}: {values[key]}"
             problems.add(
-                f"{config.where(key)}: {what.lower()} needs a package that is not installed; "
+                f"{config.where(key)}: needs the package {package}, which is not installed; "
                 f"pip install {package}"
             )
     for hub in ("modelscope", "openmind"):
@@ -2769,7 +2768,7 @@ def print_plan(found: Preflight, run: Run, env: dict[str, str]) -> None:
     print_lines(
         {
             **plan_lines(found.plan),
-            "resharded": describe_resharding(found.plan, run),
+            "resharded": describe_resharding(found),
             "tracking": ", ".join(names) or "none",
             "run": str(run.path),
             "follow": f"tail -F {shlex.quote(str(run.logs / 'rank0.log'))}",
@@ -2777,13 +2776,13 @@ def print_plan(found: Preflight, run: Run, env: dict[str, str]) -> None:
     )
 
 
-def describe_resharding(plan: Plan, run: Run) -> str:
+def describe_resharding(found: Preflight) -> str:
     """`checkpoint-40: 4 ranks -> 2 ranks`; '' where the number of ranks is the same."""
-    before = run.checkpoint_ranks()
-    if before in (None, plan.world_size):
+    before, now = found.run and found.run.checkpoint_ranks(), found.plan.world_size
+    if before in (None, now):
         return ""
-    old, new = plural(before, "rank"), plural(plan.world_size, "rank")
-    return f"{run.newest_checkpoint().name}: {old} -> {new}"
+    name = found.run.newest_checkpoint().name
+    return f"{name}: {plural(before, 'rank')} -> {plural(now, 'rank')}"
 
 
 def print_lines(lines: dict[str, object]) -> None:

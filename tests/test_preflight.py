@@ -376,18 +376,18 @@ BAD_VALUES = [
     ),
     bad(
         "dataset-name",
-        r"config\.yaml:\d+: dataset: tiney: is not in .*dataset_info\.json; did you mean tiny\?",
+        r"config\.yaml:\d+: dataset: tiney is not in .*dataset_info\.json; did you mean tiny\?",
         dataset="tiney",
     ),
     bad(
         "dataset-name-like-no-other",
-        r"dataset: qqq: is not in .*dataset_info\.json; it has tiny",
+        r"dataset: qqq is not in .*dataset_info\.json; it has tiny",
         dataset="qqq",
     ),
-    bad("one-of-two-dataset-names", r"dataset: tany: is not in ", dataset="tiny,tany"),
+    bad("one-of-two-dataset-names", r"dataset: tany is not in ", dataset="tiny,tany"),
     bad(
         "eval-dataset-name",
-        r"eval_dataset: tany: is not in .*did you mean tiny\?",
+        r"eval_dataset: tany is not in .*did you mean tiny\?",
         eval_dataset="tany",
     ),
     bad(
@@ -438,7 +438,7 @@ def test_all_problems_of_a_file_come_at_once(refused, write_config):
         r"learning_rat: unknown key",
         r"num_train_epochs: expected",
         r"stage: expected",
-        r"tiney: is not in",
+        r"tiney is not in",
         r"logging_steps: expected more than 0",
     ):
         assert re.search(message, done.stderr)
@@ -695,7 +695,7 @@ BAD_FILES = [
     ),
     pytest.param(
         change_data("x.json", "[{}]", {"path": "x.json"}),
-        r"dataset: tiny: .*file_name",
+        r"dataset: tiny.*file_name",
         id="info-without-file-name",
     ),
     pytest.param(
@@ -903,7 +903,7 @@ def launch_without(launcher: Callable, tmp_path: Path) -> Callable[..., SimpleNa
         pytest.param(
             "flash_attn",
             {"flash_attn": "fa2", "bf16": True},
-            r"flash_attn: fa2 needs .*flash[-_]attn.*auto",
+            r"flash_attn: needs the package flash-attn",
             id="flash-attn",
         ),
         pytest.param(
@@ -1123,13 +1123,6 @@ def good(name: str, **changes: object):
         good("bool-or-text-as-bool", include_num_input_tokens_seen=True),
         good("bf16-on-a-cpu", bf16=True),
         good("deepspeed-mapping", deepspeed=ZERO2),
-        good(
-            "zero2-and-generation",
-            deepspeed=ZERO2,
-            predict_with_generate=True,
-            val_size=4,
-            do_eval=True,
-        ),
         good("deepspeed-beside-the-script", deepspeed="configs/deepspeed/ds_z3_config.json"),
         good("evaluation-on-a-share", val_size=0.2, eval_strategy="steps", eval_steps=5),
         good("evaluation-on-a-number", val_size=4, eval_strategy="epoch"),
@@ -1153,7 +1146,6 @@ def good(name: str, **changes: object):
         good("fractional-epochs", num_train_epochs=0.5),
         good("lora", finetuning_type="lora", lora_rank=8, lora_target="all"),
         good("lora-targets", finetuning_type="lora", lora_target="q_proj,v_proj"),
-        good("quantized-lora", finetuning_type="lora", quantization_bit=4),
         good("pretraining", stage="pt"),
         good(
             "scheduler-with-kwargs",
