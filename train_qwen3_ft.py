@@ -3198,7 +3198,7 @@ def build_rank_environment(
         for key, value in config.secrets.items()
         if key in SECRET_ENVIRONMENT
     }
-    others = without(config.secrets, *SECRET_ENVIRONMENT)
+    others = without(config.secrets, *SECRET_ENVIRONMENT, *LAUNCHER_FIELDS)
     return {
         **defaults,
         **env,
@@ -4490,6 +4490,7 @@ def use_learning_rate(rate: float, scheduler) -> None:
         scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True
     ):
         group["lr"] = rate * factor(scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
 
 
 class LossWatch:

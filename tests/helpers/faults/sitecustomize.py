@@ -136,6 +136,57 @@ def in_step(fault, act):
     )
 
 
+def in_each_step(fault, act):
+    """Call `act(model, inputs)` before every training step from this one on, in every start."""
+    calls = [0]
+
+    def action(trainer, model, inputs, *args):
+        calls[0] += 1
+        if calls[0] >= fault.get("step", 1):
+            act(model, inputs)
+
+    Patch(
+        "transformers.trainer", lambda module: before(module.Trainer, "training_step", action)
+    )
+
+
+def nan_loss(fault):
+    """From this step on the loss is NaN, while the weights stay what they are."""
+
+    def change(module):
+        original, calls = module.Trainer.training_step, [0]
+
+        def wrapped(*args, **kwargs):
+            calls[0] += 1
+            loss = original(*args, **kwargs)
+            return loss * float("nan") if calls[0] >= fault["step"] else loss
+
+        module.Trainer.training_step = wrapped
+
+    Patch("transformers.trainer", change)
+
+
+def nan_weights(model, inputs):
+    parameter = next(model.parameters())
+    getattr(parameter, "ds_tensor", parameter).data[:1] = float("nan")
+
+
+def out_of_memory(fault):
+    """A GPU that holds so many samples at once and no more."""
+
+    def act(model, inputs):
+        import torch
+
+        if len(inputs["input_ids"]) > fault["samples"]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    in_each_step(fault, act)
+
+
+def stop_here():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 def fail():
     raise RuntimeError("planted fault: the third sample is bad")
 
@@ -204,6 +255,11 @@ POINTS = {
     "rotation": in_rotation,
     "raise": lambda fault: in_step(fault, fail),
     "kill": lambda fault: in_step(fault, kill),
+    "nan loss": nan_loss,
+    "nan weights": lambda fault: in_each_step(fault, nan_weights),
+    "out of memory": out_of_memory,
+    "SIGSTOP": lambda fault: in_step(fault, stop_here),
+    "sleep": lambda fault: in_step(fault, lambda: time.sleep(600)),
     "slow": slow_down,
     "clock": clock,
     "hold tokenization": hold_tokenization,
