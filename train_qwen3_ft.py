@@ -682,8 +682,8 @@ def key_lines(node: yaml.Node | None, source: str) -> dict[str, int]:
             )
         if key.value in lines and key.value != "<<":
             raise LaunchError(
-                f"{source}:{line}: {key.value}: duplicate key, first on line {lines[key.value]}; "
-                "keep one of them"
+                f"{source}:{line}: {key.value}: duplicate key, first on line "
+                f"{lines[key.value]}; keep one of them"
             )
         lines[str(key.value)] = line
         key_lines(value, source)
@@ -780,11 +780,10 @@ CHOICE_SOURCES = (
 # SwanLab's modes of today; LLaMA-Factory's enumeration has two of them.
 SWANLAB_MODES = ("online", "cloud", "local", "offline", "disabled")
 # Text that LLaMA-Factory splits at commas, so that a list does as well.
-SPLIT_KEYS = {
-    *("dataset", "eval_dataset", "adapter_name_or_path", "interleave_probs", "lora_target"),
-    *("oft_target", "galore_target", "apollo_target", "additional_target"),
-    *("freeze_trainable_modules", "freeze_extra_modules"),
-}
+SPLIT_KEYS = """
+    dataset eval_dataset adapter_name_or_path interleave_probs lora_target oft_target
+    galore_target apollo_target additional_target freeze_trainable_modules freeze_extra_modules
+""".split()
 
 
 def known_fields() -> dict[str, Field]:
@@ -802,7 +801,7 @@ def known_fields() -> dict[str, Field]:
         for line in node.body if isinstance(node, ast.ClassDef) else ():
             if isinstance(line, ast.AnnAssign) and "init=False" not in ast.unparse(line):
                 fields[line.target.id] = read_annotation(line.annotation, choices)
-    for key in SPLIT_KEYS & set(fields):
+    for key in fields.keys() & SPLIT_KEYS:
         fields[key] = replace(fields[key], kinds=fields[key].kinds | {"list"})
     fields["swanlab_mode"] = Field(choices=SWANLAB_MODES)
     return fields
@@ -1062,8 +1061,8 @@ def resolve_devices(config: Config, env: dict[str, str], gpus: list[Gpu] | None)
     if processes > len(ids) > 0:
         raise LaunchError(
             f"environment variable NPROC_PER_NODE: {processes} processes need {processes} "
-            "GPUs, but "
-            f"there are {plural(len(ids), 'GPU')} ({','.join(ids)}; {reason}); lower it"
+            f"GPUs, but there are {plural(len(ids), 'GPU')} ({','.join(ids)}; {reason}); lower "
+            "it"
         )
     return Devices(ids[:processes], reason, processes, where)
 
@@ -1131,8 +1130,8 @@ def check_devices(
         problems.add(f"{where}: CUDA shows a process one MIG instance only; name one")
     if len(devices.ids) > 1 and shutil.disk_usage("/dev/shm").total < SHARED_MEMORY:
         problems.add(
-            "/dev/shm: too small for NCCL and data loading on several GPUs; start the container "
-            "with --shm-size=16g or --ipc=host",
+            "/dev/shm: too small for NCCL and data loading on several GPUs; start the "
+            "container with --shm-size=16g or --ipc=host",
             can_force=True,
         )
     if gpus is None:
@@ -1170,8 +1169,8 @@ def check_cuda(config: Config, devices: Devices, gpus: list[Gpu], problems: Prob
     where, built = devices.where, torch_cuda()
     if devices.ids and built is None:
         problems.add(
-            f"{where}: the installed torch is a CPU build and cannot use a GPU; "
-            "pip install -r requirements.txt"
+            f"{where}: the installed torch is a CPU build and cannot use a GPU; pip install -r "
+            "requirements.txt"
         )
     driver = max((gpu.driver_cuda or 0 for gpu in gpus), default=0)
     major = (built or "0").split(".")[0]
@@ -1219,8 +1218,8 @@ def inspect_nodes(config: Config, env: dict[str, str], problems: Problems) -> in
             )
         if "run_name" not in config.values:
             problems.add(
-                f"run_name: is needed with NNODES={nodes}, the same on each node: they share one "
-                "run directory"
+                f"run_name: is needed with NNODES={nodes}, the same on each node: they share "
+                "one run directory"
             )
     port = env.get("MASTER_PORT", "").strip()
     if port and not (port.isdecimal() and 0 < int(port) < 65536):
@@ -1303,8 +1302,8 @@ def check_packages(config: Config, zero: Zero, env: dict[str, str], problems: Pr
     missing = [name for name in needed if find_spec(name) is None]
     if missing:
         problems.add(
-            f"package {', '.join(missing)} is not installed in {sys.prefix}; "
-            "pip install -r requirements.txt"
+            f"package {', '.join(missing)} is not installed in {sys.prefix}; pip install -r "
+            "requirements.txt"
         )
         return
     for name in needed:
@@ -1322,8 +1321,8 @@ def check_version(name: str) -> None:
         wanted = f">={'.'.join(map(str, low))},<{'.'.join(map(str, high))}"
         raise LaunchError(
             Problem(
-                f"{name} {found} is installed, but the launcher needs {name}{wanted}; "
-                "pip install -r requirements.txt",
+                f"{name} {found} is installed, but the launcher needs {name}{wanted}; pip "
+                "install -r requirements.txt",
                 can_force=True,
             )
         )
@@ -1368,8 +1367,8 @@ def check_backends(config: Config, env: dict[str, str], problems: Problems) -> N
             problems.add(f"{where}: {name} is unknown{did_you_mean(name, BACKENDS)}")
         elif not any(map(find_spec, BACKENDS[name])):
             problems.add(
-                f"{where}: {name} needs a package that is not installed; "
-                f"pip install {BACKENDS[name][0]}"
+                f"{where}: {name} needs a package that is not installed; pip install "
+                f"{BACKENDS[name][0]}"
             )
     mode = env.get("SWANLAB_MODE") or "local"
     if "swanlab" in names and mode not in SWANLAB_MODES:
@@ -1380,8 +1379,7 @@ def check_backends(config: Config, env: dict[str, str], problems: Problems) -> N
     if "wandb" in names and not has_wandb_login(env):
         problems.add(
             f"{where}: wandb: no login was found and nobody is there to ask; run wandb login, "
-            "or set "
-            "WANDB_API_KEY or WANDB_MODE=offline"
+            "or set WANDB_API_KEY or WANDB_MODE=offline"
         )
 
 
@@ -1433,8 +1431,7 @@ def check_compilers(env: dict[str, str], cuda: bool, problems: Problems) -> None
     if not nvcc:
         problems.add(
             "deepspeed compiles its CPU Adam with nvcc, which was not found; install the CUDA "
-            f"{built} "
-            "toolkit and set CUDA_HOME to it"
+            f"{built} toolkit and set CUDA_HOME to it"
         )
         return
     answer = subprocess.run([nvcc, "-V"], capture_output=True, text=True).stdout
@@ -1443,8 +1440,8 @@ def check_compilers(env: dict[str, str], cuda: bool, problems: Problems) -> None
     if found and found[1] != built and (found[2] != major or int(major) > 12):
         problems.add(
             f"{nvcc} is CUDA {found[1]}, torch was built for CUDA {built}: deepspeed will not "
-            "compile "
-            "its CPU Adam; set CUDA_HOME to a matching toolkit, or DS_SKIP_CUDA_CHECK=1"
+            "compile its CPU Adam; set CUDA_HOME to a matching toolkit, or "
+            "DS_SKIP_CUDA_CHECK=1"
         )
 
 
@@ -1482,8 +1479,8 @@ def read_model(values: Values) -> Model:
         return read_model_folder(Path(name), name, from_scratch)
     if not HUB_ID.fullmatch(name):
         raise LaunchError(
-            f"the folder {name} does not exist; expected a folder with a config.json, or a hub id "
-            "such as Qwen/Qwen3-14B"
+            f"the folder {name} does not exist; expected a folder with a config.json, or a hub "
+            "id such as Qwen/Qwen3-14B"
         )
     snapshot = hub_snapshot(name, values)
     if snapshot and (from_scratch or not missing_weights(snapshot)):
@@ -1887,8 +1884,7 @@ def check_columns(path: Path, entry: dict) -> None:
     raise LaunchError(
         Problem(
             f"{path} has no column {', '.join(missing)}, only {', '.join(sorted(found))}; "
-            "describe it "
-            f"in dataset_info.json with {hint}",
+            f"describe it in dataset_info.json with {hint}",
             can_force=True,
         )
     )
@@ -2184,8 +2180,8 @@ def check_plan(plan: Plan, config: Config, run: Run | None, problems: Problems) 
     if room and need > room:
         kind = "memory" if plan.devices.ids else "host memory"
         problems.add(
-            f"{kind}: {format_bytes(need)} is needed on each {plan.unit}, {format_bytes(room)} is "
-            f"there{nearest_that_fits(plan)}",
+            f"{kind}: {format_bytes(need)} is needed on each {plan.unit}, {format_bytes(room)} "
+            f"is there{nearest_that_fits(plan)}",
             can_force=True,
         )
     if plan.host_memory and plan.host_memory > host_bytes():
@@ -2199,8 +2195,8 @@ def check_plan(plan: Plan, config: Config, run: Run | None, problems: Problems) 
         if gpu.used and gpu.used > 1 << 30:
             users = f" by {', '.join(gpu.users)}" if gpu.users else ""
             problems.add(
-                f"{plan.devices.where}: GPU {gpu.index} is busy: {format_bytes(gpu.used)} in use"
-                f"{users}; choose another, or wait",
+                f"{plan.devices.where}: GPU {gpu.index} is busy: {format_bytes(gpu.used)} in "
+                f"use{users}; choose another, or wait",
                 can_force=True,
             )
     if plan.steps.samples is not None and plan.steps.samples < 1:
@@ -2447,8 +2443,8 @@ RULES = (
     Rule(
         "stage",
         lambda v: v.tied and v.stage == "rm" and v.finetuning_type == "full" and not v.zero,
-        "LLaMA-Factory cannot save a reward model whose embeddings are tied without ZeRO-3; set "
-        "deepspeed: configs/deepspeed/ds_z3_config.json, or finetuning_type: lora",
+        "LLaMA-Factory cannot save a reward model whose embeddings are tied without ZeRO-3; "
+        "set deepspeed: configs/deepspeed/ds_z3_config.json, or finetuning_type: lora",
     ),
     # precision and attention
     keep_one("fp16", "bf16"),
@@ -2535,8 +2531,8 @@ RULES = (
     Rule(
         "deepspeed",
         loses_weights,
-        "the run would end without a model; set stage3_gather_16bit_weights_on_model_save: true in "
-        "its zero_optimization",
+        "the run would end without a model; set stage3_gather_16bit_weights_on_model_save: "
+        "true in its zero_optimization",
     ),
     Rule(
         "deepspeed", differing_settings, 'its {} differs from the key here; write "auto" there'
@@ -2606,30 +2602,13 @@ def known_templates() -> list[str]:
 
 # What may not change on resume: the model would not load, the data would be other data, or the
 # checkpoint's value would win without a word.
-FIXED_KEYS = (
-    *("model_name_or_path", "train_from_scratch", "finetuning_type", "stage", "template"),
-    *(
-        "adapter_name_or_path",
-        "ref_model",
-        "pref_beta",
-        "pref_loss",
-        "bf16",
-        "fp16",
-        "pure_bf16",
-    ),
-    *(
-        "dataset",
-        "dataset_dir",
-        "max_samples",
-        "val_size",
-        "cutoff_len",
-        "packing",
-        "neat_packing",
-    ),
-    *("train_on_prompt", "mask_history", "mix_strategy", "interleave_probs", "enable_thinking"),
-    *("train_sampling_strategy", "disable_shuffling", "seed", "data_seed", "optim"),
-    *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
-)
+FIXED_KEYS = """
+    model_name_or_path train_from_scratch finetuning_type stage template adapter_name_or_path
+    ref_model pref_beta pref_loss bf16 fp16 pure_bf16 dataset dataset_dir max_samples val_size
+    cutoff_len packing neat_packing train_on_prompt mask_history mix_strategy interleave_probs
+    enable_thinking train_sampling_strategy disable_shuffling seed data_seed optim learning_rate
+    weight_decay adam_beta1 adam_beta2 adam_epsilon
+""".split()
 
 
 def find_run(options: argparse.Namespace) -> Run | None:
@@ -2644,8 +2623,7 @@ def find_run(options: argparse.Namespace) -> Run | None:
         if not run.config_file.is_file():
             raise LaunchError(
                 f"--resume {options.resume}: {run.config_file} does not exist; expected the "
-                "directory "
-                "of a run"
+                "directory of a run"
             )
         return run
     config = load_config(options.config, options.overrides)
@@ -2697,8 +2675,7 @@ def refuse_change(
     """A value that the checkpoint depends on."""
     problems.add(
         f"{config.where(key)}: was {was} when the run started and is {now} now, but cannot "
-        "change on "
-        "resume; start a new run instead"
+        "change on resume; start a new run instead"
     )
 
 
@@ -2726,8 +2703,7 @@ def check_checkpoint(plan: Plan, run: Run, problems: Problems) -> None:
         seen = f" ({'; '.join(found)})" if found else ""
         problems.add(
             f"{run.path}: there is no checkpoint to resume from{seen}; start a new run, under "
-            "another "
-            "run_name or after removing this folder"
+            "another run_name or after removing this folder"
         )
         return
     optimizer = plan.values.optim or "adamw_torch"
@@ -2799,8 +2775,9 @@ def plan_lines(plan: Plan) -> dict[str, str]:
     if plan.model.parameters:
         size = f": {format_count(plan.model.parameters)} parameters"
     batch = (
-        f"{values.per_device_train_batch_size} per device x {plural(plan.world_size, plan.unit)} x "
-        f"{values.gradient_accumulation_steps} accumulation = {plan.global_batch} samples per step"
+        f"{values.per_device_train_batch_size} per device x "
+        f"{plural(plan.world_size, plan.unit)} x {values.gradient_accumulation_steps} "
+        f"accumulation = {plan.global_batch} samples per step"
     )
     return {
         "model": plan.model.label + size,
@@ -3024,8 +3001,7 @@ def run_name(config: Config, now: float) -> str:
     if not name.strip(". ") or name.startswith("-") or "/" in name or "\\" in name:
         raise LaunchError(
             f"{config.where('run_name')}: {name!r} cannot be a folder name; expected one word "
-            "without "
-            "slashes and without - in front"
+            "without slashes and without - in front"
         )
     return name
 
@@ -3044,8 +3020,8 @@ def create_run(config: Config) -> Run:
         except FileExistsError:
             if "run_name" in config.values or not run.path.is_dir():
                 raise LaunchError(
-                    f"{run.path}: exists already; choose another run_name, or continue that run: "
-                    f"--resume {run.path}"
+                    f"{run.path}: exists already; choose another run_name, or continue that "
+                    f"run: --resume {run.path}"
                 ) from None
             time.sleep(0.2)  # another run began in this very second; the next one is ours
         except OSError as error:
@@ -3063,8 +3039,8 @@ def wait_for_run(config: Config) -> Run:
         if waited > RENDEZVOUS_SECONDS:
             raise LaunchError(
                 f"{run.path}: node 0 has not created it within {RENDEZVOUS_SECONDS} s; "
-                "output_dir must "
-                "be on a file system that all nodes share, and run_name the same"
+                "output_dir must be on a file system that all nodes share, and run_name the "
+                "same"
             )
     return run
 
@@ -3106,8 +3082,8 @@ def launchable_config(config: Config, devices: Devices) -> str:
         count = ""
     left_out = "".join(f"# {key} was left out: give it again\n" for key in config.secrets)
     return (
-        f"# Resolved from {config.source}. The same again, in a new run directory:\n"
-        f"#   {count}python {SCRIPT} config.yaml\n"
+        f"# Resolved from {config.source}. The same again, in a new run directory:\n#   "
+        f"{count}python {SCRIPT} config.yaml\n"
         + left_out
         + yaml.dump(values, Dumper=ConfigDumper, sort_keys=False, allow_unicode=True)
     )
@@ -3443,18 +3419,15 @@ def roll_back_to_checkpoint(run: Run) -> None:
 
 
 def quarantine_incomplete_checkpoints(run: Run) -> list[str]:
-    """Rename every checkpoint that is newer than the newest good one, so that nobody resumes
-    from it.
+    """Rename every incomplete checkpoint that is newer than the newest good one.
 
-    Returns a line for each.
+    So nobody resumes from it. Returns a line for each.
     """
     good, lines = checkpoint_step(run.newest_checkpoint()), []
     for folder in run.checkpoints():
-        if checkpoint_step(folder) > good:
-            problem, aside = (
-                checkpoint_problem(folder),
-                free_name(run.path / f"incomplete-{folder.name}"),
-            )
+        problem = incomplete_files(folder)
+        if problem and checkpoint_step(folder) > good:
+            aside = free_name(run.path / f"incomplete-{folder.name}")
             folder.rename(aside)
             lines.append(f"{folder.name} is incomplete ({problem}); moved to {aside.name}")
     return lines
@@ -3806,8 +3779,8 @@ class TrackerProcess:
         self.run.update_swanlab_state(dashboard=dashboard)
         if self.problem and self.tracking.mode == "online":
             say(
-                f"SwanLab cannot be reached ({self.problem}), but the run is recorded locally."
-                f"{self.sync_hint()}"
+                f"SwanLab cannot be reached ({self.problem}), but the run is recorded "
+                f"locally.{self.sync_hint()}"
             )
         elif self.problem:
             say(f"SwanLab's process ended ({self.problem}); it was started again")
@@ -3844,8 +3817,8 @@ class TrackerProcess:
                 self.process.kill()
                 self.process = None
                 say(
-                    "SwanLab did not take the whole run in time, but it is recorded locally."
-                    f"{self.sync_hint()}"
+                    "SwanLab did not take the whole run in time, but it is recorded "
+                    f"locally.{self.sync_hint()}"
                 )
             time.sleep(0.1)
 
@@ -3875,8 +3848,8 @@ CAUSES = (
     (
         r"shm_open|out of shared memory|unable to \w+ shared memory|[Bb]us error|SIGBUS"
         r"|No space left[^\n]*/dev/shm",
-        "/dev/shm is full: start the container with --shm-size=16g or --ipc=host, or use fewer "
-        "dataloader_num_workers",
+        "/dev/shm is full: start the container with --shm-size=16g or --ipc=host, or use "
+        "fewer dataloader_num_workers",
     ),
     (
         r"CUDA out of memory|OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED",
@@ -3901,8 +3874,8 @@ CAUSES = (
     ),
     (
         r"Rendezvous\w*Error",
-        "the nodes did not meet: start the same command on each, and see that all of them reach "
-        "MASTER_PORT of MASTER_ADDR",
+        "the nodes did not meet: start the same command on each, and see that all of them "
+        "reach MASTER_PORT of MASTER_ADDR",
     ),
     (
         r"killed by SIGKILL",
@@ -4192,8 +4165,9 @@ def refuse_torchrun(env: dict[str, str]) -> None:
     if env.get("LOCAL_RANK") != "0":
         raise LaunchError
     raise LaunchError(
-        f"this script starts torchrun itself; type NPROC_PER_NODE={env.get('LOCAL_WORLD_SIZE', 1)} "
-        f"python {SCRIPT.name} ... instead of torchrun {SCRIPT.name} ..."
+        "this script starts torchrun itself; type "
+        f"NPROC_PER_NODE={env.get('LOCAL_WORLD_SIZE', 1)} python {SCRIPT.name} ... instead of "
+        f"torchrun {SCRIPT.name} ..."
     )
 
 
@@ -4892,8 +4866,7 @@ class Run:
             file.seek(0)
             raise LaunchError(
                 f"{self.path}: this run is still running (launcher pid {file.read().strip()}); "
-                "stop it "
-                "first, or wait"
+                "stop it first, or wait"
             ) from None
         except OSError:  # some shared file systems have no locks: nothing to hold
             return file
@@ -5019,9 +4992,12 @@ def sync(path: Path) -> None:
 
 
 def checkpoint_problem(folder: Path) -> str:
-    """Why a checkpoint cannot be resumed from: no manifest, or files that differ; '' where it
-    can.
-    """
+    """Why a checkpoint cannot be resumed from; '' where it can."""
+    return incomplete_files(folder) or read_json_or_empty(folder / MANIFEST).get("problem", "")
+
+
+def incomplete_files(folder: Path) -> str:
+    """What a checkpoint lacks: a manifest, or the files that it lists; '' where it is complete."""
     manifest = read_json_or_empty(folder / MANIFEST)
     if not manifest:
         return "it has no manifest"
@@ -5031,7 +5007,7 @@ def checkpoint_problem(folder: Path) -> str:
             return f"{name} is missing"
         if found != size:
             return f"{name} has {found} bytes instead of {size}"
-    return manifest.get("problem", "")
+    return ""
 
 
 def checkpoint_step(folder: Path | None) -> int:
