@@ -2757,8 +2757,12 @@ def describe_resharding(found: Preflight) -> str:
     before, now = found.run and found.run.checkpoint_ranks(), found.plan.world_size
     if before in (None, now):
         return ""
-    name = found.run.newest_checkpoint().name
-    return f"{name}: {plural(before, 'rank')} -> {plural(now, 'rank')}"
+    text = f"{found.run.newest_checkpoint().name}: {plural(before, 'rank')} -> "
+    if found.plan.values.train_sampling_strategy == "group_by_length":
+        return (
+            f"{text}{plural(now, 'rank')}; group_by_length draws the samples in another order"
+        )
+    return text + plural(now, "rank")
 
 
 def print_lines(lines: dict[str, object]) -> None:
@@ -4393,6 +4397,14 @@ class RankCallback:
 
     def on_epoch_begin(self, args, state, control, model=None, **kwargs):
         self.commit_saved(args, state, model)
+        if args.train_sampling_strategy == "group_by_length":
+            self.repeat_order(args.seed + int(state.epoch))
+
+    def repeat_order(self, seed: int) -> None:
+        """Let a resumed epoch draw the order it had: LengthGroupedSampler has no seed."""
+        import torch
+
+        torch.default_generator.manual_seed(seed)
 
     def on_epoch_end(self, args, state, control, model=None, **kwargs):
         self.commit_saved(args, state, model)
@@ -4574,9 +4586,7 @@ def exit_now(code: int) -> None:
 
 
 def reshard_on_load() -> None:
-    """Let transformers and DeepSpeed load a checkpoint of another number of ranks than there
-    are now.
-    """
+    """Let transformers and DeepSpeed load a checkpoint that another number of ranks has saved."""
     from deepspeed.runtime.engine import DeepSpeedEngine
     from transformers import Trainer
 
@@ -4593,16 +4603,16 @@ def reshard_on_load() -> None:
             load_rng_state(trainer, folder)
 
     def load_trained(engine, checkpoint, **options):
-        """Without the frozen parameters, cut for the old ranks: they are what the base model
-        has.
-        """
+        """Leave out frozen parameters, cut for the old ranks: they are still the base model's."""
         load_module(engine, checkpoint | {"frozen_param_fragments": None}, **options)
+
+    def first_file(engine, *path):
+        """Rank 0's file beside the optimizer's will do for every rank."""
+        return [engine._get_ckpt_name(*path, "00", "0")]
 
     Trainer._load_rng_state = load_first_rng_state
     DeepSpeedEngine.load_module_state_dict = load_trained
-    DeepSpeedEngine._get_all_ckpt_names = lambda engine, *path: [
-        engine._get_ckpt_name(*path, "00", "0")
-    ]
+    DeepSpeedEngine._get_all_ckpt_names = first_file
     DeepSpeedEngine._load_zero_checkpoint = load_resharded
 
 
@@ -4611,58 +4621,59 @@ ZERO_KEYS = (
     ("single_partition_of_fp32_groups", "base_optimizer_state"),
     ("fp32_flat_groups", "optimizer_state_dict"),
 )
-VECTORS = ("fp32", "exp_avg", "exp_avg_sq")  # of Adam
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
 
 
 @dataclass(frozen=True)
 class Vector:
-    """Where every rank has its part of a vector: in a flat group, from `start` on. The last are
-    padded.
-    """
+    """Where every rank has its part of a vector: in a flat group, from `start` on."""
 
     group: int
     start: int
-    part: int
-    size: int  # without padding
+    part: int  # elements in a part; the last parts end with padding
+    size: int  # elements of the whole, without padding
 
     def span(self, rank: int) -> tuple[int, int]:
-        """Which elements of the vector a rank has."""
+        """The elements that a rank has, padding left out."""
         begin = min(rank * self.part, self.size)
         return begin, min(begin + self.part, self.size)
 
-    def parts(self, flats: list[list[dict]], key: str) -> list:
-        """The part of each rank, out of its flat groups."""
-        return [
-            groups[self.group][key][self.start : self.start + self.part] for groups in flats
-        ]
+    def cut(self, flat_groups: list[dict], key: str):
+        """A rank's part, out of its flat groups."""
+        return flat_groups[self.group][key][self.start : self.start + self.part]
 
 
 def load_resharded(engine, *folder: str, load_optimizer_states: bool = True) -> bool:
-    """In place of DeepSpeedEngine._load_zero_checkpoint. Raises ValueError where it would not
-    be exact.
-    """
-    stage, rank = engine.zero_optimization_stage(), engine.global_rank
+    """Load other ranks' shards in DeepSpeed's place. Raises ValueError where it is not exact."""
+    optimizer, rank, stage = (
+        engine.optimizer,
+        engine.global_rank,
+        engine.zero_optimization_stage(),
+    )
     weights, state = ZERO_KEYS[stage == 3]
     shards = [shard["optimizer_state_dict"] for shard in read_shards(Path(*folder), "optim")]
+    flats = [flat_groups(shard, stage) for shard in shards]
     shapes = read_shards(Path(*folder), "model")[0]["param_shapes"]
     old = find_vectors(shapes, len(shards), stage)
     new = find_vectors(engine._get_zero_param_shapes(), engine.dp_world_size, stage)
-    flats = [flat_groups(shard, stage) for shard in shards]
-    check_layout(flats[0], old, engine)
-    saved, own = shards[0], engine.optimizer.state_dict()
+    check_layout(flats[0], old, engine.zero_round_robin_gradients())
+    own = optimizer.state_dict()
     for group, size in group_sizes(new).items():
-        # each group with a step of its own: a tensor that they share would count once for each
-        moments = {key: own[weights][group].new_zeros(size) for key in VECTORS[1:]}
+        moments = {key: own[weights][group].new_zeros(size) for key in MOMENTS}
+        # A tensor `step` that groups share would count once for each of them.
         own[state]["state"][group] = moments | {"step": copy.deepcopy(flats[0][0]["step"])}
-    for group, before in zip(
-        own[state]["param_groups"], saved[state]["param_groups"], strict=True
+    for group, saved in zip(
+        own[state]["param_groups"], shards[0][state]["param_groups"], strict=True
     ):
-        group |= before | {"params": group["params"]}
+        group |= saved | {"params": group["params"]}
+    fresh = flat_groups(own, stage)
     for source, target in zip(old, new, strict=True):
-        copy_part(source, flats, target, flat_groups(own, stage), rank)
-    content = saved | {weights: own[weights], state: own[state]}
-    engine.optimizer.load_state_dict({rank: content}, load_from_fp32_weights=True)
-    verify(old, flats, new, flat_groups(engine.optimizer.state_dict(), stage), rank)
+        copy_part(source, flats, target, fresh, rank)
+    content = shards[0] | {weights: own[weights], state: own[state]}
+    optimizer.load_state_dict({rank: content}, load_from_fp32_weights=True)
+    loaded = flat_groups(optimizer.state_dict(), stage)
+    for source, target in zip(old, new, strict=True):
+        verify_part(source, flats, target, loaded, rank)
     return True
 
 
@@ -4678,14 +4689,10 @@ def read_shards(folder: Path, kind: str) -> list[dict]:
 
 
 def flat_groups(zero: dict, stage: int) -> list[dict]:
-    """A rank's flat groups: {"fp32": weights, "exp_avg": moment, "exp_avg_sq": moment, "step":
-    20}.
-    """
+    """A rank's flat groups, {"fp32": ..., "exp_avg": ..., "exp_avg_sq": ..., "step": 20} each."""
     weights, state = ZERO_KEYS[stage == 3]
-    return [
-        {"fp32": flat.detach()} | zero[state]["state"][i]
-        for i, flat in enumerate(zero[weights])
-    ]
+    moments = zero[state]["state"]
+    return [{"fp32": flat.detach()} | moments[i] for i, flat in enumerate(zero[weights])]
 
 
 def find_vectors(param_shapes: list[dict], ranks: int, stage: int) -> list[Vector]:
@@ -4706,53 +4713,37 @@ def group_sizes(vectors: list[Vector]) -> dict[int, int]:
     return {vector.group: vector.start + vector.part for vector in vectors}
 
 
-def check_layout(flats: list[dict], old: list[Vector], engine) -> None:
-    """Raises ValueError where shards are missing or not what find_vectors knows."""
-    sizes = {group: len(flat.get("exp_avg", ())) for group, flat in enumerate(flats)}
-    if set(flats[0]) != {*VECTORS, "step"} or engine.zero_round_robin_gradients():
-        raise ValueError(
-            "only Adam can be resharded, and without DeepSpeed's round_robin_gradients"
-        )
-    if sizes != group_sizes(old):
-        raise ValueError("not all ZeRO shards are here, or they were cut in another way")
+def check_layout(groups: list[dict], old: list[Vector], round_robin: bool) -> None:
+    """Raises ValueError where the old shards are not what find_vectors takes them for."""
+    adam = all(set(group) == {"fp32", "step", *MOMENTS} for group in groups)
+    if not adam or round_robin:
+        raise ValueError("only Adam can be resharded, and without round_robin_gradients")
+    if group_sizes(old) != {i: len(group["exp_avg"]) for i, group in enumerate(groups)}:
+        raise ValueError("ZeRO shards are missing here, or were cut in a way that is not known")
 
 
-def copy_part(
-    old: Vector, flats: list[list[dict]], new: Vector, live: list[dict], rank: int
-) -> None:
-    """Copy what this rank has of a vector, weights and moments, out of the old ranks' parts."""
+def copy_part(old: Vector, flats: list, new: Vector, own: list[dict], rank: int) -> None:
+    """Copy what this rank has of a vector from the old ranks' parts: flats[rank][group][key]."""
     import torch
 
     begin, end = new.span(rank)
-    for key in VECTORS:
-        pieces = [
-            part[max(begin - i * old.part, 0) : max(end - i * old.part, 0)]
-            for i, part in enumerate(old.parts(flats, key))
-        ]
-        live[new.group][key][new.start : new.start + end - begin] = torch.cat(pieces)
+    for key in ("fp32", *MOMENTS):
+        pieces = []
+        for index, groups in enumerate(flats):
+            first = index * old.part
+            pieces.append(old.cut(groups, key)[max(begin - first, 0) : max(end - first, 0)])
+        new.cut(own, key)[: end - begin] = torch.cat(pieces)
 
 
-def verify(
-    old: list[Vector], flats: list[list[dict]], new: list[Vector], live: list[dict], rank: int
-) -> None:
-    """Compare a hundred numbers of each vector with what the optimizer has now. Raises
-    ValueError.
-    """
-    for source, target in zip(old, new, strict=True):
-        begin, end = target.span(rank)
-        step = target.part // 100 + 1
-        for key in VECTORS:
-            parts = source.parts(flats, key)
-            expected = [
-                parts[i // source.part][i % source.part].item() for i in range(begin, end, step)
-            ]
-            found = live[target.group][key][
-                target.start : target.start + end - begin : step
-            ].tolist()
-            if found != expected:
-                raise ValueError(
-                    f"resharding changed {key} of a parameter of {source.size} numbers"
-                )
+def verify_part(old: Vector, flats: list, new: Vector, own: list[dict], rank: int) -> None:
+    """Compare a hundred numbers of a vector with what the optimizer has now. Raises ValueError."""
+    begin, end = new.span(rank)
+    step = new.part // 100 + 1
+    for key in ("fp32", *MOMENTS):
+        parts = [old.cut(groups, key) for groups in flats]
+        before = [parts[i // old.part][i % old.part].item() for i in range(begin, end, step)]
+        if new.cut(own, key)[: end - begin : step].tolist() != before:
+            raise ValueError(f"resharding changed {key} of a vector of {old.size} numbers")
 
 
 # ================================================================================================
