@@ -1,4 +1,4 @@
-"""Fixtures that several test modules use: a clean environment, a small configuration, the launcher."""
+"""Fixtures that several modules use: a clean environment, a small configuration, the launcher."""
 
 import json
 import os
@@ -14,7 +14,8 @@ from helpers import ROOT, SCRIPT
 from helpers.config import STEPS, write_config, write_small_config
 from helpers.launcher import FAKES, Run, clean_environment, losses, run, train
 
-# The modules of real runs, longest first: what is left at the end is short, so both workers end together.
+# The modules of real runs, longest first: what is left at the end is short, so both workers end
+# together.
 LONG = (
     "test_training",
     "test_tracker",

@@ -1,6 +1,8 @@
-"""Checkpoints that can be trusted: two ranks under ZeRO-3 on the CPU, really killed while they save.
+"""Checkpoints that can be trusted: two ranks under ZeRO-3 on the CPU, really killed while they
+save.
 
-Several tests look at one run; the fixtures of a module's scope say which. Waiting is for events, never for a time.
+Several tests look at one run; the fixtures of a module's scope say which. Waiting is for events,
+never for a time.
 """
 
 import contextlib
@@ -37,7 +39,8 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- killed while saving
 
 
-# Where a rank is killed in the save of which step (the rotation's number is the old checkpoint's), on which rank.
+# Where a rank is killed in the save of which step (the rotation's number is the old checkpoint's),
+# on which rank.
 IN_SAVES = {
     "weights": (2, 0),
     "one shard": (3, 1),
@@ -50,7 +53,9 @@ IN_SAVES = {
 
 @pytest.fixture(scope="module")
 def killed_in_saves(scratch: Path) -> Run:
-    """A run that saves at each step, keeps one checkpoint, and is killed in six saves, each time at another point."""
+    """A run that saves at each step, keeps one checkpoint, and is killed in six saves, each time at
+    another point.
+    """
     faults = [
         {"point": point, "step": step, "rank": rank} for point, (step, rank) in IN_SAVES.items()
     ]
@@ -128,7 +133,7 @@ def test_a_run_that_keeps_one_checkpoint_has_it_until_the_next_is_committed(
 
 
 def tear(path: Path, how: str) -> None:
-    """Delete a file, or cut it to half or to nothing, without touching a hard link to it elsewhere."""
+    """Delete a file, or cut it to half or to nothing, but not what a hard link to it shows."""
     content = path.read_bytes()
     path.unlink()
     if how != "deleted":
@@ -272,7 +277,10 @@ def test_resuming_after_room_was_made_ends_with_identical_weights(
 
 def test_a_build_lock_that_a_living_process_holds_open_is_left(tmp_path: Path):
     (tmp_path / "operator").mkdir()
-    script = "import os, sys; os.open(sys.argv[1], os.O_CREAT | os.O_EXCL); print('held', flush=True); sys.stdin.read()"
+    script = (
+        "import os, sys; os.open(sys.argv[1], os.O_CREAT | os.O_EXCL)\n"
+        "print('held', flush=True); sys.stdin.read()"
+    )
     lock = tmp_path / "operator" / "lock"
     command = [sys.executable, "-c", script, str(lock)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as builder:

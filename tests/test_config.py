@@ -22,7 +22,8 @@ def read(tmp_path: Path, text: str | bytes, **overrides: str) -> dict:
     return load_config(path, overrides).values
 
 
-# --- YAML: what a value arrives as -----------------------------------------------------------------------
+# --- YAML: what a value arrives as
+# -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,8 @@ def test_anchors_and_merge_keys_work(tmp_path):
     assert read(tmp_path, "a: &a {x: 1}\nb: {<<: *a, y: 2}\n")["b"] == {"x": 1, "y": 2}
 
 
-# --- YAML: what is refused, with file and line -----------------------------------------------------------
+# --- YAML: what is refused, with file and line
+# -----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -159,7 +161,8 @@ def test_folder_in_place_of_the_file_is_one_line(here, tmp_path):
     assert re.search(rf"{tmp_path}.*directory.*YAML file", done.stderr)
 
 
-# --- Overrides -------------------------------------------------------------------------------------------
+# --- Overrides
+# -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -215,7 +218,8 @@ def test_the_last_of_two_equal_overrides_wins(plan_of, write_config):
     assert plan_of(write_config(), "max_steps=3", "max_steps=4")["total_steps"] == 4
 
 
-# --- Command line ----------------------------------------------------------------------------------------
+# --- Command line
+# ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -251,7 +255,8 @@ def test_help_is_the_manual(launcher):
     )
 
 
-# --- Paths -----------------------------------------------------------------------------------------------
+# --- Paths
+# -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -328,7 +333,8 @@ def test_tilde_is_the_home_folder(tmp_path, monkeypatch):
     assert read(tmp_path, "output_dir: ~/runs\n")["output_dir"] == str(tmp_path / "runs")
 
 
-# --- What reaches LLaMA-Factory --------------------------------------------------------------------------
+# --- What reaches LLaMA-Factory
+# --------------------------------------------------------------------------
 
 
 def test_training_args_have_no_key_of_the_launcher(tmp_path):
@@ -355,7 +361,8 @@ def test_training_args_leave_swanlab_to_the_launcher(tmp_path):
     assert not [key for key in args if "swanlab" in key]
 
 
-# --- Secrets ---------------------------------------------------------------------------------------------
+# --- Secrets
+# ---------------------------------------------------------------------------------------------
 
 SECRET = "s3cr3t-0123456789"
 SECRET_KEYS = [
@@ -424,12 +431,15 @@ def test_broken_line_with_a_secret_is_not_repeated_in_the_message(here, tmp_path
     assert SECRET not in done.stdout + done.stderr
 
 
-# --- Import and start ------------------------------------------------------------------------------------
+# --- Import and start
+# ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def bare_python(tmp_path, clean_env):
-    """Run code in a Python that finds the standard library, PyYAML and the script, and nothing else."""
+    """Run code in a Python that finds the standard library, PyYAML and the script, and nothing
+    else.
+    """
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "yaml").symlink_to(Path(pyyaml.__file__).parent)
@@ -466,7 +476,8 @@ def test_a_python_without_pyyaml_gets_one_line():
 def test_import_changes_nothing_in_the_process(bare_python):
     code = (
         "import os, signal, sys, threading, yaml, argparse\n"
-        "def state(): return (dict(os.environ), [signal.getsignal(n) for n in (1, 2, 15)], os.getcwd(),\n"
+        "def state(): return (dict(os.environ), [signal.getsignal(n) for n in (1, 2, 15)],\n"
+        "                     os.getcwd(),\n"
         "                     sys.path[:], threading.active_count(), sorted(os.listdir()))\n"
         "before = state(); import train_qwen3_ft; assert state() == before"
     )

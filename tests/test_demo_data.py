@@ -1,9 +1,9 @@
 """The demo data set: its size, its coverage, and that every SQL statement does what its code does.
 
-The SQLAlchemy and Django code is evaluated with the ORM itself, on models derived from schemas.sql, and
-compared with the SQL by running both on the same seeded SQLite database: rows for reads, the contents of all
-tables for writes. GORM code is not evaluated (that would need Go); the generator writes it from the same
-`Query` objects as the other two.
+The SQLAlchemy and Django code is evaluated with the ORM itself, on models derived from schemas.sql,
+and compared with the SQL by running both on the same seeded SQLite database: rows for reads, the
+contents of all tables for writes. GORM code is not evaluated (that would need Go); the generator
+writes it from the same `Query` objects as the other two.
 """
 
 import itertools
@@ -77,7 +77,9 @@ def referred_table(declaration):
 
 
 def seed_rows(table):
-    """Rows whose values come from the pools of the pairs, so that conditions hold for some rows only."""
+    """Rows whose values come from the pools of the pairs, so that conditions hold for some rows
+    only.
+    """
     rng = random.Random(table)
     pools = make_demo_data.TABLES[table].values()
     return [[number, *(rng.choice(pool) for pool in pools)] for number in range(1, ROWS + 1)]
@@ -319,7 +321,7 @@ def test_sqlalchemy_code_gives_the_result_of_its_sql(alchemy, database):
 
 
 def normalised(sql):
-    """SQL without brackets, quotes, table names before columns, SQLAlchemy's own labels and layout."""
+    """SQL without brackets, quotes, table names, SQLAlchemy's own labels and layout."""
     sql = re.sub(r'[()"]', " ", sql.replace("!=", "<>").replace("INNER JOIN", "JOIN"))
     sql = re.sub(rf"\b({'|'.join(COLUMNS)})\.", "", sql)
     sql = re.sub(r" AS \w+_1\b| OFFSET 0$", "", sql)
@@ -414,7 +416,9 @@ def django_evaluate():
 
 
 def django_rows(result):
-    """Rows of a query set (objects, tuples or dictionaries), of an aggregate's dictionary or of a count."""
+    """Rows of a query set (objects, tuples or dictionaries), of an aggregate's dictionary or of a
+    count.
+    """
     if isinstance(result, int):
         return [(result,)]
     if isinstance(result, dict):

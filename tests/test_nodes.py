@@ -1,4 +1,6 @@
-"""Several nodes: two launchers of one process each, on loopback and in network namespaces of their own."""
+"""Several nodes: two launchers of one process each, on loopback and in network namespaces of their
+own.
+"""
 
 import os
 import shutil
@@ -160,7 +162,9 @@ def test_nodes_with_different_numbers_of_processes_are_refused(tmp_path: Path):
 
 
 def test_a_rendezvous_port_that_is_taken_is_named_as_the_cause(tmp_path: Path):
-    """Taken between the preflight and torchrun: by node 0's own port check nothing listened there yet."""
+    """Taken between the preflight and torchrun: by node 0's own port check nothing listened there
+    yet.
+    """
     config, (first, _) = write_config(tmp_path, deepspeed=None), nodes(2)
     with (
         socket.socket() as server,

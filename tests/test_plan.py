@@ -1,4 +1,6 @@
-"""The plan: samples, steps, memory and disk, against hand-made tables and against the libraries themselves."""
+"""The plan: samples, steps, memory and disk, against hand-made tables and against the libraries
+themselves.
+"""
 
 import csv
 import json
@@ -26,7 +28,8 @@ GATHERED = {"stage3_gather_16bit_weights_on_model_save": True}
 ZERO3 = {"zero_optimization": {"stage": 3, **GATHERED}}
 
 
-# --- Steps -----------------------------------------------------------------------------------------------
+# --- Steps
+# -----------------------------------------------------------------------------------------------
 
 
 def steps(
@@ -105,10 +108,11 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 from transformers import Trainer
 def one(samples, micro, accumulation, ranks, epochs, drop_last, max_steps):
-    loader = prepare_data_loader(DataLoader(range(samples), batch_size=micro, drop_last=drop_last), num_processes=ranks,
-                                 process_index=0, put_on_device=False)
-    args = SimpleNamespace(max_steps=max_steps, gradient_accumulation_steps=accumulation, num_train_epochs=epochs,
-                           per_device_train_batch_size=micro, include_tokens_per_second=False)
+    loader = DataLoader(range(samples), batch_size=micro, drop_last=drop_last)
+    loader = prepare_data_loader(loader, num_processes=ranks, process_index=0, put_on_device=False)
+    args = SimpleNamespace(max_steps=max_steps, gradient_accumulation_steps=accumulation,
+                           num_train_epochs=epochs, per_device_train_batch_size=micro,
+                           include_tokens_per_second=False)
     trainer = SimpleNamespace(get_total_train_batch_size=lambda args: micro * accumulation * ranks,
                               get_sp_size=lambda: 1, num_examples=lambda loader: samples)
     values = Trainer.set_initial_training_values(trainer, args, loader)
@@ -139,7 +143,8 @@ result = [one(**case) for case in data]
     ] == []
 
 
-# --- Samples ---------------------------------------------------------------------------------------------
+# --- Samples
+# ---------------------------------------------------------------------------------------------
 
 ROW = {"instruction": 'a [b] {c}, "d"\n', "input": "", "output": "SELECT '1';"}
 
@@ -219,8 +224,11 @@ def test_rows_of_odd_files_are_those_that_datasets_reads(tmp_path):
 from datasets import disable_progress_bars, load_dataset
 disable_progress_bars()
 kinds = {"json": "json", "jsonl": "json", "csv": "csv", "txt": "text"}
-result = {name: len(load_dataset(kinds[name.rpartition(".")[2]], data_files=f"{data[0]}/{name}", split="train",
-                                 cache_dir=f"{data[0]}/cache")) for name in data[1]}
+def rows(name):
+    kind = kinds[name.rpartition(".")[2]]
+    return len(load_dataset(kind, data_files=f"{data[0]}/{name}", split="train",
+                            cache_dir=f"{data[0]}/cache"))
+result = {name: rows(name) for name in data[1]}
 """,
         [str(tmp_path), list(ODD_FILES)],
     )
@@ -272,7 +280,8 @@ def test_samples_of_one_data_set(samples_of, tmp_path, keys, samples):
 
 
 def test_val_size_1_is_one_sample_or_refused(here, write_config):
-    # LLaMA-Factory gives a 1 to train_test_split as a number of samples, and a 1.0 as a share, which raises.
+    # LLaMA-Factory gives a 1 to train_test_split as a number of samples, and a 1.0 as a share,
+    # which raises.
     done = here(write_config(val_size=1), "--dry-run", "--json")
     assert (
         json.loads(done.stdout)["samples"] == 19
@@ -363,7 +372,8 @@ def test_packing_switched_off_makes_pretraining_countable(plan_of, write_config)
     assert plan_of(write_config(stage="pt", packing=False))["samples"] == 20
 
 
-# --- Batch -----------------------------------------------------------------------------------------------
+# --- Batch
+# -----------------------------------------------------------------------------------------------
 
 
 BATCH_AND_STEPS = ("world_size", "global_batch_size", "steps_per_epoch", "total_steps")
@@ -419,7 +429,8 @@ def test_batch_that_disagrees_with_the_accumulation_is_refused(here, write_confi
     done = here(write_config(global_batch_size=64, gradient_accumulation_steps=8), "--dry-run")
     assert done.returncode == 2
     assert re.search(
-        r"global_batch_size: 64 means gradient_accumulation_steps 32 .*gradient_accumulation_steps is 8; remove one",
+        r"global_batch_size: 64 means gradient_accumulation_steps 32 .*"
+        r"gradient_accumulation_steps is 8; remove one",
         done.stderr,
     )
 
@@ -452,7 +463,8 @@ def test_batch_and_accumulation_that_disagree_on_the_command_line_are_refused(
     )
 
 
-# --- Parameters ------------------------------------------------------------------------------------------
+# --- Parameters
+# ------------------------------------------------------------------------------------------
 
 SMALL = {
     "vocab_size": 1000,
@@ -589,7 +601,8 @@ def test_parameters_of_another_architecture_come_from_its_weights(here, write_co
     assert json.loads(here(config, "--dry-run", "--json").stdout)["parameters"] == 207
 
 
-# --- Memory ----------------------------------------------------------------------------------------------
+# --- Memory
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -599,7 +612,8 @@ def deepspeed_estimates() -> dict[str, list[int]]:
         """
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as estimate
 cases = {"none": (False, False), "optimizer": (True, False), "all": (True, True)}
-result = {name: estimate(*data, num_gpus_per_node=4, cpu_offload=first, cpu_offload_params=second)[:2]
+result = {name: estimate(*data, num_gpus_per_node=4, cpu_offload=first,
+                         cpu_offload_params=second)[:2]
           for name, (first, second) in cases.items()}
 """,
         [QWEN3_14B, LARGEST_LAYER],
@@ -703,7 +717,8 @@ def test_default_config_on_four_gpus_of_24_gib_names_what_fits_and_that_is_accep
     assert not_fitting(plan) == []
 
 
-# 216 M parameters: 3.6 GiB of states under ZeRO on one GPU, 1.7 GiB with offload, and 5.4 GiB of host memory for that
+# 216 M parameters: 3.6 GiB of states under ZeRO on one GPU, 1.7 GiB with offload, and 5.4 GiB of
+# host memory for that
 MEDIUM = {
     **TINY_MODEL,
     "vocab_size": 32000,
@@ -816,7 +831,8 @@ def test_plan_shows_memory_by_part_against_what_the_gpu_has(here):
     )
 
 
-# --- A larger micro-batch under ZeRO-3 -------------------------------------------------------------------
+# --- A larger micro-batch under ZeRO-3
+# -------------------------------------------------------------------
 
 
 def suggested(plan_text: str) -> list[str]:
@@ -859,14 +875,15 @@ def test_no_suggestion_that_would_not_fit(here):
     assert suggested(here("--dry-run", gpus=fake_gpus(4, 76)).stdout) == []
 
 
-# --- Disk ------------------------------------------------------------------------------------------------
+# --- Disk
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("words", "checkpoint", "disk"),
     [
-        # bytes a parameter: 2 for the weights, 12 for the optimizer; then checkpoints at once (one more than is kept,
-        # while the new one is written) and the final model
+        # bytes a parameter: 2 for the weights, 12 for the optimizer; then checkpoints at once (one
+        # more than is kept, while the new one is written) and the final model
         pytest.param([], 14, 3 * 14 + 2, id="default-keeps-2"),
         pytest.param(["save_only_model=true"], 2, 3 * 2 + 2, id="weights-only"),
         pytest.param(
@@ -911,7 +928,8 @@ def test_disk_that_is_too_small_is_refused_unless_forced(here, write_config, tmp
     assert here(config, "--dry-run", "--force").returncode == 0
 
 
-# --- The plan as data and as text ------------------------------------------------------------------------
+# --- The plan as data and as text
+# ------------------------------------------------------------------------
 
 CONTRACT = {
     "devices",
@@ -1002,7 +1020,8 @@ def test_dry_run_shows_a_command_that_can_be_pasted(here, write_config):
 def measure(config: Path | None, env: dict, cwd: Path, runs: int = 3) -> tuple[float, float]:
     """(median processor seconds, largest MiB) of dry runs, import included."""
     code = (
-        "import resource, sys, re; sys.path.insert(0, sys.argv.pop(1)); import train_qwen3_ft as t\n"
+        "import resource, sys, re; sys.path.insert(0, sys.argv.pop(1))\n"
+        "import train_qwen3_ft as t\n"
         "t.main(sys.argv[1:] + ['--dry-run'])\n"
         "peak = re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]\n"
         "used = resource.getrusage(resource.RUSAGE_SELF)\n"

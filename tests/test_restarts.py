@@ -36,10 +36,11 @@ def line_of(console: str, label: str) -> str:
 
 @pytest.fixture(scope="module")
 def failed(scratch: Path) -> SimpleNamespace:
-    """A run with one restart allowed that is killed twice, in its steps 4 and 6; meanwhile a second launcher tries.
+    """A run with one restart allowed that is killed twice, in its steps 4 and 6; meanwhile a second
+    launcher tries.
 
-    Its data is a copy, so that a test can change it. `second` is the second launcher, `before` and `after` the
-    run's config.yaml around it.
+    Its data is a copy, so that a test can change it. `second` is the second launcher, `before` and
+    `after` the run's config.yaml around it.
     """
     folder = scratch / "failed"
     shutil.copytree(CONFIGS / "data", folder / "data")
@@ -111,7 +112,7 @@ def test_resuming_on_ranks_that_cannot_share_the_samples_of_a_step_is_refused(
 
 def test_resuming_with_another_learning_rate_is_refused(failed: SimpleNamespace):
     assert (
-        "learning_rate: was 0.003 when the run started and is 1e-05 now, but cannot change on resume"
+        "learning_rate: was 0.003 when the run started and is 1e-05 now, but cannot change"
         in refusal(failed, "learning_rate=1e-5")
     )
 
@@ -120,7 +121,7 @@ def test_resuming_with_another_model_is_refused(failed: SimpleNamespace, tmp_pat
     shutil.copytree(CONFIGS / "demo_model", tmp_path / "other")
     line = refusal(failed, f"model_name_or_path={tmp_path}/other")
     assert re.search(
-        "model_name_or_path: was .* when the run started and is .* now, but cannot change on resume",
+        "model_name_or_path: was .* when the run started and is .* now, but cannot change",
         line,
     )
 
@@ -147,7 +148,8 @@ def test_resuming_a_finished_run_says_so_and_succeeds(reference: Run, tmp_path: 
     done = run(tmp_path, "--resume", reference.run_dir)
     assert done.returncode == 0
     assert done.console == (
-        f"{reference.run_dir}: this run is finished, there is nothing to resume; to train its model further: "
+        f"{reference.run_dir}: this run is finished, there is nothing to resume; "
+        "to train its model further: "
         f"python {SCRIPT.name} model_name_or_path={reference.run_dir}\n"
     )
 
@@ -168,7 +170,9 @@ def test_resume_without_a_directory_takes_the_newest_unfinished_run(
 
 @pytest.fixture(scope="module")
 def resumed_from_torn(failed: SimpleNamespace, scratch: Path) -> Run:
-    """A copy of the failed run, resumed after one rank's optimizer shard in its newest checkpoint was cut in half."""
+    """A copy of the failed run, resumed after one rank's optimizer shard in its newest checkpoint
+    was cut in half.
+    """
     run_dir = scratch / "torn" / "out" / "copy"
     shutil.copytree(failed.run_dir, run_dir)
     shard = next((run_dir / "checkpoint-4").glob("global_step4/*rank_1*optim_states.pt"))
@@ -197,7 +201,9 @@ def test_a_resume_past_a_torn_checkpoint_ends_with_identical_weights(
 
 @pytest.fixture(scope="module")
 def raised(scratch: Path) -> Run:
-    """A run that evaluates every second step, in which rank 1 raises in step 5, before the first checkpoint."""
+    """A run that evaluates every second step, in which rank 1 raises in step 5, before the first
+    checkpoint.
+    """
     config = write_config(
         scratch / "raised", save_steps=100, val_size=4, eval_strategy="steps", eval_steps=2
     )
@@ -299,7 +305,9 @@ def test_a_run_with_two_kills_has_the_metrics_of_an_undisturbed_one(
 
 @pytest.fixture(scope="module")
 def rank_0_killed(scratch: Path) -> Run:
-    """A run without restarts whose rank 0 is killed in the middle, between two steps that are logged."""
+    """A run without restarts whose rank 0 is killed in the middle, between two steps that are
+    logged.
+    """
     folder = scratch / "rank 0"
     config = write_config(folder, report_to="swanlab", max_restarts=0, plot_loss=True)
     return run(
@@ -342,7 +350,8 @@ def test_a_kill_of_rank_0_leaves_the_curve_of_every_logged_step(
 
 @pytest.fixture(scope="module")
 def alone(scratch: Path) -> SimpleNamespace:
-    """One process without DeepSpeed: undisturbed, and killed in a save, in a step and before the final model.
+    """One process without DeepSpeed: undisturbed, and killed in a save, in a step and before the
+    final model.
 
     In the first one's folder of compiled operators lies a build lock that nobody holds.
     """

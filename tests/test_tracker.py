@@ -158,7 +158,9 @@ def test_each_evaluated_data_set_has_its_own_loss(tmp_path: Path) -> None:
 
 
 def stop_and_resume(folder: Path, **options: object) -> tuple[Run, Run]:
-    """A run that is stopped after its first logged step, and the launch that resumes and finishes it."""
+    """A run that is stopped after its first logged step, and the launch that resumes and finishes
+    it.
+    """
     config = write_config(folder, **{**SETTINGS, "logging_steps": 2})
     with Run(folder, config, ranks=1, faults=SLOW, **options) as live:
         live.reach(2)

@@ -92,7 +92,9 @@ def test_the_demo_takes_the_planned_steps(demo: Run) -> None:
 
 
 def test_the_demo_model_translates_held_out_code(demo: Run) -> None:
-    """The README states the number for all 100; here a part of them, through the template it was trained with."""
+    """The README states the number for all 100; here a part of them, through the template it was
+    trained with.
+    """
     from tools.demo_accuracy import exact_matches
 
     right, asked = exact_matches(demo.run_dir, 40)
@@ -124,7 +126,8 @@ def test_the_summary_names_what_the_user_needs(demo: Run) -> None:
                 "template": "qwen3",
                 "enable_thinking": False,
             },
-            "llamafactory-cli chat --model_name_or_path '/a run' --template qwen3 --enable_thinking false",
+            "llamafactory-cli chat --model_name_or_path '/a run' --template qwen3 "
+            "--enable_thinking false",
         ),
         (
             {
@@ -133,7 +136,8 @@ def test_the_summary_names_what_the_user_needs(demo: Run) -> None:
                 "template": "qwen3",
                 "model_name_or_path": "Qwen/Qwen3-8B",
             },
-            "llamafactory-cli chat --model_name_or_path Qwen/Qwen3-8B --adapter_name_or_path '/a run' --template qwen3",
+            "llamafactory-cli chat --model_name_or_path Qwen/Qwen3-8B "
+            "--adapter_name_or_path '/a run' --template qwen3",
         ),
         ({"stage": "rm", "finetuning_type": "full"}, ""),
     ],
@@ -167,6 +171,12 @@ def test_the_console_of_two_ranks_says_each_thing_once(sharded: Run) -> None:
     assert len(lines) == len(set(lines))
     assert "\r" not in sharded.console
     assert "Warning" not in sharded.console
+
+
+def test_the_plan_names_the_log_to_follow(sharded: Run) -> None:
+    log = sharded.run_dir / "logs" / "rank0.log"
+    assert re.search(rf"^follow +tail -F {log}$", sharded.console, re.MULTILINE)
+    assert "***** Running training *****" in log.read_text(encoding="utf-8")
 
 
 def test_every_rank_has_its_own_log(sharded: Run) -> None:
@@ -462,8 +472,10 @@ def one(ranks, values):
     model_args, data_args, training_args, _, _ = get_train_args(values)
     tokenizer = load_tokenizer(model_args)
     template = get_template_and_fix_tokenizer(tokenizer["tokenizer"], data_args)
-    rows = get_dataset(template, model_args, data_args, training_args, stage="sft", **tokenizer)["train_dataset"]
-    micro, accumulation = training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps
+    datasets = get_dataset(template, model_args, data_args, training_args, "sft", **tokenizer)
+    rows = datasets["train_dataset"]
+    micro = training_args.per_device_train_batch_size
+    accumulation = training_args.gradient_accumulation_steps
     loader = DataLoader(rows, batch_size=micro, drop_last=training_args.dataloader_drop_last)
     loader = prepare_data_loader(loader, num_processes=ranks, process_index=0, put_on_device=False)
     trainer = SimpleNamespace(get_total_train_batch_size=lambda args: micro * accumulation * ranks,

@@ -1,10 +1,13 @@
-"""What the agreement to stop costs: one tiny all-reduce at the end of each step, as a share of the step.
+"""What the agreement to stop costs: one tiny all-reduce at the end of each step, as a share of the
+step.
 
-    python tests/benchmarks/agreement.py            # a Qwen3 of 34 M parameters, 2 ranks; about 2 minutes on two cores
+python tests/benchmarks/agreement.py            # a Qwen3 of 34 M parameters, 2 ranks; about 2
+minutes on two cores
 
-Each rank trains in plain data-parallel (a step of which is cheaper than one of ZeRO-3, so the share is the larger)
-and calls the launcher's own RankCallback.agree_to_stop after each step. A barrier before the call keeps the waiting
-for the slower rank, which the next collective would do anyway, out of its time. At most 1 % is allowed.
+Each rank trains in plain data-parallel (a step of which is cheaper than one of ZeRO-3, so the share
+is the larger) and calls the launcher's own RankCallback.agree_to_stop after each step. A barrier
+before the call keeps the waiting for the slower rank, which the next collective would do anyway,
+out of its time. At most 1 % is allowed.
 """
 
 import argparse
@@ -76,7 +79,8 @@ def work(steps: int, tokens: int) -> None:
         step, agreement = map(statistics.median, times)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         print(
-            f"{parameters / 1e6:.1f} M parameters, {distributed.get_world_size()} ranks x {tokens} tokens, "
+            f"{parameters / 1e6:.1f} M parameters, {distributed.get_world_size()} ranks, "
+            f"{tokens} tokens each, "
             f"{steps} steps: median step {step * 1e3:.1f} ms, agreement {agreement * 1e3:.3f} ms = "
             f"{agreement / step:.3%} of it (at most 1 %)"
         )

@@ -1,10 +1,12 @@
-"""The same global batch, split differently between micro-batch and gradient accumulation, under ZeRO-3 on 2 ranks.
+"""The same global batch, split differently between micro-batch and gradient accumulation, under
+ZeRO-3 on 2 ranks.
 
     python tests/benchmarks/batch_split.py [REPEATS]        # default 3
 
-ZeRO-3 gathers all weights for every micro-batch, so fewer and larger micro-batches do the same step with less
-traffic. Prints the steps per second (median), the first and last loss, and the bytes that each rank gathers from the
-other per step: all weights twice per micro-batch, for the forward and the backward pass, half of them from the other.
+ZeRO-3 gathers all weights for every micro-batch, so fewer and larger micro-batches do the same step
+with less traffic. Prints the steps per second (median), the first and last loss, and the bytes that
+each rank gathers from the other per step: all weights twice per micro-batch, for the forward and
+the backward pass, half of them from the other.
 """
 
 from __future__ import annotations
@@ -53,7 +55,8 @@ def main() -> None:
                 gathered[micro, accumulation] = weights * 2 * accumulation / 2
     print(describe_machine())
     print(
-        "| micro-batch x accumulation | steps/s | against 2 x 8 | first loss | last loss | gathered per step (MB) |"
+        "| micro-batch x accumulation | steps/s | against 2 x 8 | first loss | last loss "
+        "| gathered per step (MB) |"
     )
     print("|---|---|---|---|---|---|")
     base = statistics.median(rates[SPLITS[0]])
@@ -61,8 +64,8 @@ def main() -> None:
         rate = statistics.median(rates[split])
         first, last = losses[split]
         print(
-            f"| {split[0]} x {split[1]} | {rate:.2f} | {rate / base:.2f} | {first:.6f} | {last:.6f} | "
-            f"{gathered[split] / 1e6:.1f} |"
+            f"| {split[0]} x {split[1]} | {rate:.2f} | {rate / base:.2f} | {first:.6f} "
+            f"| {last:.6f} | {gathered[split] / 1e6:.1f} |"
         )
 
 

@@ -1,4 +1,6 @@
-"""What the benchmark scripts share: configurations for small models, and a watcher of a run's own log."""
+"""What the benchmark scripts share: configurations for small models, and a watcher of a run's own
+log.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +36,11 @@ def make_config(folder: Path, **changes: object) -> Path:
 
 
 class Watched:
-    """A command that trains, run to its end: when each optimizer step was logged, and the memory of the process.
+    """A command that trains, run to its end: when each optimizer step was logged, and the memory of
+    the process.
 
-    `steps` is {step: seconds since the command}, `losses` {step: loss}, `peak` the most resident bytes of the
-    command's own process (not its children), `console` what it printed.
+    `steps` is {step: seconds since the command}, `losses` {step: loss}, `peak` the most resident
+    bytes of the command's own process (not its children), `console` what it printed.
     """
 
     def __init__(self, command: list[str], out: Path, **environment: str):
@@ -98,7 +101,7 @@ def launcher(config: Path) -> list[str]:
 
 
 def llamafactory_cli(config: Path) -> list[str]:
-    """llamafactory-cli's command; it wants FORCE_TORCHRUN=1 and NPROC_PER_NODE in the environment."""
+    """llamafactory-cli's command; it wants FORCE_TORCHRUN=1 and NPROC_PER_NODE to be set."""
     return [str(Path(sys.executable).with_name("llamafactory-cli")), "train", str(config)]
 
 

@@ -1,10 +1,12 @@
-"""Start-up and speed against llamafactory-cli and against the floor, a bare torchrun that only calls run_exp.
+"""Start-up and speed against llamafactory-cli and against the floor, a bare torchrun that only
+calls run_exp.
 
-    python tests/benchmarks/launch.py [REPEATS]      # default 5; about 90 seconds a round on 2 cores
+python tests/benchmarks/launch.py [REPEATS]      # default 5; about 90 seconds a round on 2 cores
 
-All three train the same configuration on 2 ranks under ZeRO-3 on a CPU, in turn, so that a busy moment of the
-machine meets all of them. Prints medians and ratios: the time from the command to the first optimizer step (demo
-model), the steps a second in the steady state (a Qwen3 of 33 M parameters), and the memory of the first process.
+All three train the same configuration on 2 ranks under ZeRO-3 on a CPU, in turn, so that a busy
+moment of the machine meets all of them. Prints medians and ratios: the time from the command to the
+first optimizer step (demo model), the steps a second in the steady state (a Qwen3 of 33 M
+parameters), and the memory of the first process.
 """
 
 from __future__ import annotations
@@ -24,7 +26,10 @@ from common import (
 )
 from helpers.config import ZERO3_FILE, make_model
 
-BARE = "import sys, yaml\nfrom llamafactory.train.tuner import run_exp\nrun_exp(yaml.safe_load(open(sys.argv[1])))\n"
+BARE = """import sys, yaml
+from llamafactory.train.tuner import run_exp
+run_exp(yaml.safe_load(open(sys.argv[1])))
+"""
 
 
 def bare_torchrun(config: Path) -> list[str]:
@@ -52,7 +57,8 @@ COMMANDS = {
 def measure(name: str, folder: Path, steps: int, **changes: object) -> Watched:
     """One run of one of the three commands."""
     folder.mkdir(parents=True)
-    # With use_cpu transformers would not initialize DeepSpeed; the launcher leaves it out by itself.
+    # With use_cpu transformers would not initialize DeepSpeed; the launcher leaves it out by
+    # itself.
     changes = {
         "use_cpu": True if name == "launcher" else None,
         "deepspeed": ZERO3_FILE,
@@ -106,22 +112,24 @@ def main() -> None:
                     steady[name].append(long.rate(skip=5))
                     memory[name].append(long.peak)
                 print(
-                    f"# {number} {name}: first step {short.first_step():.2f} s, {long.rate(5):.3f} steps/s, "
-                    f"{long.peak / 2**20:.0f} MiB",
+                    f"# {number} {name}: first step {short.first_step():.2f} s, "
+                    f"{long.rate(5):.3f} steps/s, {long.peak / 2**20:.0f} MiB",
                     flush=True,
                 )
     print(describe_machine())
     print(
-        "| command | to the first step (s) | steps/s | memory of the first process (MiB) |\n|---|---|---|---|"
+        "| command | to the first step (s) | steps/s | memory of the first process (MiB) |\n"
+        "|---|---|---|---|"
     )
     for name in COMMANDS:
         print(
-            f"| {name} | {statistics.median(start[name]):.2f} | {statistics.median(steady[name]):.3f} | "
-            f"{max(memory[name]) / 2**20:.0f} |"
+            f"| {name} | {statistics.median(start[name]):.2f} "
+            f"| {statistics.median(steady[name]):.3f} | {max(memory[name]) / 2**20:.0f} |"
         )
     for other in ("llamafactory-cli", "bare torchrun"):
         print(
-            f"first step, launcher / {other}: {ratio(start, other):.3f}; steps/s: {ratio(steady, other):.3f}"
+            f"first step, launcher / {other}: {ratio(start, other):.3f}; "
+            f"steps/s: {ratio(steady, other):.3f}"
         )
 
 

@@ -2,11 +2,12 @@
 
     python tests/benchmarks/memory.py
 
-Trains a Qwen3 of 113 M parameters and the 1 M demo model for a few steps each, with one short sample per step, so that
-activations do not count, and compares the growth of a rank's resident memory from the small to the large model with
-the growth of the planned parts parameters + gradients + optimizer. What both hold (Python, torch, DeepSpeed) cancels.
-The C library is told to give freed tensors back at once, and the least that a rank holds is taken, since gathered
-weights and the tensors of a step come and go; the plan counts those as buffers and activations.
+Trains a Qwen3 of 113 M parameters and the 1 M demo model for a few steps each, with one short
+sample per step, so that activations do not count, and compares the growth of a rank's resident
+memory from the small to the large model with the growth of the planned parts parameters + gradients
++ optimizer. What both hold (Python, torch, DeepSpeed) cancels. The C library is told to give freed
+tensors back at once, and the least that a rank holds is taken, since gathered weights and the
+tensors of a step come and go; the plan counts those as buffers and activations.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def resident(tag: str) -> dict[str, int]:
 
 
 def measure(folder: Path, model: Path) -> tuple[int, int]:
-    """(planned, held) bytes: the plan's parts per rank, and the least that rank 1 holds in the middle of the run."""
+    """(planned, held) bytes: the plan's parts per rank, and the least that rank 1 holds in the
+    middle of the run.
+    """
     folder.mkdir()
     config = make_config(
         folder,
@@ -102,7 +105,8 @@ def main() -> None:
     planned, held = large_plan - small_plan, large_held - small_held
     print(describe_machine())
     print(
-        f"planned {planned / 2**20:.0f} MiB, held {held / 2**20:.0f} MiB per rank; planned / held {planned / held:.3f}"
+        f"planned {planned / 2**20:.0f} MiB, held {held / 2**20:.0f} MiB per rank; "
+        f"planned / held {planned / held:.3f}"
     )
 
 

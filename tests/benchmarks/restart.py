@@ -1,11 +1,13 @@
-"""How long a restart takes: from the death of a worker to the next training step, against a cold start.
+"""How long a restart takes: from the death of a worker to the next training step, against a cold
+start.
 
     python tests/benchmarks/restart.py              # five rounds, about 2 minutes on two idle cores
 
 It starts the launcher as the fault tests do, and needs tests/requirements.txt as they do.
 
-Both end when the first training step is done: the cold start begins with the command, the restart with a SIGKILL
-of a rank. Two ranks under ZeRO-3 on the CPU. Prints the medians and the ratio; 1.3 is allowed.
+Both end when the first training step is done: the cold start begins with the command, the restart
+with a SIGKILL of a rank. Two ranks under ZeRO-3 on the CPU. Prints the medians and the ratio; 1.3
+is allowed.
 """
 
 import argparse

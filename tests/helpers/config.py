@@ -99,7 +99,7 @@ def write_small_config(folder: Path, name: str = "config.yaml", **changes: objec
 
 
 def demo_base() -> dict:
-    """configs/demo_cpu.yaml with absolute paths, a log line per step, no tracker, no checkpoints."""
+    """configs/demo_cpu.yaml with absolute paths, a log line per step, and nothing else written."""
     values = yaml.safe_load((CONFIGS / "demo_cpu.yaml").read_text(encoding="utf-8"))
     return {
         **values,

@@ -57,7 +57,7 @@ def until(condition: Callable[[], object], what: str, seconds: float = PATIENCE)
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
-        time.sleep(0.02)
+        time.sleep(0.05)
     return value
 
 
@@ -89,8 +89,9 @@ def parent_of(pid: int) -> int:
 
 
 def settle_signals(nohup: bool, terminal: bool) -> None:
-    """In the launcher's process before it starts: signals as a user's shell leaves them, whatever the tests were
-    started from; under nohup without a hangup; with `terminal` its stdin is the terminal that controls the session.
+    """In the launcher's process before it starts: signals as a user's shell leaves them, whatever
+    the tests were started from; under nohup without a hangup; with `terminal` its stdin is the
+    terminal that controls the session.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
@@ -124,7 +125,8 @@ class Terminal:
 
 
 class Run:
-    """The launcher, started on `arguments` in a session of its own; all that it starts carries a tag.
+    """The launcher, started on `arguments` in a session of its own; all that it starts carries a
+    tag.
 
     `folder` takes what the run shows and its fault markers; `cwd` (default: the same) is where it
     is started. With `apart` the console holds stdout only and `errors` stderr.
@@ -201,7 +203,7 @@ class Run:
         return Path(self.see(r"^run +(/.*)$")[1])
 
     def see(self, pattern: str, seconds: float = PATIENCE) -> re.Match:
-        """Wait until the console shows `pattern`; fail at once where the launcher ends without it."""
+        """Wait until the console shows `pattern`; fail where the launcher ends without it."""
 
         def look() -> re.Match | None:
             ended = self.process.poll() is not None
@@ -266,7 +268,9 @@ class Run:
         return [pid for pid in forked if command_of(pid) == command_of(worker)]
 
     def left_after(self, seconds: float = 10) -> list[str]:
-        """The processes of this run that still live `seconds` from now; returns as soon as there are none."""
+        """The processes of this run that still live `seconds` from now; returns as soon as there
+        are none.
+        """
         deadline = time.monotonic() + seconds
         while (pids := self.pids()) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -348,8 +352,11 @@ def committed(run_dir: Path) -> list[int]:
 
 
 def ask_python(code: str, data: object) -> object:
-    """Run code in a fresh Python with `data` in it; it must set `result`. Heavy packages stay in there."""
-    frame = f"import json, sys\ndata = json.load(sys.stdin)\n{code}\nprint('RESULT', json.dumps(result))"
+    """Run code in a fresh Python with `data` in it; it must set `result`. Heavy packages stay in
+    there.
+    """
+    begin = "import json, sys\ndata = json.load(sys.stdin)\n"
+    frame = f"{begin}{code}\nprint('RESULT', json.dumps(result))"
     done = subprocess.run(
         [sys.executable, "-c", frame],
         input=json.dumps(data),

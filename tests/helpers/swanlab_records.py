@@ -1,4 +1,6 @@
-"""Read back what SwanLab stored: its record of a run (every mode) and its local dashboard's database."""
+"""Read back what SwanLab stored: its record of a run (every mode) and its local dashboard's
+database.
+"""
 
 import json
 import sqlite3
@@ -13,7 +15,9 @@ def records(folder: Path) -> list[Path]:
 
 
 def read_record(folder: Path) -> dict:
-    """name, id, state, error, config, console lines and {key: [(step, value)]} from the record file."""
+    """name, id, state, error, config, console lines and {key: [(step, value)]} from the record
+    file.
+    """
     from swanlab.proto.swanlab.record.v1.record_pb2 import Record
     from swanlab.proto.swanlab.run.v1.run_pb2 import RunState
     from swanlab.sdk.internal.core_python.store import DataStoreReader

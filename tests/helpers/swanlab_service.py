@@ -11,9 +11,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class SwanLabService:
     """Serves in a thread of this process, on a free port of 127.0.0.1.
 
-    `mode`: "ok"; "refuse" the key (401); "hang": take every request and never answer; a number n: answer n
-    requests, then hang or, with `dies`, refuse every connection. `runs` is {run id: {"name", "state",
-    "scalars": {key: {step: value}}, "profile"}}; `requests` lists (method, path).
+    `mode`: "ok"; "refuse" the key (401); "hang": take every request and never answer; a number n:
+    answer n requests, then hang or, with `dies`, refuse every connection. `runs` is {run id:
+    {"name", "state", "scalars": {key: {step: value}}, "profile"}}; `requests` lists (method, path).
     """
 
     def __init__(self, mode: str | int = "ok", dies: bool = False):

@@ -2,9 +2,9 @@
 
     python tests/tools/demo_accuracy.py RUN_DIR [N]
 
-RUN_DIR is the folder that a run of configs/demo_cpu.yaml wrote (the one that holds model.safetensors). The
-first N held-out pairs (100 by default) are prompted through the chat template that was saved with the model,
-thinking off as in training, and decoded greedily.
+RUN_DIR is the folder that a run of configs/demo_cpu.yaml wrote (the one that holds
+model.safetensors). The first N held-out pairs (100 by default) are prompted through the chat
+template that was saved with the model, thinking off as in training, and decoded greedily.
 """
 
 import argparse
@@ -68,7 +68,8 @@ def main():
     options = parser.parse_args()
     if not (options.run_dir / "model.safetensors").is_file():
         parser.error(
-            f"{options.run_dir}/model.safetensors does not exist; expected the directory of a finished run"
+            f"{options.run_dir}/model.safetensors does not exist; "
+            "expected the directory of a finished run"
         )
     right, total = exact_matches(options.run_dir, options.limit)
     print(f"exact: {right} of {total}")

@@ -2,24 +2,26 @@
 
     python tests/tools/make_demo_data.py
 
-rewrites configs/data/ and configs/demo_model/ byte for byte, because every choice comes from one seeded
-generator. How the set is made:
+rewrites configs/data/ and configs/demo_model/ byte for byte, because every choice comes from one
+seeded generator. How the set is made:
 
-* Five small schemas (shop, library, school, clinic, blog) are described once, in `SCHEMAS`: tables, columns
-  and, for each column, the closed pool of values that pairs draw from.
-* A `Query` says what one statement does (table, columns, conditions, join, grouping, order, limit, values)
-  without saying in which language. The functions named `make_*` draw one, one function per kind in `KINDS`.
+* Five small schemas (shop, library, school, clinic, blog) are described once, in `SCHEMAS`: tables,
+  columns and, for each column, the closed pool of values that pairs draw from.
+* A `Query` says what one statement does (table, columns, conditions, join, grouping, order, limit,
+  values) without saying in which language. The functions named `make_*` draw one, one function per
+  kind in `KINDS`.
 * The same `Query` is then written twice: as SQL by `to_sql`, and as code by `to_sqlalchemy`,
   `to_django` or `to_gorm`. A pair is the code of one of the three and the SQL.
-* Kinds and ORMs take turns, so that each kind of each ORM is seen equally often. A statement is used once
-  in the whole set: no two pairs share their SQL, whatever the ORM, so a held-out pair is a combination of
-  table, columns, values and operation that training never shows.
+* Kinds and ORMs take turns, so that each kind of each ORM is seen equally often. A statement is
+  used once in the whole set: no two pairs share their SQL, whatever the ORM, so a held-out pair is
+  a combination of table, columns, values and operation that training never shows.
 * The held-out pairs are picked evenly over kinds and ORMs, before training pairs are shuffled.
 
-The tables are named as the SQL names them: `__tablename__ = "books"` in SQLAlchemy, `db_table = "books"` in
-Django, and what GORM derives by itself. Inserts give every column but the id, because Django and GORM would
-otherwise write defaults. Deletes touch only tables that no other table refers to, because Django would
-otherwise collect the rows that refer to the deleted ones with statements of its own.
+The tables are named as the SQL names them: `__tablename__ = "books"` in SQLAlchemy,
+`db_table = "books"` in Django, and what GORM derives by itself. Inserts give every column but the
+id, because Django and GORM would otherwise write defaults. Deletes touch only tables that no other
+table refers to, because Django would otherwise collect the rows that refer to the deleted ones with
+statements of its own.
 """
 
 import json
@@ -418,7 +420,9 @@ def sql_assignment(query):
 
 
 def to_sql(query):
-    """The statement in SQL: keywords in capitals, literal values, table names only where two tables meet."""
+    """The statement in SQL: keywords in capitals, literal values, table names only where two tables
+    meet.
+    """
     if query.action == "insert":
         values = ", ".join(map(sql_literal, query.values.values()))
         return f"INSERT INTO {query.table} ({', '.join(query.values)}) VALUES ({values})"
@@ -446,6 +450,11 @@ def to_sql(query):
 def code_literal(value):
     """A string or number as Python and Go both write it."""
     return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def code_values(query):
+    """The values of an insert as keyword arguments."""
+    return ", ".join(f"{name}={code_literal(value)}" for name, value in query.values.items())
 
 
 def code_list(values):
@@ -512,12 +521,13 @@ def alchemy_read(query):
 def to_sqlalchemy(query):
     model = MODELS[query.table]
     if query.action == "insert":
-        return f"session.add({model}({', '.join(f'{k}={code_literal(v)}' for k, v in query.values.items())}))"
+        return f"session.add({model}({code_values(query)}))"
     if query.action == "delete":
         return f"session.execute(delete({model}){alchemy_where(query)})"
     if query.action == "update":
         [(name, value)] = query.values.items()
-        return f"session.execute(update({model}){alchemy_where(query)}.values({name}={code_literal(value)}))"
+        change = f"values({name}={code_literal(value)})"
+        return f"session.execute(update({model}){alchemy_where(query)}.{change})"
     if query.action == "count" or (query.aggregate and not query.group):
         return f"session.scalar({alchemy_read(query)})"
     if query.columns or query.group:
@@ -577,7 +587,8 @@ def django_function(query):
 def django_selection(query):
     if query.group:
         label = LABELS[query.aggregate.function]
-        return f'.values("{django_name(query, query.group)}").annotate({label}={django_function(query)})'
+        name = django_name(query, query.group)
+        return f'.values("{name}").annotate({label}={django_function(query)})'
     names = code_list(django_name(query, column) for column in query.columns)
     return f".values_list({names})" if names else ""
 
@@ -585,7 +596,7 @@ def django_selection(query):
 def to_django(query):
     objects = f"{MODELS[query.table]}.objects"
     if query.action == "insert":
-        return f"{objects}.create({', '.join(f'{k}={code_literal(v)}' for k, v in query.values.items())})"
+        return f"{objects}.create({code_values(query)})"
     code = objects + django_where(query)
     if query.action == "update":
         [(name, value)] = query.values.items()
@@ -759,8 +770,8 @@ ADDED_TOKENS = [
     "</think>",
 ]
 SPECIAL_TOKENS = ADDED_TOKENS[:3]
-# A word takes the space before it; digits stand alone; quotes and brackets never join a word, so that a value
-# has the same tokens in the code and in the SQL.
+# A word takes the space before it; digits stand alone; quotes and brackets never join a word, so
+# that a value has the same tokens in the code and in the SQL.
 SPLIT = r" ?\p{L}+|__|_\p{L}+|\p{N}| ?[^\s\p{L}\p{N}_]+|\s+|_"
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}

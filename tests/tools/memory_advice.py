@@ -1,9 +1,11 @@
-"""The memory table of tests/benchmarks/README.md: what the plan computes for Qwen3 on 1 to 8 GPUs of 24, 48 and 80 GB.
+"""The memory table of tests/benchmarks/README.md: what the plan computes for Qwen3 on 1 to 8 GPUs
+of 24, 48 and 80 GB.
 
     python tests/tools/memory_advice.py
 
-For each machine: the largest Qwen3 that full fine-tuning in bf16 fits under plain ZeRO-3, and Qwen3-14B with the
-offload file, both with sequences of 2,048 tokens and the largest micro-batch of 1, 2, 4, 8 or 16 that fits.
+For each machine: the largest Qwen3 that full fine-tuning in bf16 fits under plain ZeRO-3, and
+Qwen3-14B with the offload file, both with sequences of 2,048 tokens and the largest micro-batch of
+1, 2, 4, 8 or 16 that fits.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from train_qwen3_ft import (
     qwen3_config,
 )
 
-# What NVML reports of such cards, in bytes: 24, 48 and 80 GB cards hold a little less or more than they are called.
+# What NVML reports of such cards, in bytes: 24, 48 and 80 GB cards hold a little less or more than
+# they are called.
 CARDS = {"24 GB": 24 * 2**30, "48 GB": 48 * 2**30, "80 GB": 80 * 2**30}
 COLUMNS = {
     "largest under ZeRO-3": (Zero(3, used=True), tuple(reversed(QWEN3_SHAPES))),
@@ -31,7 +34,9 @@ COLUMNS = {
 
 
 def best(strategy: Zero, sizes: tuple[str, ...], count: int, room: int) -> str:
-    """`14B, batch 2 (61.0 GiB)` of the first model that fits, with the host memory that offloading takes."""
+    """`14B, batch 2 (61.0 GiB)` of the first model that fits, with the host memory that offloading
+    takes.
+    """
     for size in sizes:
         shape = qwen3_config(f"Qwen/Qwen3-{size}")
         model = Model(count_parameters(shape), shape)

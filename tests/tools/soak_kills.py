@@ -1,11 +1,12 @@
-"""20 random SIGKILLs of workers over one run, each restarted by the launcher, against an uninterrupted run.
+"""20 random SIGKILLs of workers over one run, each restarted by the launcher, against an
+uninterrupted run.
 
     python tests/tools/soak_kills.py                     # about 10 minutes on two cores
     python tests/tools/soak_kills.py --kills 5 --seed 3
 
-Two ranks under ZeRO-3 on the CPU. A kill comes at a random moment (also within a save) after each start has
-committed a checkpoint, so that each one is followed by an automatic restart. Exit code 0: the final weights are
-bit-identical and the loss of every logged step is equal.
+Two ranks under ZeRO-3 on the CPU. A kill comes at a random moment (also within a save) after each
+start has committed a checkpoint, so that each one is followed by an automatic restart. Exit code 0:
+the final weights are bit-identical and the loss of every logged step is equal.
 """
 
 import argparse
@@ -24,7 +25,9 @@ from helpers.launcher import Run, committed, losses, run, until, weights
 
 
 def kill_once(live: Run, before: int, chance: random.Random) -> str:
-    """Wait for a checkpoint newer than `before`, then up to a second, and SIGKILL a rank; returns what was done."""
+    """Wait for a checkpoint newer than `before`, then up to a second, and SIGKILL a rank; returns
+    what was done.
+    """
     until(
         lambda: max([0, *committed(live.run_dir)]) > before or live.process.poll() is not None,
         "a save",
@@ -67,8 +70,10 @@ def main() -> int:
     killed = soak(folder / "killed", options.kills, options.seed, changes)
     assert whole.process.returncode == 0, whole.console
     print(
-        f"{options.kills} kills (seed {options.seed}), {killed.console.count('restart ')} restarts, "
-        f"{len(list(killed.run_dir.glob('incomplete-*')))} incomplete checkpoints moved aside, exit {killed.process.returncode}, "
+        f"{options.kills} kills (seed {options.seed}), "
+        f"{killed.console.count(chr(10) + 'restart ')} restarts, "
+        f"{len(list(killed.run_dir.glob('incomplete-*')))} incomplete checkpoints moved aside, "
+        f"exit {killed.process.returncode}, "
         f"{time.monotonic() - begun:.0f} s"
     )
     same = killed.process.returncode == 0 and weights(killed.run_dir) == weights(whole.run_dir)
