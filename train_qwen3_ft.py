@@ -2442,7 +2442,7 @@ RULES = (
     ),
     Rule(
         "stage",
-        lambda v: v.tied and v.stage == "rm" and v.finetuning_type == "full" and not v.zero,
+        lambda v: v.tied and v.stage == "rm" and v.finetuning_type != "lora" and not v.zero,
         "LLaMA-Factory cannot save a reward model whose embeddings are tied without ZeRO-3; "
         "set deepspeed: configs/deepspeed/ds_z3_config.json, or finetuning_type: lora",
     ),

@@ -19,10 +19,16 @@ from helpers.launcher import FAKES, Run, clean_environment, losses, run, train
 LONG = (
     "test_training",
     "test_tracker",
+    "test_health",
     "test_restarts",
+    "test_reshard",
     "test_stops",
+    "test_commit",
     "test_checkpoints",
     "test_nodes",
+    "test_notify",
+    "test_failures",
+    "test_promises",
 )
 
 
