@@ -2657,7 +2657,7 @@ def check_resume(
         refuse_change(config, "deepspeed", old_zero.kind, plan.zero.kind, problems)
     recorded = run.read("plan.json")
     batch = recorded.get("global_batch_size")
-    if batch and batch != plan.global_batch:
+    if batch and batch not in (plan.global_batch, config.values.global_batch_size):
         refuse_change(config, "global_batch_size", batch, plan.global_batch, problems)
     for path, content in data_fingerprints(config.values).items():
         if (recorded.get("data") or {}).get(path, content) != content:
@@ -3646,9 +3646,13 @@ class Console:
         if sys.stdout and sys.stdout.isatty():
             from tqdm import tqdm
 
-            total, step = self.begin["total_steps"], self.begin["step"]
             self.bar = tqdm(
-                total=total, initial=step, file=sys.stdout, unit="step", leave=False
+                total=self.begin["total_steps"],
+                initial=self.begin["step"],
+                file=sys.stdout,
+                unit="step",
+                leave=False,
+                ncols=shutil.get_terminal_size().columns,  # tqdm shows nothing in a width of 0
             )
 
     def show_loss(self, line: dict) -> None:
@@ -3965,7 +3969,7 @@ def summarize(run: Run, state: str, cause: str, started: float) -> dict:
         "cause": cause,
         "model": model,
         "steps": max(steps),
-        "total_steps": next(reversed(totals), run.read("plan.json").get("total_steps")),
+        "total_steps": max(totals, default=run.read("plan.json").get("total_steps")),
         "first_loss": next(iter(losses), None),
         "last_loss": next(reversed(losses), None),
         "seconds": round(time.time() - started, 1),
