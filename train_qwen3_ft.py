@@ -3646,13 +3646,15 @@ class Console:
         if sys.stdout and sys.stdout.isatty():
             from tqdm import tqdm
 
+            width, height = shutil.get_terminal_size()  # tqdm shows nothing in a size of 0
             self.bar = tqdm(
                 total=self.begin["total_steps"],
                 initial=self.begin["step"],
                 file=sys.stdout,
                 unit="step",
                 leave=False,
-                ncols=shutil.get_terminal_size().columns,  # tqdm shows nothing in a width of 0
+                ncols=width,
+                nrows=height,
             )
 
     def show_loss(self, line: dict) -> None:
@@ -3916,6 +3918,7 @@ def describe_failure(run: Run, log: Path, position: int) -> str:
             re.findall(r"Rendezvous\w*Error[^\n]*|[^\n]*EADDRINUSE[^\n]*", messages),
         )
         text = "\n".join(known[-1:] or messages.splitlines()[-15:]) or "torchrun failed"
+        evidence = messages
     if disk_is_full(run.path):
         evidence = "No space left on device"
         text += f"\n{evidence}: {run.path}"
