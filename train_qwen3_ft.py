@@ -12,8 +12,8 @@ Usage: python train_qwen3_ft.py [CONFIG.yaml] [key=value ...]
 CONFIG is a LLaMA-Factory training YAML. The launcher adds keys of its own: cuda_visible_devices
 (GPU ids as nvidia-smi shows them; CUDA_VISIBLE_DEVICES in the environment wins),
 global_batch_size (samples per optimizer step; gradient accumulation follows from the number of
-GPUs), max_restarts (default 3) and notify (a URL that gets the summary as JSON when the run
-ends). The script starts torchrun on itself, one process per GPU.
+GPUs), max_restarts (default 3), hang_timeout (seconds, default 600) and notify (a URL that gets
+the summary as JSON when the run ends). The script starts torchrun on itself, one process per GPU.
 
 The preflight checks before anything starts, and reports all problems at once: keys, types and
 choices against the installed LLaMA-Factory; keys that exclude each other; model, data and
