@@ -1,34 +1,49 @@
 #!/usr/bin/env python3
 """Full-parameter fine-tuning of Qwen3 with LLaMA-Factory, DeepSpeed ZeRO-3 and SwanLab.
 
-    python train_qwen3_ft.py configs/demo_cpu.yaml            # two minutes on any CPU, no download
-    python train_qwen3_ft.py                                  # configs/qwen3_14b_ft.yaml, the GPUs it names
-    CUDA_VISIBLE_DEVICES=0,1 python train_qwen3_ft.py         # two GPUs, whatever the YAML says
-    python train_qwen3_ft.py my.yaml learning_rate=2e-5       # any YAML key can be overridden
+    python train_qwen3_ft.py configs/demo_cpu.yaml       # two minutes on any CPU, no download
+    python train_qwen3_ft.py                             # configs/qwen3_14b_ft.yaml, its GPUs
+    CUDA_VISIBLE_DEVICES=0,1 python train_qwen3_ft.py    # two GPUs, whatever the YAML says
+    python train_qwen3_ft.py my.yaml learning_rate=2e-5  # override any YAML key
 
-Usage: python train_qwen3_ft.py [CONFIG.yaml] [key=value ...] [--dry-run [--json]] [--resume [RUN_DIR]]
-                                [--force] [--verbose]
+Usage: python train_qwen3_ft.py [CONFIG.yaml] [key=value ...]
+                                [--dry-run [--json] | --resume [RUN_DIR]] [--force]
 
-CONFIG is a LLaMA-Factory training YAML. Besides LLaMA-Factory's keys it takes the launcher's own:
-cuda_visible_devices (GPU ids as nvidia-smi shows them; the environment's CUDA_VISIBLE_DEVICES wins),
-global_batch_size (samples an optimizer step; gradient accumulation follows from the GPUs there are) and
-max_restarts (default 3). The script starts torchrun on itself, one process per GPU; it also works when you
-or Slurm start it through torchrun.
+CONFIG is a LLaMA-Factory training YAML. The launcher adds keys of its own: cuda_visible_devices
+(GPU ids as nvidia-smi shows them; CUDA_VISIBLE_DEVICES in the environment wins),
+global_batch_size (samples per optimizer step; gradient accumulation follows from the number of
+GPUs), max_restarts (default 3), hang_timeout (seconds, default 600) and notify (a URL that gets
+the summary as JSON when the run ends). The script starts torchrun on itself, one process per GPU.
 
-Before anything starts, all of this is checked at once: keys, types and choices against the installed
-LLaMA-Factory; contradictions; model, data and DeepSpeed files; packages; GPUs; memory and disk against an
-estimate. It cannot check what only a run can show: that a download works, that the data tokenizes, that
-activations of an unknown architecture fit.
+The preflight checks before anything starts, and reports all problems at once: keys, types and
+choices against the installed LLaMA-Factory; keys that exclude each other; model, data and
+DeepSpeed files; packages; driver and GPUs; memory and disk against an estimate. It cannot check
+what only a run can show: that a download works, that the data tokenizes, that an unknown
+architecture fits in memory.
 
-Everything of a run is in <output_dir>/<YYYYmmdd-HHMMSS> (run_name=NAME replaces the timestamp): config.yaml
-(can be launched again), plan.json, logs/rank<R>.log, checkpoint-N/, trainer_log.jsonl, training_loss.png,
-summary.json and the model. Beside it, <output_dir>/swanlog has the SwanLab records of all runs.
+Everything of a run is in <output_dir>/<YYYYmmdd-HHMMSS> (run_name=NAME replaces the timestamp):
+config.yaml (can be launched again), plan.json, metrics.jsonl, logs/rank<R>.log, checkpoint-N/,
+training_loss.png, summary.json and the model. Beside it, <output_dir>/swanlog has the SwanLab
+records of all runs.
 
-Ctrl-C, SIGTERM or a file STOP in the run directory: a checkpoint at the end of the step, then the end;
---resume goes on from there. A crash after a checkpoint restarts by itself.
+Ctrl-C, SIGTERM or a file STOP in the run directory: the run saves a checkpoint at the end of
+the step and stops; --resume continues it. After a crash the launcher restarts from the last
+checkpoint.
 
-Exit codes: 0 done; 1 training failed; 2 nothing was started (arguments, config or machine); 128+N stopped
-by signal N after a checkpoint.
+Exit codes: 0 done; 1 training failed; 2 nothing was started (arguments, config or machine);
+128+N stopped by signal N after a checkpoint.
+
+Map of this file. Ranks write files in the run directory, the launcher watches them. Each
+chapter reads top-down: what calls stands above what it calls, each check with its subject.
+
+    types      what a run is made of: Config, Devices, Gpu, Model, Zero, Steps, Plan, Preflight
+    LAUNCHER   main; command line; preflight; configuration; keys; devices and nodes; packages;
+               model and DeepSpeed; data; plan; rules between keys; resume; the plan for people
+               and as data; SwanLab's settings; launch; supervision; console; SwanLab's process;
+               why a run failed; summary
+    RANK       one process per device, started by torchrun: training arguments, callback
+    TRACKER    one process per launch: metrics.jsonl -> SwanLab
+    SHARED     the run directory, checkpoints, files and processes
 """
 
 from __future__ import annotations
@@ -36,9 +51,11 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import copy
 import csv
 import difflib
 import errno
+import faulthandler
 import fcntl
 import gc
 import hashlib
@@ -52,6 +69,7 @@ import shlex
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import threading
@@ -63,55 +81,312 @@ from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TextIO
 
 try:
     import yaml
 except ModuleNotFoundError:
-    sys.stderr.write("error: package pyyaml is not installed; pip install -r requirements.txt\n")
+    sys.stderr.write(
+        "error: package pyyaml is not installed; pip install -r requirements.txt\n"
+    )
     sys.exit(2)
 
-# torch, transformers, llamafactory, deepspeed and swanlab are imported inside the worker's functions only:
-# CUDA_VISIBLE_DEVICES must be set before torch looks at it, and the parent must start at once.
+# torch, transformers, llamafactory, deepspeed and swanlab are imported inside functions of Rank and
+# Tracker only: CUDA_VISIBLE_DEVICES must be set before torch looks at it, and the launcher must
+# start at once.
 
 SCRIPT = Path(__file__).resolve()
 DEFAULT_CONFIG = SCRIPT.parent / "configs" / "qwen3_14b_ft.yaml"
 DEMO_COMMAND = f"python {SCRIPT.name} configs/demo_cpu.yaml"
-RUN_DIR_VARIABLE = "QWEN3_FT_RUN_DIR"
 SECRETS_VARIABLE = "QWEN3_FT_SECRETS"
-STARTED_VARIABLE = "QWEN3_FT_STARTED"
 LAUNCHER_VARIABLE = "QWEN3_FT_LAUNCHER"
-UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID"  # torchrun sets it for its workers
-OVERRIDE = re.compile(r"[\w-]+=")
-SECRET_KEY = re.compile(r"(^|[_-])(token|api[_-]key|secret|password|webhook_url)$")
-# Read by the hub and tracker libraries themselves, so the value need not pass through pickled arguments.
-SECRET_ENVIRONMENT = {
-    "hf_hub_token": "HF_TOKEN",
-    "hub_token": "HF_TOKEN",
-    "swanlab_api_key": "SWANLAB_API_KEY",
+HEARTBEAT_VARIABLE = "QWEN3_FT_HEARTBEAT"  # seconds, and how many may be missed
+UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID"  # torchrun sets it for its processes
+NODE_VARIABLES = ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")  # what each of NNODES nodes needs
+RENDEZVOUS_SECONDS = 900  # how long nodes wait for one another
+
+# The defaults of LLaMA-Factory and transformers for the keys that the plan and the rules read.
+DEFAULTS = {
+    "stage": "sft",
+    "finetuning_type": "lora",
+    "dataset_dir": "data",
+    "cutoff_len": 2048,
+    "val_size": 0.0,
+    "mix_strategy": "concat",
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "num_train_epochs": 3.0,
+    "max_steps": -1,
+    "logging_strategy": "steps",
+    "logging_steps": 500,
+    "save_strategy": "steps",
+    "save_steps": 500,
+    "eval_strategy": "no",
+    "enable_thinking": True,
+    "output_dir": ".",
 }
-INPUT_PATHS = ("deepspeed", "dataset_dir", "media_dir", "resume_from_checkpoint", "tokenized_path", "fsdp_config")
-MODEL_PATHS = ("model_name_or_path", "adapter_name_or_path", "ref_model", "reward_model")
-OUTPUT_PATHS = ("output_dir", "cache_dir", "swanlab_logdir", "profiler_output_dir")
-NODE_VARIABLES = ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")  # what each of NNODES machines needs
-MEETING_SECONDS = 900  # how long machines wait for one another
-NAMES = ("run_name", *INPUT_PATHS, *MODEL_PATHS, *OUTPUT_PATHS)  # here 1.10 is a name, not a number
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What the user can mend: what is wrong, where, what was expected, how to mend it. --force may overrule it."""
+    """What the user can fix: where, what was seen, what was expected, what to do."""
 
     text: str
-    overrule: bool = False
+    can_force: bool = False  # --force starts anyway
 
 
 class LaunchError(Exception):
-    """Nothing was started, and why: every problem that was found; exit code 2."""
+    """Nothing was started, and why; exit code 2."""
 
     def __init__(self, *problems: str | Problem):
-        self.problems = [problem if isinstance(problem, Problem) else Problem(problem) for problem in problems]
+        self.problems = Problems()
+        for problem in problems:
+            self.problems.append(Problem(problem) if isinstance(problem, str) else problem)
         super().__init__("\n".join(problem.text for problem in self.problems))
+
+
+class Problems(list):
+    """Problems that were found so far: they are gathered, so that all are shown at once."""
+
+    def add(self, text: str, can_force: bool = False) -> None:
+        self.append(Problem(text, can_force))
+
+    def attempt(self, function: Callable, *arguments: object, where: str = ""):
+        """What the function returns; None where it raised LaunchError or OSError, now gathered."""
+        try:
+            return function(*arguments)
+        except LaunchError as error:
+            found = error.problems
+        except OSError as error:
+            found = [Problem(describe_os_error(error))]
+        for problem in found:
+            self.add(f"{where}: {problem.text}" if where else problem.text, problem.can_force)
+        return None
+
+
+def describe_os_error(error: OSError) -> str:
+    """Which file, and what is wrong with it."""
+    return f"{error.filename}: {str(error.strerror).lower()}"
+
+
+class Values(dict):
+    """A configuration whose keys are attributes too; one that is not given is None."""
+
+    __getattr__ = dict.get
+
+    def __missing__(self, key: str) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Config:
+    """A resolved configuration: absolute paths, and no secrets in `values`.
+
+    `lines` are the lines of the keys in the file, `overridden` the keys of the command line;
+    `refused` are keys whose value was wrong: they are not in `values` any more.
+    """
+
+    source: str
+    values: Values
+    lines: dict[str, int] = field(default_factory=dict)
+    secrets: dict[str, str] = field(default_factory=dict)
+    overridden: frozenset[str] = frozenset()
+    refused: frozenset[str] = frozenset()
+
+    def __post_init__(self):
+        object.__setattr__(self, "values", Values(self.values))
+
+    def place(self, key: str) -> str:
+        """Where `key` was given: `file.yaml:12` or `command line`; the file where it was not."""
+        if key in self.overridden:
+            return "command line"
+        return f"{self.source}:{self.lines[key]}" if key in self.lines else self.source
+
+    def where(self, key: str) -> str:
+        """The place where to fix `key`, for a message: `file.yaml:12: key`."""
+        return f"{self.place(key)}: {key}"
+
+    def update(self, **values: object) -> Config:
+        """A copy with other values."""
+        return replace(self, values={**self.values, **values})
+
+
+@dataclass(frozen=True)
+class Devices:
+    """The GPUs of this node that the run uses, why, and how many processes that makes.
+
+    `ids` are the words of CUDA_VISIBLE_DEVICES, as nvidia-smi numbers them; none means CPU.
+    `where` is the place where the user chose them.
+    """
+
+    ids: tuple[str, ...]
+    reason: str
+    processes: int
+    where: str = "cuda_visible_devices"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU as NVML reports it, None where it cannot tell.
+
+    Memory in bytes; `users` are the processes that hold memory on it; `capability` is CUDA's
+    compute capability; `driver_cuda` is the CUDA version that the driver supports, 13000 for
+    13.0.
+    """
+
+    index: int
+    uuid: str
+    name: str
+    total: int | None
+    used: int | None
+    users: tuple[str, ...]
+    capability: tuple[int, int] | None
+    driver_cuda: int | None
+
+    def is_named(self, device: str) -> bool:
+        """Whether an id means this GPU: its number, or the beginning of its UUID."""
+        return device == str(self.index) or (
+            device.startswith("GPU-") and self.uuid.startswith(device)
+        )
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the plan knows of a model: what to call it, its parameters (None: unknown), config.json.
+
+    `download` is the part of it, in bytes, that is not in the local cache.
+    """
+
+    label: str
+    parameters: int | None = None
+    shape: dict = field(default_factory=dict)
+    download: int = 0
+
+    @property
+    def largest_layer(self) -> int:
+        """Parameters of the largest weight matrix, the most that ZeRO-3 gathers for one module."""
+        widest = max(self.shape["vocab_size"], self.shape.get("intermediate_size") or 0)
+        return self.shape["hidden_size"] * widest
+
+
+@dataclass(frozen=True)
+class Zero:
+    """What the plan needs of a DeepSpeed file: the ZeRO stage (0: none) and what is offloaded."""
+
+    stage: int = 0
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    used: bool = False
+    saves_weights: bool = True  # ZeRO-3 gathers the weights for the final model
+    settings: dict = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """What decides how the optimizer's state is stored: `ZeRO-3`, or `DDP` without
+        DeepSpeed.
+        """
+        return f"ZeRO-{self.stage}" if self.used else "DDP"
+
+    def __str__(self) -> str:
+        parts = {"optimizer": self.offload_optimizer, "parameters": self.offload_parameters}
+        moved = " and ".join(part for part, is_moved in parts.items() if is_moved)
+        return self.kind + (f" with {moved} in host memory" if moved else "")
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The arithmetic of a run; None where only the tokenized data can tell, with the reason."""
+
+    samples: int | None
+    per_epoch: int | None
+    total: int | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take; None where it cannot be known. Memory and disk in bytes."""
+
+    devices: Devices
+    gpus: list[Gpu]
+    world_size: int
+    zero: Zero
+    values: Values  # the configuration over DEFAULTS
+    steps: Steps
+    model: Model
+    device_bytes: int | None
+    disk_free: int
+    memory: dict[str, int] | None = None  # by part, on each device
+    host_memory: int | None = None
+    checkpoint_bytes: int | None = None
+    disk_bytes: int | None = None
+
+    @property
+    def global_batch(self) -> int:
+        """Samples per optimizer step over all ranks."""
+        per_rank = (
+            self.values.per_device_train_batch_size * self.values.gradient_accumulation_steps
+        )
+        return per_rank * self.world_size
+
+    @property
+    def unit(self) -> str:
+        """What a rank runs on."""
+        return "GPU" if self.devices.ids else "process"
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """A run that could start: its configuration, its plan and its problems.
+
+    `run` is the run that is resumed, None where a new one will be created.
+    """
+
+    config: Config
+    plan: Plan
+    problems: Problems
+    run: Run | None = None
+
+
+# ================================================================================================
+# LAUNCHER
+# ================================================================================================
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the launcher, or the rank or tracker that it started; returns the exit code."""
+    open_standard_streams()
+    try:
+        options = parse_arguments(sys.argv[1:] if argv is None else argv)
+        env = dict(os.environ)
+        if not options.tracker and UNDER_TORCHRUN not in env:
+            found = preflight_or_stop(options, env)
+            return launch(found, env) if found else 0
+        if not options.tracker:
+            return run_rank(Run(options.config.parent), env)
+        return run_tracker(Run(Path(options.tracker)))
+    except LaunchError as error:
+        for problem in error.problems:
+            hint = " (use --force to start anyway)" if problem.can_force else ""
+            say(f"error: {problem.text}{hint}", sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return (
+            128 + signal.SIGINT
+        )  # before the run began; from then on StopRequest takes Ctrl-C
+
+
+def open_standard_streams() -> None:
+    """Open what was closed of stdin, stdout and stderr: else the next file gets its number."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
@@ -120,52 +395,216 @@ def say(text: str, stream: TextIO | None = None) -> None:
     try:
         print(text, file=stream, flush=True)
     except (OSError, ValueError):
-        with contextlib.suppress(OSError, ValueError):  # what is left in the buffer must not fail again at exit
+        with contextlib.suppress(
+            OSError, ValueError
+        ):  # the rest of the buffer must not fail at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Command line and configuration
-# ---------------------------------------------------------------------------------------------------------
+# --- command line -------------------------------------------------------------------------------
+
+OVERRIDE = re.compile(r"[\w-]+=")
 
 
 class ArgumentParser(argparse.ArgumentParser):
     """An argument parser whose errors are the launcher's."""
 
     def error(self, message: str):
-        message = re.sub(r"=\S+", "=...", message)  # a mistyped secret is not repeated
-        raise LaunchError(f"{message}; see python {SCRIPT.name} --help")
+        raise LaunchError(f"{hide_values(message)}; see python {SCRIPT.name} --help")
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Split the command line into `config` (path), `overrides` ({key: text}) and the options."""
-    parser = ArgumentParser(prog=SCRIPT.name, description=__doc__, usage=argparse.SUPPRESS,
-                            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("words", nargs="*", metavar="CONFIG.yaml, key=value", help=argparse.SUPPRESS)
-    parser.add_argument("--dry-run", action="store_true", help="print plan, problems and command; start nothing")
-    parser.add_argument("--json", action="store_true", help="with --dry-run: the plan as one JSON object")
-    parser.add_argument("--resume", nargs="?", const="", metavar="RUN_DIR",
-                        help="go on with RUN_DIR, or with the newest unfinished run under output_dir")
-    parser.add_argument("--force", action="store_true", help="start in spite of an estimate, a busy GPU or a version")
-    parser.add_argument("--verbose", action="store_true", help="show all that rank 0 prints")
-    parser.add_argument("--tracker", action="store_true", help=argparse.SUPPRESS)
+    parser = ArgumentParser(
+        prog=SCRIPT.name,
+        description=__doc__,
+        usage=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("words", nargs="*", metavar="CONFIG.yaml, key=value", help=argparse.SUPPRESS)
+    add(
+        "--dry-run", action="store_true", help="print plan, problems and command; start nothing"
+    )
+    add("--json", action="store_true", help="with --dry-run: the plan as one JSON object")
+    resume_help = "continue RUN_DIR, or the newest unfinished run under output_dir"
+    add("--resume", nargs="?", const="", metavar="RUN_DIR", help=resume_help)
+    force_help = "start anyway: an estimate, a busy GPU or an untested version stops nothing"
+    add("--force", action="store_true", help=force_help)
+    add("--tracker", help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args(argv)
-    words, options.words = options.words, []
-    if options.resume and (re.match(OVERRIDE, options.resume) or Path(options.resume).is_file()):
-        words, options.resume = [options.resume, *words], ""  # --resume CONFIG.yaml key=value: no RUN_DIR was given
-    options.overrides = dict(word.split("=", 1) for word in words if re.match(OVERRIDE, word))
-    paths = [word for word in words if not re.match(OVERRIDE, word)]
-    if len(paths) > 1:
-        hint = "; write key=value without spaces" if "=" in paths else ""
-        shown = re.sub(r"=\S+", "=...", " ".join(paths))
-        raise LaunchError(f"one CONFIG.yaml is expected, got {len(paths)}: {shown}{hint}")
-    if paths and options.resume:
-        raise LaunchError(f"--resume {options.resume} goes on with the config.yaml of that run; leave out {paths[0]}, "
-                          "and write what is to change as key=value")
-    options.config = Path(paths[0]) if paths else DEFAULT_CONFIG
     if options.json and not options.dry_run:
         raise LaunchError("--json goes with --dry-run")
+    split_words(options)
     return options
+
+
+def split_words(options: argparse.Namespace) -> None:
+    """Set `config` and `overrides` from the words of the command line."""
+    words = options.words
+    if options.resume and (OVERRIDE.match(options.resume) or os.path.isfile(options.resume)):
+        words = [options.resume, *words]  # --resume CONFIG.yaml key=value: no RUN_DIR was given
+        options.resume = ""
+    options.overrides = dict(word.split("=", 1) for word in words if OVERRIDE.match(word))
+    paths = [word for word in words if not OVERRIDE.match(word)]
+    if len(paths) > 1:
+        hint = "; write key=value without spaces" if "=" in paths else ""
+        shown = hide_values(" ".join(paths))
+        raise LaunchError(f"expected one CONFIG.yaml, got {len(paths)}: {shown}{hint}")
+    if paths and options.resume:
+        raise LaunchError(
+            f"--resume {options.resume} uses that run's own config.yaml; leave out {paths[0]}, "
+            "and write changes as key=value"
+        )
+    options.config = Path(paths[0]) if paths else DEFAULT_CONFIG
+
+
+def hide_values(text: str) -> str:
+    """A command line for a message: a mistyped secret must not be repeated."""
+    return re.sub(r"=\S+", "=...", text)
+
+
+# --- preflight ----------------------------------------------------------------------------------
+
+
+def preflight_or_stop(options: argparse.Namespace, env: dict[str, str]) -> Preflight | None:
+    """The preflight of a run to start; None after a dry run, and where there is nothing to do.
+
+    Raises LaunchError with all problems that --force does not start anyway.
+    """
+    try:
+        run = find_run(options)
+        longer = {"max_steps", "num_train_epochs"} & options.overrides.keys()
+        if run and run.is_finished() and not longer:
+            say(
+                f"{run.path}: this run is finished, there is nothing to resume; to train its "
+                f"model further: python {SCRIPT.name} model_name_or_path={run.path}"
+            )
+            return None
+        found = preflight(options, env, run)
+    except OSError as error:
+        raise LaunchError(describe_os_error(error)) from None
+    if options.dry_run:
+        dry_run(found, options.json, env)
+    stopping = [item for item in found.problems if not (item.can_force and options.force)]
+    if stopping:
+        raise LaunchError(*stopping)
+    return None if options.dry_run else found
+
+
+def preflight(options: argparse.Namespace, env: dict[str, str], run: Run | None) -> Preflight:
+    """From the command line to a plan and all problems; writes nothing.
+
+    Raises LaunchError for input that cannot be read at all.
+    """
+    config = load_config(run.config_file if run else options.config, options.overrides)
+    if run:
+        config = resumed_config(config, run)
+    problems = Problems()
+    config = check_keys(config, known_fields(), problems)
+    before_devices = len(problems)
+    devices, gpus = inspect_devices(config, env, problems)
+    nodes = inspect_nodes(config, env, problems)
+    has_devices = len(problems) == before_devices
+    ranks = max(devices.processes, 1) * nodes
+    config = problems.attempt(derive_accumulation, config, ranks) or config
+    where = config.where("deepspeed")
+    zero = problems.attempt(read_deepspeed, config.values, where=where) or Zero()
+    check_packages(config, zero, env, problems)
+    where = config.where("model_name_or_path")
+    model = problems.attempt(read_model, Values(config.values), where=where) or Model("unknown")
+    rows = inspect_data(config, "dataset", problems)
+    inspect_data(config, "eval_dataset", problems)
+    plan = make_plan(config, devices, gpus, zero, model, rows, ranks)
+    check_rules(config, plan, problems)
+    check_webhooks(config, problems)
+    check_access(config, problems)
+    check_output(config, problems)
+    if has_devices:
+        check_plan(plan, config, run, problems)
+    if run:
+        check_resume(config, plan, run, env, problems)
+    else:
+        problems.attempt(run_name, config, time.time())
+    return Preflight(config, plan, problems, run)
+
+
+def resumed_config(config: Config, run: Run) -> Config:
+    """The configuration to resume with: the samples per step stay the same on any number of
+    GPUs.
+    """
+    config = config.update(output_dir=str(run.path.parent), run_name=run.path.name)
+    batch = run.read("plan.json").get("global_batch_size")
+    if batch and not {"global_batch_size", ACCUMULATION} & config.overridden:
+        config = replace(config, values=without(config.values, ACCUMULATION))
+        config = config.update(global_batch_size=batch)
+    return config
+
+
+# --- configuration ------------------------------------------------------------------------------
+
+SECRET_KEY = re.compile(r"(^|[_-])(token|api[_-]key|secret|password|webhook_url)$|^notify$")
+# The hub and tracker libraries read these themselves, so the value need not pass through arguments.
+SECRET_ENVIRONMENT = {
+    "hf_hub_token": "HF_TOKEN",
+    "hub_token": "HF_TOKEN",
+    "swanlab_api_key": "SWANLAB_API_KEY",
+}
+INPUT_PATHS = (
+    "deepspeed",
+    "dataset_dir",
+    "media_dir",
+    "resume_from_checkpoint",
+    "tokenized_path",
+    "fsdp_config",
+)
+MODEL_PATHS = ("model_name_or_path", "adapter_name_or_path", "ref_model", "reward_model")
+OUTPUT_PATHS = ("output_dir", "cache_dir", "swanlab_logdir", "profiler_output_dir")
+# Here 1.10 is a name, not a number.
+NAMES = ("run_name", *INPUT_PATHS, *MODEL_PATHS, *OUTPUT_PATHS)
+FLOAT_TAG = "tag:yaml.org,2002:float"
+
+
+def load_config(path: Path, overrides: dict[str, str]) -> Config:
+    """Read CONFIG, apply the overrides, take the secrets out and make the paths absolute.
+
+    A key whose value is empty or null counts as not given. Raises LaunchError.
+    """
+    if not path.exists():
+        path = find_input(str(path), Path.cwd()) or path
+    values, lines = parse_yaml(read_text(path), str(path))
+    if not isinstance(values, dict) or not values:
+        found = {list: "found a list", str: "found plain text"}.get(type(values), "it is empty")
+        raise LaunchError(f"{path}:1: expected lines of `key: value` at the top level, {found}")
+    for key in values:
+        if not isinstance(key, str):
+            line = lines.get(str(key), 1)
+            raise LaunchError(f"{path}:{line}: {key!r}: expected a key that is a word")
+    for key, text in overrides.items():
+        values[key] = parse_yaml(text, f"command line: {key}", key)[0]
+    values = {key: value for key, value in values.items() if value is not None}
+    secrets = {key: str(values.pop(key)) for key in list(values) if SECRET_KEY.search(key)}
+    values = resolve_paths(values, Path.cwd())
+    return Config(str(path), values, lines, secrets, frozenset(overrides))
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 file (a byte order mark is allowed). Raises LaunchError."""
+    try:
+        content = path.read_bytes()
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        byte = f"0x{content[error.start]:02x}"
+        raise LaunchError(
+            f"{path}:{line}: not UTF-8 text (byte {byte}); save the file as UTF-8"
+        ) from None
+    except OSError as error:
+        hint = f"; the demo is {DEMO_COMMAND}" if isinstance(error, FileNotFoundError) else ""
+        raise LaunchError(
+            f"{path}: {error.strerror.lower()}: expected a YAML file{hint}"
+        ) from None
 
 
 class ConfigDumper(yaml.SafeDumper):
@@ -173,12 +612,12 @@ class ConfigDumper(yaml.SafeDumper):
 
 
 class ConfigLoader(yaml.SafeLoader):
-    """A safe YAML loader with the scalars of YAML 1.2, where `no` is a word and `1e-5` a number."""
+    """A safe YAML loader with the scalars of YAML 1.2: `no` is a word and `1e-5` a number."""
 
     yaml_implicit_resolvers = {}
 
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
-        """`1_000`, `0x1F` and `0o17` are integers; everything else that was matched is a float."""
+        """`1_000`, `0x1F` and `0o17` are integers; everything else that matched is a float."""
         text = node.value.lower().replace(".inf", "inf").replace(".nan", "nan")
         try:
             return int(text, 0)
@@ -189,28 +628,36 @@ class ConfigLoader(yaml.SafeLoader):
 for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("float", r"[-+]?(0|[1-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+|\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
-              r"|[0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|\.[0-9]+([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)",
-     list("-+.0123456789")),
+    (
+        "float",
+        r"[-+]?(0|[1-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+|\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+        r"|[0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|\.[0-9]+([eE][-+]?[0-9]+)?"
+        r"|[0-9]+[eE][-+]?[0-9]+)",
+        list("-+.0123456789"),
+    ),
     ("merge", r"<<", ["<"]),
 ):
     for _class in (ConfigLoader, ConfigDumper):
-        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
-ConfigLoader.add_constructor("tag:yaml.org,2002:float", ConfigLoader.construct_number)
+        _class.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first
+        )
+ConfigLoader.add_constructor(FLOAT_TAG, ConfigLoader.construct_number)
 
 
 def parse_yaml(text: str, source: str, key: str = "") -> tuple[object, dict[str, int]]:
     """Parse one YAML document, which is the value of `key` where one is named.
 
-    Returns the value and, where it is a mapping, the line of each top-level key.
-    Raises LaunchError with `source:line` for a syntax error, a duplicate key or an unusable key.
+    Returns the value and, where it is a mapping, the line of each top-level key. Raises
+    LaunchError with `source:line` for a syntax error, a duplicate key or an unusable key.
     """
     try:
         loader = ConfigLoader(text)
         node = loader.get_single_node()
         lines = key_lines(node, source)
-        keep_names(node, key)
-        return (None if node is None else loader.construct_document(node)), lines
+        if node is None:
+            return None, lines
+        keep_names_as_text(node, key)
+        return loader.construct_document(node), lines
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         hint = "; indent with spaces, not tabs" if "\\t" in str(error.problem) else ""
@@ -219,248 +666,334 @@ def parse_yaml(text: str, source: str, key: str = "") -> tuple[object, dict[str,
         raise LaunchError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def keep_names(node: yaml.Node | None, key: str) -> None:
-    """Let a number stay text as it is written where NAMES has its key; `key` is that of the whole document."""
-    pairs = node.value if isinstance(node, yaml.MappingNode) else []
-    for name, value in [(key, node), *((name.value, value) for name, value in pairs)]:
-        if name in NAMES and value and value.tag == "tag:yaml.org,2002:float":
-            value.tag = "tag:yaml.org,2002:str"
-
-
 def key_lines(node: yaml.Node | None, source: str) -> dict[str, int]:
-    """The line (from 1) of each top-level key; refuses a key that stands twice at any depth."""
+    """The line (from 1) of each top-level key; refuses a duplicate key at any depth."""
     lines: dict[str, int] = {}
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            line = key.start_mark.line + 1
-            if not isinstance(key, yaml.ScalarNode):
-                raise LaunchError(f"{source}:{line}: expected a key that is a word, found a {key.id}")
-            if key.value in lines and key.value != "<<":
-                raise LaunchError(f"{source}:{line}: {key.value}: duplicate key, first on line {lines[key.value]}; "
-                                  "keep one of them")
-            lines[str(key.value)] = line
-            key_lines(value, source)
-    elif isinstance(node, yaml.SequenceNode):
+    if isinstance(node, yaml.SequenceNode):
         for item in node.value:
             key_lines(item, source)
+    if not isinstance(node, yaml.MappingNode):
+        return lines
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            raise LaunchError(
+                f"{source}:{line}: expected a key that is a word, found a {key.id}"
+            )
+        if key.value in lines and key.value != "<<":
+            raise LaunchError(
+                f"{source}:{line}: {key.value}: duplicate key, first on line "
+                f"{lines[key.value]}; keep one of them"
+            )
+        lines[str(key.value)] = line
+        key_lines(value, source)
     return lines
 
 
-def read_text(path: Path) -> str:
-    """Read a UTF-8 file (a byte order mark is allowed); a LaunchError names what is wrong with it."""
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise LaunchError(f"{path}:{line}: not UTF-8 text (byte 0x{error.object[error.start]:02x}); "
-                          "save the file as UTF-8") from None
-    except OSError as error:
-        hint = f"; the demo is {DEMO_COMMAND}" if isinstance(error, FileNotFoundError) else ""
-        raise LaunchError(f"{path}: {error.strerror.lower()}: expected a YAML file{hint}") from None
-
-
-@dataclass(frozen=True)
-class Config:
-    """A resolved configuration: absolute paths, no secrets in `values`, and where each key was given."""
-
-    source: str
-    values: dict
-    lines: dict[str, int] = field(default_factory=dict)
-    secrets: dict[str, str] = field(default_factory=dict)
-    refused: frozenset[str] = frozenset()  # keys that had a value that could not be cast; they are not in `values`
-
-    def where(self, key: str) -> str:
-        """The place to mend `key`, for a message: `file.yaml:12` or `command line`."""
-        return f"{self.source}:{self.lines[key]}" if key in self.lines else "command line"
-
-
-def load_config(path: Path, overrides: dict[str, str]) -> Config:
-    """Read CONFIG, lay the overrides over it, take the secrets out and make the paths absolute.
-
-    A key whose value is empty or null counts as not given. Raises LaunchError.
-    """
-    path = path if path.exists() else find_input(str(path), Path.cwd()) or path
-    values, lines = parse_yaml(read_text(path), str(path))
-    if not isinstance(values, dict) or not values:
-        found = "it is empty" if not values else f"found a {'list' if isinstance(values, list) else 'plain text'}"
-        raise LaunchError(f"{path}:1: expected lines of `key: value` at the top level, {found}")
-    odd = [key for key in values if not isinstance(key, str)]
-    if odd:
-        raise LaunchError(f"{path}:{lines.get(str(odd[0]), 1)}: {odd[0]!r}: expected a key that is a word")
-    for key, text in overrides.items():
-        values[key] = parse_yaml(text, f"command line, {key}", key)[0]
-        lines.pop(key, None)
-    values = {key: value for key, value in values.items() if value is not None}
-    secrets = {key: str(values.pop(key)) for key in list(values) if SECRET_KEY.search(key)}
-    return Config(str(path), resolve_paths(values, Path.cwd()), lines, secrets)
-
-
-def find_input(text: str, cwd: Path) -> Path | None:
-    """Where an input path is: under the working directory, else under the script's folder; None: in neither."""
-    return next((base / text for base in (cwd, SCRIPT.parent) if (base / text).exists()), None)
+def keep_names_as_text(node: yaml.Node, key: str) -> None:
+    """Let a number stay the text that was written where NAMES has its key."""
+    pairs = [(key, node)]
+    if isinstance(node, yaml.MappingNode):
+        pairs += [(name.value, value) for name, value in node.value]
+    for name, value in pairs:
+        if name in NAMES and value.tag == FLOAT_TAG:
+            value.tag = "tag:yaml.org,2002:str"
 
 
 def resolve_paths(values: dict, cwd: Path) -> dict:
-    """Absolute paths: inputs from the working directory, else the script's folder; outputs from `cwd`.
+    """Absolute paths: inputs from the working directory, else the script's; outputs from `cwd`.
 
     A model that is no folder in either place stays as it is: it is a hub id.
     """
     resolved = dict(values)
     for key in (*INPUT_PATHS, *MODEL_PATHS, *OUTPUT_PATHS):
-        if not isinstance(values.get(key), str) or values[key].startswith(("ONLINE", "REMOTE:")):
+        text = values.get(key)
+        if not isinstance(text, str) or text.startswith(("ONLINE", "REMOTE:")):
             continue
-        text = os.path.expanduser(values[key])
-        if key in OUTPUT_PATHS:
-            resolved[key] = str(cwd / text)
+        text = os.path.expanduser(text)
+        path = cwd / text
+        if key not in OUTPUT_PATHS:
+            path = find_input(text, cwd) or path
+        if key not in MODEL_PATHS or os.path.exists(path):
+            resolved[key] = str(path)
         else:
-            resolved[key] = str(find_input(text, cwd) or (text if key in MODEL_PATHS else cwd / text))
+            resolved[key] = text
     return resolved
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Devices
-# ---------------------------------------------------------------------------------------------------------
+def find_input(text: str, cwd: Path) -> Path | None:
+    """Where an input is: under the working directory, else beside the script; None: nowhere."""
+    places = (base / text for base in (cwd, SCRIPT.parent))
+    return next((path for path in places if os.path.exists(path)), None)
+
+
+def without(values: dict, *keys: str) -> dict:
+    """A copy of a dict without some keys."""
+    return {key: value for key, value in values.items() if key not in keys}
+
+
+# --- keys ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Devices:
-    """The GPUs of this machine that the run uses, why, and how many processes that makes.
-
-    `ids` are the words of CUDA_VISIBLE_DEVICES, as nvidia-smi numbers them; none means CPU.
+class Field:
+    """What a key takes: names of Python types (none: anything) and, for an enumeration, the
+    words.
     """
 
-    ids: tuple[str, ...]
-    reason: str
-    processes: int
+    kinds: frozenset[str] = frozenset()
+    choices: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        what = f"GPU{'s' * (len(self.ids) > 1)} {','.join(self.ids)}" if self.ids else "CPU"
-        return f"{what} ({self.reason}), {self.processes} process{'es' * (self.processes > 1)}"
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        words = {
+            "bool": "true or false",
+            "int": "a whole number",
+            "float": "a number",
+            "str": "text",
+            "list": "a list",
+            "dict": "a mapping",
+        }
+        kinds = self.kinds - {"int"} if "float" in self.kinds else self.kinds
+        return " or ".join(text for kind, text in words.items() if kind in kinds)
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """One GPU as NVML reports it; memory in bytes, `users` are the processes that hold memory on it."""
+LAUNCHER_FIELDS = {
+    "cuda_visible_devices": Field(),
+    "global_batch_size": Field(frozenset({"int"})),
+    "max_restarts": Field(frozenset({"int"})),
+    "hang_timeout": Field(frozenset({"int"})),
+    "notify": Field(frozenset({"str"})),
+}
+FIELD_SOURCES = (
+    *(f"llamafactory/hparams/{name}_args.py" for name in ("model", "data", "training")),
+    *(f"llamafactory/hparams/{name}_args.py" for name in ("finetuning", "generating")),
+    "transformers/training_args.py",
+    "transformers/training_args_seq2seq.py",
+)
+CHOICE_SOURCES = (
+    "transformers/trainer_utils.py",
+    "transformers/training_args.py",
+    "llamafactory/extras/constants.py",
+)
+# SwanLab's modes of today; LLaMA-Factory's enumeration has two of them.
+SWANLAB_MODES = ("online", "cloud", "local", "offline", "disabled")
+# Text that LLaMA-Factory splits at commas, so that a list does as well.
+SPLIT_KEYS = """
+    dataset eval_dataset adapter_name_or_path interleave_probs lora_target oft_target
+    galore_target apollo_target additional_target freeze_trainable_modules freeze_extra_modules
+""".split()
 
-    index: int
-    uuid: str
-    name: str
-    total: int
-    used: int
-    users: tuple[str, ...] = ()
+
+def known_fields() -> dict[str, Field]:
+    """Every key of the installed LLaMA-Factory and transformers; {} where they are missing."""
+    try:
+        trees = {name: ast.parse(source_of(name)) for name in {*FIELD_SOURCES, *CHOICE_SOURCES}}
+    except OSError:
+        return {}
+    choices = {}
+    for node in (node for name in CHOICE_SOURCES for node in trees[name].body):
+        if isinstance(node, ast.ClassDef) and any("Enum" in ast.unparse(n) for n in node.bases):
+            choices[node.name] = enum_values(node)
+    fields = dict(LAUNCHER_FIELDS)
+    for node in (node for name in FIELD_SOURCES for node in trees[name].body):
+        for line in node.body if isinstance(node, ast.ClassDef) else ():
+            if isinstance(line, ast.AnnAssign) and "init=False" not in ast.unparse(line):
+                fields[line.target.id] = read_annotation(line.annotation, choices)
+    for key in fields.keys() & SPLIT_KEYS:
+        fields[key] = replace(fields[key], kinds=fields[key].kinds | {"list"})
+    fields["swanlab_mode"] = Field(choices=SWANLAB_MODES)
+    return fields
+
+
+def source_of(name: str) -> str:
+    """The text of a file of an installed package, `package/path.py`. Raises OSError."""
+    package, _, path = name.partition("/")
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(name)
+    return Path(spec.submodule_search_locations[0], path).read_text(encoding="utf-8")
+
+
+def enum_values(node: ast.ClassDef) -> tuple[str, ...]:
+    """The string values of an Enum class."""
+    values = [line.value for line in node.body if isinstance(line, ast.Assign)]
+    constants = [getattr(value, "value", None) for value in values]
+    return tuple(value for value in constants if isinstance(value, str))
+
+
+def read_annotation(node: ast.expr, choices: dict[str, tuple[str, ...]]) -> Field:
+    """Turn a field's annotation, such as `IntervalStrategy | str | None`, into a Field."""
+    if isinstance(node, ast.BinOp):
+        left, right = (read_annotation(side, choices) for side in (node.left, node.right))
+        return Field(left.kinds | right.kinds, left.choices + right.choices)
+    if isinstance(node, ast.Subscript):
+        name = ast.unparse(node.value)
+        if name == "Literal":
+            words = ast.literal_eval(node.slice)
+            return Field(choices=words if isinstance(words, tuple) else (words,))
+        return read_annotation(node.slice if name == "Optional" else node.value, choices)
+    name = ast.unparse(node)
+    if name in choices:
+        return Field(choices=choices[name])
+    return Field(frozenset({name} & {"bool", "int", "float", "str", "list", "dict"}))
+
+
+# (keys, what fits, what is expected)
+RANGES = (
+    (
+        *("per_device_train_batch_size", "per_device_eval_batch_size", "cutoff_len"),
+        *("gradient_accumulation_steps", "max_samples", "global_batch_size", "ddp_timeout"),
+        *("preprocessing_num_workers", "preprocessing_batch_size", "save_total_limit"),
+        *("buffer_size", "hang_timeout"),
+        lambda number: number >= 1,
+        "1 or more",
+    ),
+    (
+        *("num_train_epochs", "logging_steps", "save_steps", "eval_steps"),
+        lambda number: number > 0,
+        "more than 0",
+    ),
+    (
+        *("learning_rate", "weight_decay", "warmup_ratio", "warmup_steps", "max_grad_norm"),
+        *("val_size", "dataloader_num_workers", "max_restarts", "label_smoothing_factor"),
+        "neftune_noise_alpha",
+        lambda number: number >= 0,
+        "0 or more",
+    ),
+    ("warmup_ratio", lambda number: number <= 1, "a share up to 1"),
+    (
+        *("logging_steps", "save_steps", "eval_steps", "warmup_steps"),
+        lambda number: number < 1 or number == int(number),
+        "a whole number, or a share below 1",
+    ),
+    (
+        "val_size",
+        lambda number: number < 1 or number == int(number) > 1,
+        "a share below 1, or a whole number above 1",
+    ),
+    ("max_steps", lambda number: number != 0, "-1 (as many as the epochs have) or 1 or more"),
+)
+
+
+def check_keys(config: Config, fields: dict[str, Field], problems: Problems) -> Config:
+    """The configuration with every value cast to its type; a wrong one is reported and left out."""
+    values = dict(config.values)
+    for key in [*config.values, *config.secrets]:
+        try:
+            if fields and key not in fields:
+                hint = did_you_mean(key, fields) or "; LLaMA-Factory has no such key"
+                raise ValueError(f"unknown key{hint}")
+            if fields and key in values:
+                values[key] = cast(values[key], fields[key])
+            check_range(key, values.get(key))
+        except (ValueError, OverflowError) as error:
+            problems.add(f"{config.where(key)}: {error}")
+            values.pop(key, None)
+    return replace(
+        config, values=values, refused=frozenset(config.values.keys() - values.keys())
+    )
+
+
+def check_range(key: str, value: object) -> None:
+    """Raises ValueError where a number cannot be what `key` takes."""
+    for *keys, fits, expected in RANGES:
+        if key in keys and isinstance(value, (int, float)) and not fits(value):
+            raise ValueError(f"expected {expected}, got {value}")
+
+
+def cast(value: object, wanted: Field) -> object:
+    """`value` as the type the key takes; LLaMA-Factory casts nothing that comes as a dict.
+
+    Raises ValueError that says what was expected.
+    """
+    try:
+        if wanted.choices:
+            return cast_choice(value, wanted)
+        if not wanted.kinds or type(value).__name__ in wanted.kinds:
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError
+            return value
+        return cast_number(value, wanted.kinds)
+    except (ValueError, OverflowError):
+        hint = did_you_mean(str(value), wanted.choices)
+        raise ValueError(f"expected {wanted}, got {value!r}{hint}") from None
+
+
+def cast_choice(value: object, wanted: Field) -> object:
+    """One of the choices; false is the word `no` where the choices have it (save_strategy:
+    false).
+    """
+    if value is False and "no" in wanted.choices:
+        return "no"
+    if value in wanted.choices or (isinstance(value, list) and "list" in wanted.kinds):
+        return value
+    raise ValueError
+
+
+def cast_number(value: object, kinds: frozenset[str]) -> object:
+    """A value of another type; the words yes, no, on, off of YAML 1.1 are booleans here."""
+    words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ValueError
+    if "bool" in kinds and str(value).lower() in words:
+        return words[str(value).lower()]
+    if "int" in kinds and float(value) == int(float(value)):
+        return int(float(value))
+    if "float" in kinds and math.isfinite(float(value)):
+        return float(value)
+    if "str" in kinds:
+        return str(value)
+    raise ValueError
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """`; did you mean WORD?` with the closest of `words`; '' where none is close."""
+    spelled = {other.lower(): other for other in words}
+    word = word.replace("-", "_").lower()
+    found = difflib.get_close_matches(word, spelled, 1)
+    if not found:
+        return ""
+    close = found[0]
+    if "eval" not in word:  # per_device_batch_size is the training one
+        close = close.replace("_eval_", "_train_")
+    return f"; did you mean {spelled.get(close, spelled[found[0]])}?"
+
+
+# --- devices and nodes --------------------------------------------------------------------------
+
+
+def inspect_devices(
+    config: Config, env: dict[str, str], problems: Problems
+) -> tuple[Devices, list[Gpu]]:
+    """The devices to train on, and what NVML knows of them; their problems are gathered."""
+    on_cpu = config.values.use_cpu is True
+    gpus, note = ([], "") if on_cpu else query_gpus()
+    devices = problems.attempt(resolve_devices, config, env, gpus)
+    if devices is None:
+        return Devices((), "unknown", 0), []
+    if on_cpu:
+        return devices, []
+    check_devices(devices, gpus, note, problems)
+    if gpus is None:
+        devices = replace(devices, reason=f"{devices.reason}; {note}")
+    chosen = [gpu for device in devices.ids for gpu in gpus or [] if gpu.is_named(device)]
+    check_cuda(config, devices, chosen, problems)
+    return devices, chosen
 
 
 def query_gpus() -> tuple[list[Gpu] | None, str]:
-    """The machine's GPUs by NVML, in nvidia-smi's order, and a note; None where NVML cannot be asked."""
+    """The node's GPUs in nvidia-smi's order, and a note; None where NVML cannot be asked."""
     try:
         import pynvml
     except ImportError:
         return None, "not checked, since nvidia-ml-py is not installed"
     try:
         pynvml.nvmlInit()
-        return [read_gpu(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount())], ""
+        return [read_gpu(pynvml, n) for n in range(pynvml.nvmlDeviceGetCount())], ""
     except pynvml.NVMLError as error:
-        return [], f"no NVIDIA driver answers on this machine (NVML: {error})"
-
-
-def read_gpu(pynvml, index: int) -> Gpu:
-    """What NVML knows of GPU `index`."""
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-    try:
-        users = tuple(f"pid {process.pid} ({format_bytes(process.usedGpuMemory or 0)})"
-                      for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle))
-    except pynvml.NVMLError:  # containers often hide other containers' processes
-        users = ()
-    uuid, name = (text.decode() if isinstance(text, bytes) else text
-                  for text in (pynvml.nvmlDeviceGetUUID(handle), pynvml.nvmlDeviceGetName(handle)))
-    return Gpu(index, uuid, name, memory.total, memory.used, users)
-
-
-def parse_device_ids(value: object, source: str) -> tuple[str, ...]:
-    """Read `0`, `"0,1"`, `[0, 1]`, `"GPU-uuid"` or MIG ids; "" and -1 mean no GPU. Raises LaunchError."""
-    items = value if isinstance(value, list) else str(value).split(",")
-    ids = tuple(str(item).strip() for item in items)
-    if ids in ((), ("",), ("-1",), ("NoDevFiles",)):  # the last is what Slurm sets for a job without GPUs
-        return ()
-    for device in ids:
-        if not re.fullmatch(r"\d+|(GPU|MIG)-[\w/-]+", device):
-            raise LaunchError(f"{source}: {device!r} is not a GPU id; expected numbers as nvidia-smi shows them "
-                              'such as "0,1", or GPU-... or MIG-... ids')
-        if ids.count(device) > 1:
-            raise LaunchError(f"{source}: GPU {device} is named twice; name each GPU once")
-    return ids
-
-
-def resolve_devices(config: Config, env: dict[str, str], gpus: list[Gpu] | None) -> Devices:
-    """Choose the GPUs: CUDA_VISIBLE_DEVICES in the environment, else in the YAML, else all there are.
-
-    Pure: `gpus` is what NVML found (None: unknown). Raises LaunchError.
-    """
-    if config.values.get("use_cpu") is True:
-        return Devices((), "use_cpu: true", read_count(env, "NPROC_PER_NODE", 1))
-    asked = config.values.get("cuda_visible_devices")
-    if "CUDA_VISIBLE_DEVICES" in env:
-        ids = parse_device_ids(env["CUDA_VISIBLE_DEVICES"], "environment variable CUDA_VISIBLE_DEVICES")
-        other = "" if asked is None else ",".join(parse_device_ids(asked, f"{config.where('cuda_visible_devices')}: "
-                                                                          "cuda_visible_devices"))
-        differs = asked is not None and other != ",".join(ids)
-        wins = f", which wins over the config's {other or 'none'}" if differs else ""
-        reason = f"from CUDA_VISIBLE_DEVICES{wins}"
-    elif asked is not None:
-        ids = parse_device_ids(asked, f"{config.where('cuda_visible_devices')}: cuda_visible_devices")
-        reason = f"from cuda_visible_devices, {config.where('cuda_visible_devices')}"
-    else:
-        ids, reason = tuple(str(gpu.index) for gpu in gpus or ()), "all GPUs of this machine"
-    processes = read_count(env, "NPROC_PER_NODE", len(ids))
-    if processes > len(ids) > 0:
-        raise LaunchError(f"environment variable NPROC_PER_NODE: {processes} processes were asked for, but only "
-                          f"{len(ids)} GPUs ({','.join(ids)}; {reason}); one process needs one GPU")
-    return Devices(ids[:processes], reason, processes)
-
-
-def read_count(env: dict[str, str], name: str, default: int) -> int:
-    """A number of processes or machines in the environment, as llamafactory-cli reads it. Raises LaunchError."""
-    text = env.get(name, str(default)).strip()
-    if not text.isdecimal() or (int(text) == 0 and default):
-        raise LaunchError(f"environment variable {name}: expected a whole number of 1 or more, got {text!r}")
-    return int(text)
-
-
-def node_rank(env: dict[str, str]) -> int:
-    """This machine's number among the machines; 0 where there is one, whatever else left NODE_RANK behind."""
-    return int(env["NODE_RANK"]) if env.get("NNODES", "1") != "1" and env.get("NODE_RANK", "").isdecimal() else 0
-
-
-def matching(device: str, gpus: list[Gpu]) -> list[Gpu]:
-    """The GPUs that an id names: by number, or by the beginning of a UUID. MIG ids are not looked up."""
-    return [gpu for gpu in gpus
-            if device == str(gpu.index) or (device.startswith("GPU-") and gpu.uuid.startswith(device))]
-
-
-def chosen_gpus(devices: Devices, gpus: list[Gpu] | None) -> list[Gpu]:
-    """What NVML knows of the GPUs that the run uses."""
-    return [gpu for device in devices.ids for gpu in matching(device, gpus or [])]
-
-
-def check_devices(devices: Devices, gpus: list[Gpu] | None, note: str) -> list[Problem]:
-    """Problems with the chosen GPUs: there is none, some do not exist, or one is named twice."""
-    demo = f" (to try the launcher on a CPU: {DEMO_COMMAND})"
-    if not devices.ids:
-        hint = "name them in cuda_visible_devices" if gpus is None else "a machine with NVIDIA GPUs is needed"
-        return [Problem(f"no GPU to train on: {note or devices.reason}; {hint}{demo}")]
-    if gpus is None:
-        return []
-    named = {device: matching(device, gpus) for device in devices.ids if not device.startswith("MIG-")}
-    missing, found = [device for device in named if not named[device]], chosen_gpus(devices, gpus)
-    there = ", ".join(f"{gpu.index} ({gpu.name})" for gpu in gpus) or f"none: {note}"
-    problems = [f"GPU {','.join(missing)} does not exist ({devices.reason}); this machine has {there}"
-                + demo * (not gpus)] if missing else []
-    problems += [f"GPU {device} is the beginning of several UUIDs ({devices.reason}); write more of it"
-                 for device, gpus_of in named.items() if len(gpus_of) > 1]
-    problems += [f"GPU {gpu.index} is named twice, also as {gpu.uuid} ({devices.reason}); name each GPU once"
-                 for gpu in set(found) if found.count(gpu) > 1]
-    return [Problem(text) for text in problems]
+        return [], f"no NVIDIA driver answers on this node (NVML: {error})"
 
 
 def format_bytes(count: float) -> str:
@@ -472,160 +1005,392 @@ def format_bytes(count: float) -> str:
     return f"{count:.2f} TiB"
 
 
-# ---------------------------------------------------------------------------------------------------------
-# What LLaMA-Factory accepts: its keys and their types, read from the installed sources without importing
-# ---------------------------------------------------------------------------------------------------------
-
-
-# The defaults of LLaMA-Factory and transformers for the keys that the plan and the checks read.
-DEFAULTS = {
-    "stage": "sft", "finetuning_type": "lora", "dataset_dir": "data", "cutoff_len": 2048, "val_size": 0.0,
-    "mix_strategy": "concat", "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1,
-    "num_train_epochs": 3.0, "max_steps": -1, "logging_strategy": "steps", "logging_steps": 500,
-    "save_strategy": "steps", "save_steps": 500, "eval_strategy": "no", "output_dir": ".",
-}
-
-
-@dataclass(frozen=True)
-class Field:
-    """What a key takes: names of Python types (none: anything) and, for an enumeration, the words."""
-
-    kinds: frozenset[str] = frozenset()
-    choices: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        words = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text",
-                 "list": "a list", "dict": "a mapping"}
-        return "one of " + ", ".join(self.choices) if self.choices else " or ".join(
-            words[kind] for kind in words if kind in self.kinds and not (kind == "int" and "float" in self.kinds))
-
-
-LAUNCHER_FIELDS = {
-    "cuda_visible_devices": Field(),
-    "global_batch_size": Field(frozenset({"int"})),
-    "max_restarts": Field(frozenset({"int"})),
-}
-FIELD_SOURCES = (
-    *(f"llamafactory/hparams/{name}_args.py" for name in ("model", "data", "training", "finetuning", "generating")),
-    "transformers/training_args.py", "transformers/training_args_seq2seq.py",
-)
-CHOICE_SOURCES = ("transformers/trainer_utils.py", "transformers/training_args.py", "llamafactory/extras/constants.py")
-# Enumerations that the launcher widens: SwanLab's modes of today beside LLaMA-Factory's two.
-SWANLAB_MODES = ("online", "cloud", "local", "offline", "disabled")
-EXTRA_CHOICES = {"swanlab_mode": SWANLAB_MODES}
-# Text that LLaMA-Factory splits at commas, so that a list does as well.
-SPLIT_KEYS = {"dataset", "eval_dataset", "adapter_name_or_path", "interleave_probs", "lora_target", "oft_target",
-              "galore_target", "apollo_target", "additional_target", "freeze_trainable_modules", "freeze_extra_modules"}
-
-
-def known_fields() -> dict[str, Field]:
-    """Every key of the installed LLaMA-Factory and transformers with what it takes; {} where they are missing."""
-    try:
-        trees = {name: ast.parse(source_of(name)) for name in {*FIELD_SOURCES, *CHOICE_SOURCES}}
-    except OSError:
-        return {}
-    choices = {node.name: tuple(enum_values(node)) for name in CHOICE_SOURCES for node in trees[name].body
-               if isinstance(node, ast.ClassDef) and any("Enum" in ast.unparse(base) for base in node.bases)}
-    fields = dict(LAUNCHER_FIELDS)
-    for name in FIELD_SOURCES:
-        for line in (line for node in trees[name].body if isinstance(node, ast.ClassDef) for line in node.body):
-            if isinstance(line, ast.AnnAssign) and "init=False" not in ast.unparse(line.value or line.target):
-                found = read_annotation(line.annotation, choices)
-                if found.choices:
-                    found = replace(found, choices=found.choices + EXTRA_CHOICES.get(line.target.id, ()))
-                if line.target.id in SPLIT_KEYS:
-                    found = replace(found, kinds=found.kinds | {"list"})
-                fields[line.target.id] = found
-    return fields
-
-
-def source_of(name: str) -> str:
-    """The text of a file of an installed package, `package/path.py`. Raises OSError where it is missing."""
-    package, _, path = name.partition("/")
-    spec = find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(name)
-    return Path(spec.submodule_search_locations[0], path).read_text(encoding="utf-8")
-
-
-def enum_values(node: ast.ClassDef) -> list[str]:
-    """The string values of an Enum class."""
-    return [line.value.value for line in node.body
-            if isinstance(line, ast.Assign) and isinstance(getattr(line.value, "value", None), str)]
-
-
-def read_annotation(node: ast.expr, choices: dict[str, tuple[str, ...]]) -> Field:
-    """Turn a field's annotation, such as `IntervalStrategy | str | None`, into a Field."""
-    if isinstance(node, ast.BinOp):
-        left, right = read_annotation(node.left, choices), read_annotation(node.right, choices)
-        return Field(left.kinds | right.kinds, left.choices + right.choices)
-    if isinstance(node, ast.Subscript):
-        name = ast.unparse(node.value)
-        if name == "Literal":
-            return Field(choices=tuple(ast.literal_eval(node.slice)) if isinstance(node.slice, ast.Tuple)
-                         else (ast.literal_eval(node.slice),))
-        return read_annotation(node.slice if name == "Optional" else node.value, choices)
-    name = ast.unparse(node)
-    if name in choices:
-        return Field(choices=choices[name])
-    return Field(frozenset({name} & {"bool", "int", "float", "str", "list", "dict"}))
-
-
-def cast(value: object, wanted: Field) -> object:
-    """`value` as the type the key takes; LLaMA-Factory casts nothing that comes as a dict. Raises ValueError.
-
-    A YAML 1.1 boolean word (yes, no, on, off) is a boolean where one is wanted, and false is the word `no`
-    where the choices have it (save_strategy: false).
+def read_gpu(pynvml, index: int) -> Gpu:
+    """What NVML knows of GPU `index`; containers and unified memory leave some of it
+    unsupported.
     """
-    words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-    if wanted.choices:
-        word = "no" if value is False and "no" in wanted.choices else value
-        if word in wanted.choices or (isinstance(word, list) and "list" in wanted.kinds):
-            return word
-        raise ValueError
-    kinds = wanted.kinds
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError
-    if not kinds or type(value).__name__ in kinds:
-        return value
-    if isinstance(value, bool):
-        raise ValueError
-    if "bool" in kinds and str(value).lower() in words:
-        return words[str(value).lower()]
-    if "int" in kinds and isinstance(value, (str, float)) and float(value) == int(float(value)):
-        return int(float(value))
-    if "float" in kinds and isinstance(value, (str, int)):
-        return float(value)
-    if "str" in kinds and isinstance(value, (int, float)):
-        return str(value)
-    raise ValueError
+    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+
+    def ask(name: str, *arguments: object):
+        with contextlib.suppress(pynvml.NVMLError, AttributeError):
+            answer = getattr(pynvml, name)(*arguments)
+            return answer.decode() if isinstance(answer, bytes) else answer
+
+    memory = ask("nvmlDeviceGetMemoryInfo", handle)
+    users = tuple(
+        f"pid {process.pid} ({format_bytes(process.usedGpuMemory or 0)})"
+        for process in ask("nvmlDeviceGetComputeRunningProcesses", handle) or ()
+    )
+    return Gpu(
+        index,
+        ask("nvmlDeviceGetUUID", handle) or "",
+        ask("nvmlDeviceGetName", handle) or "unknown GPU",
+        getattr(memory, "total", None),
+        getattr(memory, "used", None),
+        users,
+        ask("nvmlDeviceGetCudaComputeCapability", handle),
+        ask("nvmlSystemGetCudaDriverVersion_v2"),
+    )
 
 
-def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """`; did you mean WORD?` of the nearest of `words`; '' where none is near."""
-    spelled = {other.lower(): other for other in words}
-    near = difflib.get_close_matches(word.lower(), spelled, 1)
-    return f"; did you mean {spelled[near[0]]}?" if near else ""
+def resolve_devices(config: Config, env: dict[str, str], gpus: list[Gpu] | None) -> Devices:
+    """Choose the GPUs: CUDA_VISIBLE_DEVICES in the environment, else in the YAML, else all
+    there are.
+
+    Pure: `gpus` is what NVML found (None: unknown). Raises LaunchError.
+    """
+    if config.values.use_cpu is True:
+        return Devices((), "use_cpu: true", read_count(env, "NPROC_PER_NODE", 1))
+    where, asked = config.where("cuda_visible_devices"), None
+    if "cuda_visible_devices" in config.values:
+        asked = parse_device_ids(config.values["cuda_visible_devices"], where)
+    if "CUDA_VISIBLE_DEVICES" in env:
+        where, reason = "environment variable CUDA_VISIBLE_DEVICES", "from CUDA_VISIBLE_DEVICES"
+        ids = parse_device_ids(env["CUDA_VISIBLE_DEVICES"], where)
+        if asked not in (None, ids):
+            reason += f", which wins over the config's {','.join(asked) or 'none'}"
+    elif asked is not None:
+        ids, reason = (
+            asked,
+            f"from cuda_visible_devices, {config.place('cuda_visible_devices')}",
+        )
+    else:
+        where = "cuda_visible_devices"
+        ids, reason = tuple(str(gpu.index) for gpu in gpus or ()), "all GPUs of this node"
+    processes = read_count(env, "NPROC_PER_NODE", len(ids))
+    if processes > len(ids) > 0:
+        raise LaunchError(
+            f"environment variable NPROC_PER_NODE: {processes} processes need {processes} "
+            f"GPUs, but there are {plural(len(ids), 'GPU')} ({','.join(ids)}; {reason}); lower "
+            "it"
+        )
+    return Devices(ids[:processes], reason, processes, where)
 
 
-def check_keys(config: Config, fields: dict[str, Field]) -> tuple[Config, list[Problem]]:
-    """The configuration with every value cast, and a problem for each key or value that cannot be."""
-    problems, values = [], dict(config.values)
-    for key, value in config.values.items():
-        if key not in fields:
-            hint = did_you_mean(key.replace("-", "_"), fields) or "; LLaMA-Factory has no such key"
-            problems.append(Problem(f"{config.where(key)}: {key}: unknown key{hint}"))
-            values.pop(key)
-            continue
+def parse_device_ids(value: object, where: str) -> tuple[str, ...]:
+    """Read `0`, `"0,1"`, `[0, 1]`, `"GPU-uuid"` or a MIG id; "" and -1 mean no GPU.
+
+    Raises LaunchError.
+    """
+    items = value if isinstance(value, list) else str(value).split(",")
+    ids = tuple(str(item).strip() for item in items)
+    if ids in (
+        (),
+        ("",),
+        ("-1",),
+        ("NoDevFiles",),
+    ):  # the last is Slurm's for a job without GPUs
+        return ()
+    for device in ids:
+        if not re.fullmatch(r"\d+|(GPU|MIG)-[\w/-]+", device):
+            raise LaunchError(
+                f"{where}: {device!r} is not a GPU id; expected numbers as nvidia-smi shows them "
+                'such as "0,1", or GPU-... or MIG-... ids'
+            )
+        if ids.count(device) > 1:
+            raise LaunchError(f"{where}: GPU {device} is named twice; name each GPU once")
+    return ids
+
+
+def plural(count: float, unit: str) -> str:
+    """`1 GPU`, `2 GPUs`, `2 processes`, `0.5 epochs`."""
+    number = f"{count:g}" if isinstance(count, float) else str(count)
+    if count == 1:
+        return f"{number} {unit}"
+    return f"{number} {unit}{'es' if unit.endswith('s') else 's'}"
+
+
+def read_count(env: dict[str, str], name: str, default: int) -> int:
+    """A number of processes or nodes in the environment. Raises LaunchError."""
+    text = env.get(name, str(default)).strip()
+    if not text.isdecimal() or (int(text) == 0 and default):
+        raise LaunchError(
+            f"environment variable {name}: expected a whole number of 1 or more, got {text!r}"
+        )
+    return int(text)
+
+
+SHARED_MEMORY = 256 << 20  # bytes; containers get 64 MiB where nobody asks for more
+
+
+def check_devices(
+    devices: Devices, gpus: list[Gpu] | None, note: str, problems: Problems
+) -> None:
+    """GPUs that do not exist, are named twice, or cannot be used together."""
+    where, demo = devices.where, f" (to try the launcher on a CPU: {DEMO_COMMAND})"
+    if not devices.ids:
+        hint = "use a node with NVIDIA GPUs"
+        if gpus is None:
+            hint = "name them in cuda_visible_devices"
+        elif gpus:
+            note = "none is named"
+            hint = "name one"
+        problems.add(f"{where}: no GPU to train on: {note or 'NVML finds none'}; {hint}{demo}")
+    if len(devices.ids) > 1 and any(device.startswith("MIG-") for device in devices.ids):
+        problems.add(f"{where}: CUDA shows a process one MIG instance only; name one")
+    if len(devices.ids) > 1 and shutil.disk_usage("/dev/shm").total < SHARED_MEMORY:
+        problems.add(
+            "/dev/shm: too small for NCCL and data loading on several GPUs; start the "
+            "container with --shm-size=16g or --ipc=host",
+            can_force=True,
+        )
+    if gpus is None:
+        return
+    found = []
+    for device in devices.ids:
+        named = [gpu for gpu in gpus if gpu.is_named(device)]
+        if len(named) > 1:
+            problems.add(
+                f"{where}: {device} is the beginning of several UUIDs; write more of it"
+            )
+        for gpu in set(named) & set(found):
+            problems.add(f"{where}: GPU {gpu.index} is also named as {gpu.uuid}; name it once")
+        found += named or [device]
+    missing = [device for device in found if isinstance(device, str) and device[:4] != "MIG-"]
+    if missing:
+        there = ", ".join(f"{gpu.index} ({gpu.name})" for gpu in gpus)
+        if not gpus:
+            there = f"none: {note}{demo}"
+        problems.add(f"{where}: GPU {','.join(missing)} does not exist; this node has {there}")
+
+
+# The oldest driver for each major version of CUDA (NVIDIA's minor version compatibility).
+OLDEST_DRIVERS = {"13": "580", "12": "525"}
+# What keys need of a GPU. torch emulates bf16 on older ones, slowly, so that can be forced.
+KEY_CAPABILITY = {
+    "flash_attn": ("fa2", (8, 0), "use sdpa"),
+    "bf16": (True, (8, 0), "use fp16: true"),
+    "pure_bf16": (True, (8, 0), "use fp16: true"),
+}
+
+
+def check_cuda(config: Config, devices: Devices, gpus: list[Gpu], problems: Problems) -> None:
+    """A torch, driver or GPU with which torch would see no GPU: it would train on the CPU."""
+    where, built = devices.where, torch_cuda()
+    if devices.ids and built is None:
+        problems.add(
+            f"{where}: the installed torch is a CPU build and cannot use a GPU; pip install -r "
+            "requirements.txt"
+        )
+    driver = max((gpu.driver_cuda or 0 for gpu in gpus), default=0)
+    major = (built or "0").split(".")[0]
+    if driver and driver // 1000 < int(major):
+        problems.add(
+            f"{where}: the NVIDIA driver supports CUDA {driver // 1000}.{driver % 1000 // 10}, "
+            f"but torch was built for CUDA {built} and would see no GPU; install driver "
+            f"{OLDEST_DRIVERS.get(major, 'for it')} or newer, or a torch for the older CUDA"
+        )
+    for gpu in gpus:
+        has = tuple(gpu.capability or (99, 0))
+        shown = f"GPU {gpu.index} ({gpu.name}) has compute capability {has[0]}.{has[1]}"
+        if major == "13" and has < (7, 5):
+            problems.add(f"{where}: {shown}, torch for CUDA {built} needs 7.5; use other GPUs")
+        for key, (value, least, advice) in KEY_CAPABILITY.items():
+            if config.values.get(key) == value and has < least:
+                needed = f"{key} needs {least[0]}.{least[1]}; {advice}"
+                text = f"{config.where(key)}: {shown}, {needed}"
+                problems.add(text, can_force=key != "flash_attn")
+
+
+def torch_cuda() -> str | None:
+    """The CUDA version that torch was built for; None for a CPU build, '' where torch is
+    missing.
+    """
+    try:
+        found = re.search(r"^cuda\b[^=]*= *(.+)$", source_of("torch/version.py"), re.MULTILINE)
+    except OSError:
+        return ""
+    return ast.literal_eval(found[1]) if found else ""
+
+
+def inspect_nodes(config: Config, env: dict[str, str], problems: Problems) -> int:
+    """The number of nodes; what several nodes, or a MASTER_PORT, need is checked."""
+    nodes = problems.attempt(read_count, env, "NNODES", 1) or 1
+    rank = env.get("NODE_RANK")
+    if nodes > 1:
+        for name in NODE_VARIABLES:
+            if not env.get(name):
+                problems.add(f"environment variable {name}: is needed with NNODES={nodes}")
+        if rank and not (rank.isdecimal() and int(rank) < nodes):
+            problems.add(
+                f"environment variable NODE_RANK: expected a number below NNODES={nodes}, got "
+                f"{rank!r}"
+            )
+        if "run_name" not in config.values:
+            problems.add(
+                f"run_name: is needed with NNODES={nodes}, the same on each node: they share "
+                "one run directory"
+            )
+    port = env.get("MASTER_PORT", "").strip()
+    if port and not (port.isdecimal() and 0 < int(port) < 65536):
+        problems.add(
+            f"environment variable MASTER_PORT: expected a number up to 65535, got {port!r}"
+        )
+    elif port and node_rank(env) == 0 and port_in_use(int(port)):
+        problems.add(
+            f"environment variable MASTER_PORT: port {port} is in use on this node; choose another"
+        )
+    return nodes
+
+
+def node_rank(env: dict[str, str]) -> int:
+    """This node's number; 0 where there is one node, whatever else left NODE_RANK behind."""
+    if env.get("NNODES", "1") != "1" and env.get("NODE_RANK", "").isdecimal():
+        return int(env["NODE_RANK"])
+    return 0
+
+
+def port_in_use(port: int) -> bool:
+    """Whether a server of this node listens on `port`."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            values[key] = cast(value, fields[key])
-        except (ValueError, OverflowError):
-            problems.append(Problem(f"{config.where(key)}: {key}: expected {fields[key]}, got {value!r}"
-                                    + did_you_mean(str(value), fields[key].choices)))
-            values.pop(key)
-    problems += [Problem(f"{config.where(key)}: {key}: unknown key{did_you_mean(key.replace('-', '_'), fields)}")
-                 for key in config.secrets if key not in fields]
-    return replace(config, values=values, refused=frozenset(set(config.values) & set(fields) - set(values))), problems
+            probe.bind(("", port))
+        except OSError:
+            return True
+    return False
+
+
+# --- packages -----------------------------------------------------------------------------------
+
+# From .. up to but not including: what LLaMA-Factory 0.9.5 works with. transformers 5.6 breaks
+# flash attention.
+WORKING_VERSIONS = {
+    "torch": ((2, 4), (2, 12)),
+    "transformers": ((4, 55), (5, 6)),
+    "llamafactory": ((0, 9, 5), (0, 9, 6)),
+    "deepspeed": ((0, 10), (0, 18, 5)),
+}
+# The packages behind each backend of report_to.
+BACKENDS = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
+    "swanlab": ("swanlab",),
+    "comet_ml": ("comet_ml",),
+    "clearml": ("clearml",),
+    "neptune": ("neptune",),
+    "codecarbon": ("codecarbon",),
+    "dvclive": ("dvclive",),
+    "dagshub": ("dagshub",),
+    "flyte": ("flytekit",),
+    "trackio": ("trackio",),
+    "azure_ml": ("azureml",),
+}
+
+
+# (key, whether its value needs the package, the name for pip)
+PACKAGES = (
+    ("flash_attn", lambda value: value == "fa2", "flash-attn"),
+    ("enable_liger_kernel", bool, "liger-kernel"),
+    ("use_unsloth", bool, "unsloth"),
+    ("use_galore", bool, "galore-torch"),
+    ("use_apollo", bool, "apollo-torch"),
+    ("use_badam", bool, "badam"),
+    ("use_adam_mini", bool, "adam-mini"),
+    ("quantization_bit", bool, "bitsandbytes"),
+    ("optim", lambda value: re.search(r"bnb|8bit|paged_", value or ""), "bitsandbytes"),
+    *(("predict_with_generate", bool, name) for name in ("jieba", "nltk", "rouge-chinese")),
+)
+
+
+def check_packages(config: Config, zero: Zero, env: dict[str, str], problems: Problems) -> None:
+    """Packages and tools that the run needs and the node lacks, or has in a wrong version."""
+    needed = ["torch", "transformers", "llamafactory"]
+    if zero.used:
+        needed.append("deepspeed")
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        problems.add(
+            f"package {', '.join(missing)} is not installed in {sys.prefix}; pip install -r "
+            "requirements.txt"
+        )
+        return
+    for name in needed:
+        problems.attempt(check_version, name)
+    check_keyed_packages(config, env, problems)
+    check_backends(config, env, problems)
+    if zero.used and (config.values.use_cpu or zero.offload_optimizer):
+        check_compilers(env, not config.values.use_cpu, problems)
+
+
+def check_version(name: str) -> None:
+    """Raises LaunchError where the version does not work with the pinned LLaMA-Factory."""
+    found, (low, high) = installed_version(name), WORKING_VERSIONS[name]
+    if found and not low <= version_numbers(name) < high:
+        wanted = f">={'.'.join(map(str, low))},<{'.'.join(map(str, high))}"
+        raise LaunchError(
+            Problem(
+                f"{name} {found} is installed, but the launcher needs {name}{wanted}; pip "
+                "install -r requirements.txt",
+                can_force=True,
+            )
+        )
+
+
+def installed_version(name: str) -> str:
+    """The version of an installed package; '' where it has none, such as a source checkout."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    with contextlib.suppress(PackageNotFoundError):
+        return version(name)
+    return ""
+
+
+def version_numbers(name: str) -> tuple[int, ...]:
+    """The version of an installed package as numbers, to compare."""
+    return tuple(int(part) for part in re.findall(r"\d+", installed_version(name))[:3])
+
+
+def check_keyed_packages(config: Config, env: dict[str, str], problems: Problems) -> None:
+    """Packages that only some keys need; LLaMA-Factory looks for them after its imports."""
+    values = Values(DEFAULTS | config.values)
+    for key, is_used, package in PACKAGES:
+        if is_used(values[key]) and find_spec(package.replace("-", "_")) is None:
+            problems.add(
+                f"{config.where(key)}: needs the package {package}, which is not installed; "
+                f"pip install {package}"
+            )
+    for hub in ("modelscope", "openmind"):
+        variable = f"USE_{hub.upper()}_HUB"
+        is_on = env.get(variable, "0").lower() in ("true", "y", "1")
+        is_local = os.path.isdir(values.model_name_or_path or "")
+        if is_on and not is_local and find_spec(hub) is None:
+            problems.add(f"environment variable {variable}: needs a package; pip install {hub}")
+
+
+def check_backends(config: Config, env: dict[str, str], problems: Problems) -> None:
+    """Trackers of report_to that are unknown, not installed, or would ask for a login."""
+    where, names = config.where("report_to"), tracking_backends(config.values)
+    for name in names:
+        if name not in BACKENDS:
+            problems.add(f"{where}: {name} is unknown{did_you_mean(name, BACKENDS)}")
+        elif not any(map(find_spec, BACKENDS[name])):
+            problems.add(
+                f"{where}: {name} needs a package that is not installed; pip install "
+                f"{BACKENDS[name][0]}"
+            )
+    mode = env.get("SWANLAB_MODE") or "local"
+    if "swanlab" in names and mode not in SWANLAB_MODES:
+        expected = ", ".join(SWANLAB_MODES)
+        problems.add(
+            f"environment variable SWANLAB_MODE: expected one of {expected}, got {mode!r}"
+        )
+    if "wandb" in names and not has_wandb_login(env):
+        problems.add(
+            f"{where}: wandb: no login was found and nobody is there to ask; run wandb login, "
+            "or set WANDB_API_KEY or WANDB_MODE=offline"
+        )
+
+
+def tracking_backends(values: dict) -> list[str]:
+    """The backends of `report_to`; none is []. `use_swanlab` is LLaMA-Factory's older spelling."""
+    names = [name for name in name_list(values.get("report_to")) if name != "none"]
+    if "all" in names:
+        names = [name for name, packages in BACKENDS.items() if any(map(find_spec, packages))]
+    if values.get("use_swanlab") is True and "swanlab" not in names:
+        names.append("swanlab")
+    return names
 
 
 def name_list(value: object) -> list[str]:
@@ -634,54 +1399,381 @@ def name_list(value: object) -> list[str]:
     return [str(item).strip() for item in items if str(item).strip()]
 
 
-# The packages behind each backend of report_to.
-BACKENDS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "mlflow": ("mlflow",),
-            "swanlab": ("swanlab",), "comet_ml": ("comet_ml",), "clearml": ("clearml",), "neptune": ("neptune",),
-            "codecarbon": ("codecarbon",), "dvclive": ("dvclive",), "dagshub": ("dagshub",), "flyte": ("flytekit",),
-            "trackio": ("trackio",), "azure_ml": ("azureml",)}
+def has_wandb_login(env: dict[str, str]) -> bool:
+    """Whether wandb will start without asking: offline, a key, or a saved login (also
+    self-hosted).
+    """
+    if env.get("WANDB_API_KEY") or env.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return True
+    host = re.sub(r"^https?://|[:/].*$", "", env.get("WANDB_BASE_URL", "")) or "wandb"
+    with contextlib.suppress(OSError):
+        netrc = Path(env.get("NETRC") or Path.home() / ".netrc")
+        return host in netrc.read_text(encoding="utf-8", errors="replace")
+    return False
 
 
-def reporters(values: dict) -> list[str]:
-    """The backends of `report_to` as a list; none is []. `use_swanlab` is LLaMA-Factory's older spelling."""
-    names = [name for name in name_list(values.get("report_to")) if name != "none"]
-    if "all" in names:
-        names = [name for name, packages in BACKENDS.items() if any(map(find_spec, packages))]
-    return names + ["swanlab"] * (values.get("use_swanlab") is True and "swanlab" not in names)
+def check_compilers(env: dict[str, str], cuda: bool, problems: Problems) -> None:
+    """What keeps DeepSpeed from compiling its operator when training starts.
+
+    torch looks for nvcc in CUDA_HOME, on PATH and in /usr/local/cuda. DeepSpeed wants it to be of
+    torch's CUDA version, or before CUDA 13 of the same major version.
+    """
+    path, built = env.get("PATH", ""), torch_cuda()
+    if not shutil.which(env.get("CXX", "c++"), path=path):
+        problems.add(
+            "deepspeed compiles an operator when training starts and needs a C++ compiler; "
+            "install g++"
+        )
+    if not cuda or "DS_SKIP_CUDA_CHECK" in env or not built:
+        return
+    home = env.get("CUDA_HOME") or env.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else f"{path}:/usr/local/cuda/bin")
+    if not nvcc:
+        problems.add(
+            "deepspeed compiles its CPU Adam with nvcc, which was not found; install the CUDA "
+            f"{built} toolkit and set CUDA_HOME to it"
+        )
+        return
+    answer = subprocess.run([nvcc, "-V"], capture_output=True, text=True).stdout
+    found = re.search(r"release ((\d+)\.\d+)", answer)
+    major = built.split(".")[0]
+    if found and found[1] != built and (found[2] != major or int(major) > 12):
+        problems.add(
+            f"{nvcc} is CUDA {found[1]}, torch was built for CUDA {built}: deepspeed will not "
+            "compile its CPU Adam; set CUDA_HOME to a matching toolkit, or "
+            "DS_SKIP_CUDA_CHECK=1"
+        )
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Data: files, rows and columns
-# ---------------------------------------------------------------------------------------------------------
+# --- model and DeepSpeed ------------------------------------------------------------------------
 
+# hidden, layers, heads, key-value heads, inner, tied embeddings: the config.json files of the Qwen3
+# releases, all with head_dim 128 and a vocabulary of 151,936, so that a plan needs no download.
+QWEN3_SHAPES = {
+    "0.6B": (1024, 28, 16, 8, 3072, True),
+    "1.7B": (2048, 28, 16, 8, 6144, True),
+    "4B": (2560, 36, 32, 8, 9728, True),
+    "8B": (4096, 36, 32, 8, 12288, False),
+    "14B": (5120, 40, 40, 8, 17408, False),
+    "32B": (5120, 64, 64, 8, 25600, False),
+}
+LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+SHAPE_KEYS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "tie_word_embeddings",
+)
+NEEDED_SHAPE_KEYS = {"vocab_size", *SHAPE_KEYS} - {"num_key_value_heads", "tie_word_embeddings"}
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+def read_model(values: Values) -> Model:
+    """The model's size from its files, or from what is known of Qwen3. Raises LaunchError."""
+    name, from_scratch = values.model_name_or_path, values.train_from_scratch is True
+    if not name:
+        return Model("none")  # a rule says that it is missing
+    if Path(name).is_dir():
+        return read_model_folder(Path(name), name, from_scratch)
+    if not HUB_ID.fullmatch(name):
+        raise LaunchError(
+            f"the folder {name} does not exist; expected a folder with a config.json, or a hub "
+            "id such as Qwen/Qwen3-14B"
+        )
+    snapshot = hub_snapshot(name, values)
+    if snapshot and (from_scratch or not missing_weights(snapshot)):
+        return read_model_folder(snapshot, name, from_scratch)
+    shape = qwen3_config(name)
+    if snapshot:
+        shape = read_json(snapshot / "config.json")
+    parameters = count_parameters(shape or {})
+    size = f"{format_bytes(2 * parameters)} to " if parameters else "to "
+    label = f"{name} (not in the local cache: {size}download)"
+    if snapshot:
+        label = f"{name} (not in the local cache, the rest is downloaded)"
+    return Model(label, parameters, shape or {}, 2 * (parameters or 0))
+
+
+def read_model_folder(folder: Path, label: str, from_scratch: bool) -> Model:
+    """A model that is on the disk. Raises LaunchError that says what is missing or broken."""
+    shape = read_json(folder / "config.json", "a model folder has a config.json")
+    lacking = sorted(NEEDED_SHAPE_KEYS - shape.keys())
+    if lacking and shape.get("model_type") in LLAMA_LIKE:
+        raise LaunchError(f"{folder}/config.json: has no {', '.join(lacking)}")
+    stored = None
+    if not from_scratch:
+        missing = missing_weights(folder)
+        if missing:
+            raise LaunchError(
+                f"{folder}: {', '.join(missing)} missing; copy the weights there, or set "
+                "train_from_scratch: true to train without any"
+            )
+        stored = count_stored(folder)
+    if lacking:
+        return Model(label)
+    return Model(label, count_parameters(shape) or stored, shape)
+
+
+def hub_snapshot(name: str, values: Values) -> Path | None:
+    """The local snapshot of a hub model, where its config.json is in the Hugging Face cache."""
+    repository = hub_cache(values) / f"models--{name.replace('/', '--')}"
+    reference = repository / "refs" / (values.model_revision or "main")
+    revision = reference.read_text().strip() if reference.is_file() else "main"
+    folder = repository / "snapshots" / revision
+    return folder if (folder / "config.json").is_file() else None
+
+
+def hub_cache(values: Values) -> Path:
+    """The folder into which models are downloaded."""
+    home = os.environ.get("HF_HOME", os.path.expanduser("~/.cache/huggingface"))
+    return Path(values.cache_dir or os.environ.get("HF_HUB_CACHE") or Path(home, "hub"))
+
+
+def qwen3_config(name: str) -> dict | None:
+    """The config.json of a released Qwen3 model by its hub id, such as Qwen/Qwen3-14B."""
+    shape = QWEN3_SHAPES.get(re.sub(r"^Qwen/Qwen3-(.+?)(-Base)?$", r"\1", name))
+    if shape is None:
+        return None
+    fixed = {"model_type": "qwen3", "vocab_size": 151936, "head_dim": 128}
+    return fixed | dict(zip(SHAPE_KEYS, shape, strict=True))
+
+
+def count_parameters(config: dict) -> int | None:
+    """Parameters of a Llama-like decoder by its config.json; None for another architecture.
+
+    Embedding and output matrix (once where tied); in each layer the attention projections with
+    their biases and Qwen3's query and key norms, three MLP matrices for each expert with their
+    router, two norms; a last norm.
+    """
+    kind = config.get("model_type")
+    mixed = config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1
+    if kind not in LLAMA_LIKE or mixed:
+        return None
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    head = config.get("head_dim") or hidden // heads
+    queries, keys = heads * head, (config.get("num_key_value_heads") or heads) * head
+    attention = 2 * hidden * (queries + keys)
+    if kind.startswith("qwen3"):
+        attention += 2 * head
+    if kind == "qwen2" or config.get("attention_bias"):
+        attention += queries + 2 * keys
+        if kind != "qwen2":
+            attention += hidden
+    matrices = 1 if config.get("tie_word_embeddings") else 2
+    layer = attention + count_mlp_parameters(config) + 2 * hidden
+    layers = config["num_hidden_layers"] * layer
+    return matrices * config["vocab_size"] * hidden + layers + hidden
+
+
+def count_mlp_parameters(config: dict) -> int:
+    """Parameters of one layer's MLP, or of its experts and their router."""
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    if config["model_type"] == "qwen3_moe":
+        return config["num_experts"] * (3 * hidden * config["moe_intermediate_size"] + hidden)
+    biases = 2 * inner + hidden if config.get("mlp_bias") else 0
+    return 3 * hidden * inner + biases
+
+
+def missing_weights(folder: Path) -> list[str]:
+    """Weight files that a model folder should have and lacks; safetensors count before
+    pytorch's.
+    """
+    for kind in ("safetensors", "bin"):
+        for index in folder.glob(f"*.{kind}.index.json"):
+            files = sorted(set(read_json(index).get("weight_map", {}).values()))
+            return [file for file in files if not (folder / file).is_file()]
+        if next(folder.glob(f"*.{kind}"), None):
+            return []
+    return ["model.safetensors"]
+
+
+def count_stored(folder: Path) -> int | None:
+    """Parameters by the headers of the safetensors files; None where there are none.
+
+    A file is 8 bytes of length, then JSON with shapes and places. Raises LaunchError for a file
+    that is incomplete.
+    """
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        size = path.stat().st_size
+        try:
+            with open(path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length)) if length < size else {}
+            header.pop("__metadata__", None)
+            total += sum(math.prod(entry["shape"]) for entry in header.values())
+            end = max(entry["data_offsets"][1] for entry in header.values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            end = None
+        if end is None or 8 + length + end != size:
+            raise LaunchError(
+                f"{path}: incomplete safetensors file; copy it again (after git clone: git lfs "
+                "pull)"
+            )
+    return total or None
+
+
+def read_deepspeed(values: dict) -> Zero:
+    """Read the DeepSpeed configuration, a JSON file or a mapping in the YAML. Raises
+    LaunchError.
+    """
+    given = values.get("deepspeed")
+    if given is None:
+        return Zero()
+    hint = (
+        'expected {"zero_optimization": {"stage": 0 to 3, ...}, ...} as in '
+        "configs/deepspeed/ds_z3_config.json"
+    )
+    name, content = "the mapping", given
+    if isinstance(given, str):
+        name, content = given, read_json(Path(given), hint)
+    try:
+        section = content["zero_optimization"]
+        stage = (0, 1, 2, 3).index(section["stage"])
+        moved = [
+            section.get(key, {}).get("device", "none") != "none"
+            for key in ("offload_optimizer", "offload_param")
+        ]
+        saves = section.get("stage3_gather_16bit_weights_on_model_save") is True
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise LaunchError(f"{name}: {hint}") from None
+    return Zero(stage, *moved, used=True, saves_weights=saves or stage < 3, settings=content)
+
+
+def read_json(path: Path, hint: str = "copy it again") -> dict:
+    """A JSON object. Raises LaunchError that names the file and what is wrong with it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LaunchError(f"{path}: {error.strerror.lower()}; {hint}") from None
+    except ValueError as error:
+        raise LaunchError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise LaunchError(f"{path}: expected a JSON object; {hint}")
+    return content
+
+
+# --- data ---------------------------------------------------------------------------------------
 
 DATA_FILES = ("json", "jsonl", "csv", "txt", "parquet", "arrow")
+COUNTED_ARRAY = 64 << 20  # bytes: a larger JSON array is not counted without a limit
+
+
+def inspect_data(config: Config, key: str, problems: Problems) -> list[int | None]:
+    """The rows of each data set that `key` (dataset or eval_dataset) names; None: unknown."""
+    names, where = name_list(config.values.get(key)), config.where(key)
+    info = None
+    if names:
+        info = problems.attempt(read_dataset_info, config.values, where=where)
+    if info is None:
+        return [None] * len(names)
+    rows = []
+    for name in names:
+        path = problems.attempt(find_data, name, info, config.values, where=where)
+        count = None
+        if path:
+            limit = config.values.max_samples
+            count = problems.attempt(
+                count_data, path, info[name], limit, where=f"{where}: {name}"
+            )
+            problems.attempt(check_columns, path, info[name], where=f"{where}: {name}")
+        rows.append(count)
+    return rows
+
+
+def read_dataset_info(values: dict) -> dict | None:
+    """dataset_info.json of dataset_dir; None for data that is looked up on a hub.
+
+    Raises LaunchError.
+    """
+    folder = values.get("dataset_dir", DEFAULTS["dataset_dir"])
+    if isinstance(folder, dict):
+        return folder
+    if folder.startswith(("ONLINE", "REMOTE:")):
+        return None
+    hint = "dataset_dir is the folder that holds dataset_info.json"
+    return read_json(Path(folder, "dataset_info.json"), hint)
+
+
+def find_data(name: str, info: dict, values: dict) -> Path | None:
+    """The file or folder of a data set; None: on a hub. Raises LaunchError."""
+    folder, entry = values.get("dataset_dir", DEFAULTS["dataset_dir"]), info.get(name)
+    if not isinstance(entry, dict):
+        hint = did_you_mean(name, info) or f"; it has {', '.join(info)}"
+        raise LaunchError(f"{name} is not in {folder}/dataset_info.json{hint}")
+    check_preferences(name, entry, values.get("stage", DEFAULTS["stage"]))
+    if {"hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name"} & set(entry):
+        return None
+    if "file_name" not in entry:
+        raise LaunchError(f"{name} has no file_name in {folder}/dataset_info.json")
+    path = Path(folder if isinstance(folder, str) else ".", entry["file_name"])
+    if not path.exists():
+        raise LaunchError(
+            f"{name}: {path} does not exist; correct file_name in {folder}/dataset_info.json"
+        )
+    if path.is_file() and path.suffix[1:] not in DATA_FILES:
+        kinds = ", ".join(DATA_FILES)
+        raise LaunchError(f"{name}: {path}: expected a file that ends in {kinds}")
+    return path
+
+
+def check_preferences(name: str, entry: dict, stage: str) -> None:
+    """Raises LaunchError where the data are not of the kind that the stage takes."""
+    wanted, columns = stage in ("rm", "dpo"), entry.get("columns", {})
+    if entry.get("ranking") and not wanted:
+        raise LaunchError(
+            f"{name} holds preferences (ranking: true), which stage: dpo or rm takes"
+        )
+    if wanted and not (entry.get("ranking") and {"chosen", "rejected"} <= columns.keys()):
+        raise LaunchError(
+            f'{name} holds no preferences, which stage: {stage} needs: "ranking": true and the '
+            "columns chosen and rejected in dataset_info.json"
+        )
+    if (stage == "kto") != ("kto_tag" in columns) and stage in ("kto", "sft"):
+        raise LaunchError(
+            f"{name}: kto_tag in its columns goes with stage: kto only, and is needed"
+        )
+
+
+def count_data(path: Path, entry: dict, limit: int | None) -> int | None:
+    """Rows that will be used of a data set, at least one. Raises LaunchError."""
+    try:
+        rows = at_most(limit, entry.get("num_samples")) or count_rows(path, limit)
+    except (ValueError, csv.Error) as error:
+        raise LaunchError(f"{path}: {error}") from None
+    if rows == 0:
+        raise LaunchError(f"{path} is empty; expected at least one row")
+    return rows
+
+
+def at_most(limit: int | None, count: int | None) -> int | None:
+    """`count`, but no more than `limit`; None is unknown, or no limit."""
+    if count is None or limit is None:
+        return count
+    return min(count, limit)
 
 
 def count_rows(path: Path, limit: int | None) -> int | None:
-    """Rows that LLaMA-Factory will read of a data file or folder, at most `limit`; None: unknown.
+    """Rows of a data file or folder, at most `limit`; None: unknown.
 
-    Raises ValueError where the file is not what its name says. A JSON array over 64 MiB is not counted
-    without a limit: that would cost more than it tells.
+    Raises ValueError where the file is not what its name says.
     """
     if path.is_dir():
         counts = [count_rows(file, limit) for file in sorted(path.iterdir())]
-        return None if None in counts else capped(sum(counts), limit)
+        return None if None in counts else at_most(limit, sum(counts))
     kind = path.suffix[1:]
     if kind == "txt":
         return count_lines(path, limit, blank=True)
     if kind == "csv":
         csv.field_size_limit(sys.maxsize)
         with open(path, encoding="utf-8", newline="") as file:
-            records = itertools.islice(filter(None, csv.reader(file)), None if limit is None else limit + 1)
-            return max(sum(1 for _ in records) - 1, 0)
+            rows = sum(1 for record in csv.reader(file) if record) - 1
+            return at_most(limit, max(rows, 0))
     if kind == "parquet":
-        return capped(count_parquet(path), limit)
+        return at_most(limit, count_parquet(path))
     return count_json(path, limit) if kind in ("json", "jsonl") else None
-
-
-def capped(count: int | None, limit: int | None) -> int | None:
-    """`count`, but no more than `limit`; None is unknown or no limit."""
-    return count if count is None or limit is None else min(count, limit)
 
 
 def count_json(path: Path, limit: int | None) -> int | None:
@@ -691,33 +1783,34 @@ def count_json(path: Path, limit: int | None) -> int | None:
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     if start[:1] == b"[":
         if head.startswith(b"\xef\xbb\xbf"):
-            raise ValueError("begins with a byte order mark, which cannot be loaded; save it as UTF-8 without one")
-        return count_json_array(path, limit)
+            raise ValueError(
+                "begins with a byte order mark, which cannot be loaded; save it as UTF-8 "
+                "without one"
+            )
+        if limit is None and path.stat().st_size > COUNTED_ARRAY:
+            return None
+        return sum(1 for _ in itertools.islice(json_elements(path), limit))
     if start[:1] == b"{":
-        with contextlib.suppress(ValueError):  # an object over several lines holds columns, not rows
-            json.loads(start.split(b"\n")[0]) if b"\n" in start else None
-            return count_lines(path, limit)
-        return None
+        try:
+            if b"\n" in start:
+                json.loads(start.split(b"\n")[0])
+        except ValueError:
+            return None  # an object over several lines holds columns, not rows
+        return count_lines(path, limit)
     if start:
-        raise ValueError("expected a JSON array or a JSON object a line")
+        raise ValueError("expected a JSON array, or one JSON object per line")
     return 0
 
 
 def count_lines(path: Path, limit: int | None, blank: bool = False) -> int:
     """Lines of a file; blank ones only where they are rows too."""
     with open(path, "rb") as file:
-        return sum(1 for _ in itertools.islice((line for line in file if blank or not line.isspace()), limit))
-
-
-def count_json_array(path: Path, limit: int | None) -> int | None:
-    """Elements of a top-level JSON array."""
-    if limit is None and path.stat().st_size > 64 << 20:
-        return None
-    return sum(1 for _ in itertools.islice(json_elements(path), limit))
+        rows = (line for line in file if blank or not line.isspace())
+        return sum(1 for _ in itertools.islice(rows, limit))
 
 
 def json_elements(path: Path, chunk: int = 1 << 20) -> Iterator[object]:
-    """The elements of a top-level JSON array, decoded one after another so that memory stays small."""
+    """The elements of a top-level JSON array, decoded one by one so that memory stays small."""
     decoder, between, count, at = json.JSONDecoder(), re.compile(r"[\s,]*"), 0, 0
     with open(path, encoding="utf-8-sig") as file:
         text = file.read(chunk).lstrip()[1:]
@@ -726,14 +1819,17 @@ def json_elements(path: Path, chunk: int = 1 << 20) -> Iterator[object]:
             at = gap.end()
             if text.startswith("]", at):
                 if "," in gap[0]:
-                    raise ValueError(f"not valid JSON after element {count}: a comma before the end")
+                    raise ValueError(
+                        f"not valid JSON after element {count}: a comma before the end"
+                    )
                 return
             try:
                 element, at = decoder.raw_decode(text, at)
             except ValueError as error:
                 more = file.read(max(chunk, len(text)))
                 if not more:
-                    raise ValueError(f"not valid JSON after element {count}: {error.msg}") from None
+                    message = f"not valid JSON after element {count}: {error.msg}"
+                    raise ValueError(message) from None
                 text, at = text[at:] + more, 0
             else:
                 count += 1
@@ -741,10 +1837,57 @@ def json_elements(path: Path, chunk: int = 1 << 20) -> Iterator[object]:
 
 
 def count_parquet(path: Path) -> int | None:
-    """Rows by a Parquet file's footer; another process reads it, since pyarrow would triple ours."""
-    script = "import sys, pyarrow.parquet as p; print(p.ParquetFile(sys.argv[1]).metadata.num_rows)"
-    answer = subprocess.run([sys.executable, "-P", "-c", script, str(path)], capture_output=True, text=True)
+    """Rows by a Parquet file's footer; in another process, since pyarrow would triple our
+    memory.
+    """
+    code = (
+        "import sys, pyarrow.parquet as p; print(p.ParquetFile(sys.argv[1]).metadata.num_rows)"
+    )
+    command = [sys.executable, "-P", "-c", code, str(path)]
+    answer = subprocess.run(command, capture_output=True, text=True)
     return int(answer.stdout) if answer.returncode == 0 else None
+
+
+# What LLaMA-Factory reads of a row: role -> column, by its converters' defaults.
+ROLES = {
+    "alpaca": {"prompt": "instruction", "query": "input", "response": "output"},
+    "sharegpt": {"messages": "conversations"},
+}
+OPTIONAL_ROLES = {
+    "alpaca": ("system", "tools", "history", "images", "chosen", "rejected", "kto_tag"),
+    "sharegpt": ("images", "chosen", "rejected", "kto_tag"),
+}
+
+
+def check_columns(path: Path, entry: dict) -> None:
+    """Raises LaunchError where the rows lack a column that LLaMA-Factory reads.
+
+    It reads what `columns` of dataset_info.json names or, without it, those of the format's
+    example.
+    """
+    style = entry.get("formatting", "alpaca")
+    if style not in ROLES:
+        return
+    roles, found = {*ROLES[style], *OPTIONAL_ROLES[style]}, first_columns(path)
+    if entry.get("ranking"):
+        roles.discard("response")
+    columns = entry.get("columns", ROLES[style])
+    wanted = {role: name for role, name in columns.items() if name and role in roles}
+    missing = [name for name in wanted.values() if name not in found]
+    if not found or not missing:
+        return
+    hint = '"formatting": "sharegpt"'
+    if style != "alpaca" or "conversations" not in found:
+        shown = {role: name for role, name in wanted.items() if name in found}
+        blanks = {role: "..." for role in ("prompt", "response", "messages") if role in wanted}
+        hint = '"columns": ' + json.dumps(blanks | shown)
+    raise LaunchError(
+        Problem(
+            f"{path} has no column {', '.join(missing)}, only {', '.join(sorted(found))}; "
+            f"describe it in dataset_info.json with {hint}",
+            can_force=True,
+        )
+    )
 
 
 def first_columns(path: Path) -> set[str]:
@@ -757,383 +1900,182 @@ def first_columns(path: Path) -> set[str]:
     with open(path, encoding="utf-8-sig", newline="") as file, contextlib.suppress(ValueError):
         if kind == "csv":
             return set(next(csv.reader(file), ()))
-        array = file.read(4096).lstrip().startswith("[")
+        rows = map(json.loads, filter(str.strip, file))
+        if file.read(4096).lstrip().startswith("["):
+            rows = json_elements(path)
         file.seek(0)
-        for row in itertools.islice(json_elements(path) if array else map(json.loads, filter(str.strip, file)), 1000):
+        for row in itertools.islice(rows, 1000):
             columns |= set(row if isinstance(row, dict) else ())
     return columns
 
 
-def missing_columns(path: Path, entry: dict) -> str:
-    """What is wrong with the columns of a data set: LLaMA-Factory stops at a row that lacks one it reads; '' if none.
+# --- plan ---------------------------------------------------------------------------------------
 
-    It reads what `columns` of dataset_info.json names or, without it, the columns of the format's own example.
+
+ACCUMULATION = "gradient_accumulation_steps"
+
+
+def derive_accumulation(config: Config, ranks: int) -> Config:
+    """Turn `global_batch_size` (samples per optimizer step) into gradient_accumulation_steps.
+
+    What the command line says wins over the file, also between these two. Raises LaunchError.
     """
-    alpaca, found = entry.get("formatting", "alpaca") == "alpaca", first_columns(path)
-    own = {"prompt": "instruction", "query": "input", "response": "output"} if alpaca else {"messages": "conversations"}
-    read = ("prompt", "query", "response", "system", "tools", "history", "images", "videos", "audios") if alpaca else (
-        "messages", "images", "videos", "audios")
-    wanted = {role: name for role, name in entry.get("columns", own).items()
-              if name and role in read and not (role == "response" and entry.get("ranking"))}
-    missing = [name for name in wanted.values() if name not in found]
-    if not found or not missing:
-        return ""
-    if alpaca and "conversations" in found:
-        hint = '"formatting": "sharegpt"'
+    wanted, given = config.values.global_batch_size, config.values.get(ACCUMULATION)
+    newer = config.overridden
+    if wanted is None or (ACCUMULATION in newer and "global_batch_size" not in newer):
+        return replace(config, values=without(config.values, "global_batch_size"))
+    micro = (DEFAULTS | config.values)["per_device_train_batch_size"]
+    at_once, where = micro * ranks, config.where("global_batch_size")
+    arithmetic = f"{micro} per device x {plural(ranks, 'process')} = {at_once}"
+    steps, rest = divmod(wanted, at_once)
+    if rest:
+        near = " and ".join(str(n * at_once) for n in (steps, steps + 1) if n)
+        fitting = [str(n) for n in range(1, 65) if wanted % (micro * n) == 0]
+        others = f"; or use {' or '.join(fitting)} processes" if fitting else ""
+        raise LaunchError(
+            f"{where}: {wanted} cannot be split into micro-batches of {arithmetic}; the "
+            f"nearest that can: {near}{others}"
+        )
+    replaces = "global_batch_size" in newer and ACCUMULATION not in newer
+    if given not in (None, steps) and not replaces:
+        raise LaunchError(
+            f"{where}: {wanted} means gradient_accumulation_steps {steps} ({arithmetic}), but "
+            f"{config.where(ACCUMULATION)} is {given}; remove one of the two"
+        )
+    return config.update(gradient_accumulation_steps=steps)
+
+
+def make_plan(
+    config: Config,
+    devices: Devices,
+    gpus: list[Gpu],
+    zero: Zero,
+    model: Model,
+    rows: list[int | None],
+    world_size: int,
+) -> Plan:
+    """Work out the plan; pure but for asking the disk and the host's memory. `gpus` are the
+    chosen.
+    """
+    values = Values(DEFAULTS | config.values)
+    if devices.ids:
+        room = min((gpu.total for gpu in gpus if gpu.total), default=None)
     else:
-        hint = '"columns": ' + json.dumps({role: name if name in found else "..." for role, name in wanted.items()
-                                           if name in found or role in ("prompt", "response", "messages")})
-    return (f"{path} has no column {', '.join(missing)}, only {', '.join(sorted(found))}; describe it in "
-            f"dataset_info.json with {hint}")
-
-
-def read_dataset_info(values: dict) -> tuple[dict | None, str]:
-    """(dataset_info.json of dataset_dir, what is wrong with it); None for data that is looked up on a hub."""
-    folder = values.get("dataset_dir", DEFAULTS["dataset_dir"])
-    if isinstance(folder, dict):
-        return folder, ""
-    if folder.startswith(("ONLINE", "REMOTE:")):
-        return None, ""
-    path = Path(folder, "dataset_info.json")
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-        return (info, "") if isinstance(info, dict) else ({}, f"{path}: expected a JSON object of data sets")
-    except OSError as error:
-        return {}, f"{path}: {error.strerror.lower()}; dataset_dir is the folder that holds dataset_info.json"
-    except ValueError as error:
-        return {}, f"{path}: not valid JSON: {error}"
-
-
-def inspect_data(config: Config, key: str) -> tuple[list[int | None], list[Problem]]:
-    """The rows of each data set that `key` (dataset or eval_dataset) names, and what is wrong with them."""
-    names, (info, trouble) = name_list(config.values.get(key)), read_dataset_info(config.values)
-    where = f"{config.where(key)}: {key}"
-    if info is None or not names:
-        return [None] * len(names), []
-    if trouble:
-        return [], [Problem(f"{where}: {trouble}")]
-    rows, problems = [], []
-    for name in names:
-        try:
-            path, count = inspect_data_set(name, info, config.values)
-            rows.append(count)
-            fault = missing_columns(path, info[name]) if path else ""
-            problems += [Problem(f"{where}: {name}: {fault}", overrule=True)] if fault else []
-        except (LookupError, ValueError, OSError) as error:
-            problems.append(Problem(f"{where}: {error.args[0] if isinstance(error, LookupError) else error}"))
-    return rows, problems
-
-
-def inspect_data_set(name: str, info: dict, values: dict) -> tuple[Path | None, int | None]:
-    """(file or folder, rows) of one data set; None: on a hub, unknown. Raises LookupError, ValueError or OSError
-    that says what is wrong."""
-    folder, entry = values.get("dataset_dir", DEFAULTS["dataset_dir"]), info.get(name)
-    if not isinstance(entry, dict):
-        raise LookupError(f"{name} is not in {folder}/dataset_info.json"
-                          + (did_you_mean(name, info) or f"; it has {', '.join(info)}"))
-    if entry.get("ranking") and values.get("stage", DEFAULTS["stage"]) not in ("rm", "dpo"):
-        raise LookupError(f"{name}: holds preferences (ranking: true), which stage: dpo or rm takes")
-    if {"hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name"} & set(entry):
-        return None, None
-    if "file_name" not in entry:
-        raise LookupError(f"{name}: has no file_name in {folder}/dataset_info.json")
-    path, limit = Path(folder if isinstance(folder, str) else ".", entry["file_name"]), values.get("max_samples")
-    if not path.exists():
-        raise LookupError(f"{name}: {path} does not exist; correct file_name in {folder}/dataset_info.json")
-    if path.is_file() and path.suffix[1:] not in DATA_FILES:
-        raise LookupError(f"{name}: {path}: expected a file that ends in {', '.join(DATA_FILES)}")
-    try:
-        rows = capped(entry.get("num_samples"), limit) or count_rows(path, limit)
-    except (ValueError, csv.Error) as error:
-        raise LookupError(f"{name}: {path}: {error}") from None
-    if rows == 0:
-        raise LookupError(f"{name}: {path} is empty; expected at least one row")
-    return path, rows
-
-
-def data_files(config: Config) -> dict[str, str]:
-    """{path: fingerprint} of the data files; the fingerprint is the size, with a hash up to 64 MiB."""
-    info, folder, files = read_dataset_info(config.values)[0] or {}, config.values.get("dataset_dir", "data"), {}
-    for name in name_list(config.values.get("dataset")) + name_list(config.values.get("eval_dataset")):
-        entry = info.get(name)
-        path = Path(str(folder), entry.get("file_name", "")) if isinstance(entry, dict) else Path()
-        if path.is_file():
-            size = path.stat().st_size
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16] if size <= 64 << 20 else ""
-            files[str(path)] = f"{size} {digest}".strip()
-    return files
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Model and DeepSpeed: their sizes, read from their files
-# ---------------------------------------------------------------------------------------------------------
-
-
-# hidden, layers, heads, key-value heads, inner, tied embeddings: the config.json files of the Qwen3 releases,
-# all with head_dim 128 and a vocabulary of 151,936, so that a plan needs no download.
-QWEN3_SHAPES = {
-    "0.6B": (1024, 28, 16, 8, 3072, True), "1.7B": (2048, 28, 16, 8, 6144, True),
-    "4B": (2560, 36, 32, 8, 9728, True), "8B": (4096, 36, 32, 8, 12288, False),
-    "14B": (5120, 40, 40, 8, 17408, False), "32B": (5120, 64, 64, 8, 25600, False),
-}
-LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
-SHAPE_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
-              "tie_word_embeddings")
-
-
-@dataclass(frozen=True)
-class Model:
-    """What the plan needs of a model: the number of its parameters, and its config.json."""
-
-    parameters: int
-    shape: dict
-
-    @property
-    def largest_layer(self) -> int:
-        """Parameters of the largest weight matrix, the most that ZeRO-3 gathers for one module."""
-        return self.shape["hidden_size"] * max(self.shape["vocab_size"], self.shape.get("intermediate_size") or 0)
-
-
-def qwen3_config(name: str) -> dict | None:
-    """The config.json of a released Qwen3 model by its hub id, such as Qwen/Qwen3-14B."""
-    shape = QWEN3_SHAPES.get(re.sub(r"^Qwen/Qwen3-(.+?)(-Base)?$", r"\1", name))
-    fixed = {"model_type": "qwen3", "vocab_size": 151936, "head_dim": 128}
-    return shape and {**fixed, **dict(zip(SHAPE_KEYS, shape, strict=True))}
-
-
-def count_parameters(config: dict) -> int | None:
-    """Parameters of a Llama-like decoder by its config.json; None for another architecture.
-
-    Embedding and output matrix (once where tied); in each layer the attention projections with their biases
-    and Qwen3's query and key norms, three MLP matrices for each expert with their router, two norms; a last norm.
-    """
-    kind = config.get("model_type")
-    mixed = config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1
-    if kind not in LLAMA_LIKE or mixed:
-        return None
-    hidden, heads, inner = config["hidden_size"], config["num_attention_heads"], config["intermediate_size"]
-    head = config.get("head_dim") or hidden // heads
-    queries, keys = heads * head, (config.get("num_key_value_heads") or heads) * head
-    attention = 2 * hidden * (queries + keys) + (2 * head if kind.startswith("qwen3") else 0)
-    if kind == "qwen2" or config.get("attention_bias"):
-        attention += queries + 2 * keys + (0 if kind == "qwen2" else hidden)
-    mlp = 3 * hidden * inner + (2 * inner + hidden if config.get("mlp_bias") else 0)
-    if kind == "qwen3_moe":
-        mlp = config["num_experts"] * (3 * hidden * config["moe_intermediate_size"] + hidden)
-    matrices = 1 if config.get("tie_word_embeddings") else 2
-    return (matrices * config["vocab_size"] * hidden + hidden
-            + config["num_hidden_layers"] * (attention + mlp + 2 * hidden))
-
-
-def hub_folder(name: str, values: dict) -> Path | None:
-    """The local snapshot of a hub model, where one is in the Hugging Face cache."""
-    home = os.environ.get("HF_HOME", os.path.expanduser("~/.cache/huggingface"))
-    cache = Path(values.get("cache_dir") or os.environ.get("HF_HUB_CACHE") or Path(home, "hub"))
-    repository = cache / f"models--{name.replace('/', '--')}"
-    revision = repository / "refs" / values.get("model_revision", "main")
-    folder = repository / "snapshots" / (revision.read_text().strip() if revision.is_file() else "main")
-    return folder if (folder / "config.json").is_file() else None
-
-
-def inspect_model(config: Config) -> tuple[Model | None, str, list[Problem]]:
-    """(its shape, what the plan says of it, what is wrong with it); the shape is None where it is unknown."""
-    name = config.values.get("model_name_or_path", "")
-    folder = Path(name) if Path(name).is_dir() else hub_folder(name, config.values)
-    if not name:
-        return None, "none", []  # check_values says that it is missing
-    if folder is None and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        shape = qwen3_config(name)
-        size = f"{format_bytes(2 * count_parameters(shape))} to " if shape else "to "
-        text = f"{name} (not in the local cache: {size}download)"
-        return (shape and Model(count_parameters(shape), shape)), text, []
-    where = f"{config.where('model_name_or_path')}: model_name_or_path"
-    if folder is None:
-        return None, name, [Problem(f"{where}: the folder {name} does not exist; expected a folder with a config.json, "
-                                    "or a hub id such as Qwen/Qwen3-14B")]
-    try:
-        shape, parameters = read_model_folder(folder, config.values.get("train_from_scratch") is True)
-        return (Model(parameters, shape) if parameters else None), name, []
-    except (LookupError, ValueError, OSError) as error:
-        return None, name, [Problem(f"{where}: {error.args[0] if isinstance(error, LookupError) else error}")]
-
-
-def read_model_folder(folder: Path, scratch: bool) -> tuple[dict, int | None]:
-    """(config.json, parameters) of a model folder. Raises LookupError that says what is missing or broken."""
-    shape = read_json(folder / "config.json", "a model folder has a config.json")
-    lacking = [key for key in ("vocab_size", *SHAPE_KEYS[:3], "intermediate_size") if key not in shape]
-    if lacking and shape.get("model_type") in LLAMA_LIKE:
-        raise LookupError(f"{folder}/config.json: has no {', '.join(lacking)}")
-    missing = [] if scratch else missing_weights(folder)
-    if missing:
-        raise LookupError(f"{folder}: {', '.join(missing)} missing; copy the weights there, or set "
-                          "train_from_scratch: true to train without any")
-    stored = None if scratch else count_stored(folder)
-    return shape, (None if lacking else count_parameters(shape) or stored)
-
-
-def read_json(path: Path, hint: str) -> dict:
-    """A JSON object. Raises LookupError that names the file and what is wrong with it."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise LookupError(f"{path}: {error.strerror.lower()}; {hint}") from None
-    except ValueError as error:
-        raise LookupError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise LookupError(f"{path}: expected a JSON object; {hint}")
-    return content
-
-
-def missing_weights(folder: Path) -> list[str]:
-    """Weight files that a model folder should have and has not."""
-    for index in folder.glob("*.index.json"):
-        files = sorted(set(read_json(index, "copy it again").get("weight_map", {}).values()))
-        return [file for file in files if not (folder / file).is_file()]
-    return [] if [*folder.glob("*.safetensors"), *folder.glob("*.bin")] else ["model.safetensors"]
-
-
-def count_stored(folder: Path) -> int | None:
-    """Parameters by the headers of the safetensors files: 8 bytes of length, then JSON with shapes and places.
-
-    Raises LookupError for a file that is not whole.
-    """
-    total = 0
-    for path in folder.glob("*.safetensors"):
-        try:
-            with open(path, "rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length)) if length < path.stat().st_size else {}
-            entries = [entry for name, entry in header.items() if name != "__metadata__"]
-            whole = 8 + length + max(entry["data_offsets"][1] for entry in entries) == path.stat().st_size
-            total += sum(math.prod(entry["shape"]) for entry in entries)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            whole = False
-        if not whole:
-            raise LookupError(f"{path}: not a whole safetensors file; copy it again (after git clone: git lfs pull)")
-    return total or None
-
-
-@dataclass(frozen=True)
-class Zero:
-    """What the plan needs of a DeepSpeed file: the ZeRO stage (0: none) and what is offloaded to host memory."""
-
-    stage: int = 0
-    offload_optimizer: bool = False
-    offload_parameters: bool = False
-    used: bool = False
-
-    def __str__(self) -> str:
-        moved = ["optimizer"] * self.offload_optimizer + ["parameters"] * self.offload_parameters
-        name = f"ZeRO-{self.stage}" if self.used else "DDP"
-        return name + (f" with {' and '.join(moved)} in host memory" if moved else "")
-
-
-def inspect_deepspeed(config: Config) -> tuple[Zero, list[Problem]]:
-    """Read the DeepSpeed configuration, a JSON file or a mapping in the YAML."""
-    given = config.values.get("deepspeed")
-    if given is None:
-        return Zero(), []
-    name = given if isinstance(given, str) else "the mapping"
-    hint = 'expected {"zero_optimization": {"stage": 0 to 3, ...}, ...} as in configs/deepspeed/ds_z3_config.json'
-    try:
-        section = (given if isinstance(given, dict) else read_json(Path(given), hint))["zero_optimization"]
-        moved = [section.get(key, {}).get("device", "none") != "none" for key in ("offload_optimizer", "offload_param")]
-        if section["stage"] in (0, 1, 2, 3):
-            return Zero(section["stage"], *moved, used=True), []
-        fault = f"{name}: {hint}"
-    except (KeyError, TypeError, AttributeError):
-        fault = f"{name}: {hint}"
-    except LookupError as error:
-        fault = error.args[0]
-    return Zero(), [Problem(f"{config.where('deepspeed')}: deepspeed: {fault}")]
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Plan: optimizer steps, memory, disk and traffic
-# ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Steps:
-    """The arithmetic of a run; None where it can only be known once the data is tokenized, with the reason."""
-
-    samples: int | None
-    per_epoch: int | None
-    total: int | None
-    reason: str = ""
+        room = host_bytes() // max(devices.processes, 1)
+    steps, free = plan_steps(rows, values, world_size), free_bytes(Path(values.output_dir))
+    plan = Plan(devices, gpus, world_size, zero, values, steps, model, room, free)
+    # The formulas are those of full fine-tuning.
+    if not model.parameters or values.finetuning_type != "full" or values.fsdp:
+        return plan
+    memory = estimate_memory(model, zero, values, world_size, devices.processes)
+    host = memory.pop("host")
+    return replace(
+        plan,
+        memory=memory,
+        host_memory=host or None,
+        checkpoint_bytes=estimate_checkpoint(model, zero, values)[0],
+        disk_bytes=estimate_disk(model, zero, values, steps),
+    )
 
 
 def plan_steps(rows: list[int | None], values: dict, world_size: int) -> Steps:
     """Optimizer steps as transformers' Trainer.set_initial_training_values counts them.
 
-    `rows` are the data sets' rows after max_samples. Each rank gets ceil(ceil(samples / micro-batch) / ranks)
-    batches (accelerate's BatchSamplerShard with even_batches); gradient accumulation groups them, the last
-    group of an epoch may be short.
+    `rows` are the data sets' rows after max_samples. Each rank gets ceil(ceil(samples /
+    micro-batch) / ranks) batches (accelerate's BatchSamplerShard with even_batches); gradient
+    accumulation groups them, the last group of an epoch may be short.
     """
-    values = DEFAULTS | values
-    samples, reason = count_samples(rows, values)
-    if samples is None:
-        return Steps(None, None, values["max_steps"] if values["max_steps"] > 0 else None, reason)
-    divide = (lambda a, b: a // b) if values.get("dataloader_drop_last") else (lambda a, b: -(-a // b))
-    batches = divide(divide(samples, values["per_device_train_batch_size"]), world_size)
-    per_epoch = max(-(-batches // values["gradient_accumulation_steps"]), 1)
-    by_epochs = math.ceil(values["num_train_epochs"] * per_epoch)
-    return Steps(samples, per_epoch, values["max_steps"] if values["max_steps"] > 0 else by_epochs)
+    values = Values(DEFAULTS | values)
+    fixed = values.max_steps if values.max_steps > 0 else None
+    reason = uncountable_reason(rows, values)
+    if reason:
+        return Steps(None, None, fixed, reason)
+    samples = sum(rows) - held_out(sum(rows), values.val_size)
+    divide = ceil_divide
+    if values.dataloader_drop_last:
+        divide = int.__floordiv__
+    batches = divide(divide(samples, values.per_device_train_batch_size), world_size)
+    per_epoch = max(ceil_divide(batches, values.gradient_accumulation_steps), 1)
+    return Steps(samples, per_epoch, fixed or math.ceil(values.num_train_epochs * per_epoch))
 
 
-def count_samples(rows: list[int | None], values: dict) -> tuple[int | None, str]:
-    """Training samples after the split, as LLaMA-Factory's split_dataset makes it, or why they are unknown."""
-    if values.get("streaming"):
-        return None, "the data is streamed"
-    if values.get("packing", values["stage"] == "pt") or values.get("neat_packing"):
-        return None, "packing joins samples"
-    if values.get("tokenized_path") and Path(values["tokenized_path"]).is_dir():
-        return None, "tokenized_path holds the samples"
+def ceil_divide(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def held_out(rows: int, share: float) -> int:
+    """Samples that LLaMA-Factory's split_dataset takes for evaluation: a number, or a share."""
+    return int(share) if share > 1 else math.ceil(rows * share)
+
+
+def uncountable_reason(rows: list[int | None], values: Values) -> str:
+    """Why the number of training samples is unknown before the start; '' where it is known."""
+    if values.streaming:
+        return "the data is streamed"
+    packs = values.stage == "pt" if values.packing is None else values.packing
+    if packs or values.neat_packing:
+        return "packing joins samples"
+    if values.tokenized_path and os.path.isdir(values.tokenized_path):
+        return "tokenized_path holds the samples"
     if None in rows or not rows:
-        return None, "the rows of the data are counted when it is loaded"
-    if values["mix_strategy"] != "concat" and len(rows) > 1:
-        return None, "interleaving draws the samples"
-    share = values["val_size"]
-    held_out = int(share) if share > 1 else math.ceil(sum(rows) * share)
-    return sum(rows) - held_out, ""
+        return "the rows of the data are counted when it is loaded"
+    if values.mix_strategy != "concat" and len(rows) > 1:
+        return "interleaving draws the samples"
+    return ""
 
 
-def estimate_memory(model: Model, zero: Zero, values: dict, world_size: int, local_size: int) -> dict:
-    """Bytes on each device by part, and `host` bytes on each machine (of the offloaded states).
+def estimate_memory(
+    model: Model, zero: Zero, values: dict, world_size: int, local_size: int
+) -> dict[str, int]:
+    """Bytes on each device by part, and `host` bytes on each node (of the offloaded states).
 
-    Model states: DeepSpeed's estimate_zero3_model_states_mem_needs counts 18 bytes a parameter in mixed
-    precision: 2 for the weights, 4 for the gradients (16-bit, and 32-bit in the step), 12 for Adam (32-bit
-    weights and two moments; ZeRO, Rajbhandari et al. 2020, section 3.1); stages 1, 2 and 3 divide the
-    optimizer, the gradients and the weights by the ranks; ZeRO-3 also holds the largest layer and its
-    gradients; host memory gets its half for buffers. Without DeepSpeed LLaMA-Factory keeps 32-bit weights.
-    Activations: Korthikanti et al. 2022, equation 1 without the attention scores, which flash and SDPA
-    attention do not store: 34 bytes a token and hidden unit in a layer in 16 bit; with gradient
-    checkpointing 2 bytes of each layer and one layer in full. Logits: the 16-bit ones, a 32-bit copy and
-    its gradient. Buffers: prefetched weights or DDP's buckets, and 1 GiB for the CUDA context.
+    Model states: DeepSpeed's estimate_zero3_model_states_mem_needs counts 18 bytes per
+    parameter in mixed precision: 2 for the weights, 4 for the gradients (16-bit, and 32-bit in
+    the step), 12 for Adam (32-bit weights and two moments; ZeRO, Rajbhandari et al. 2020,
+    section 3.1); stages 1, 2 and 3 divide the optimizer, the gradients and the weights by the
+    ranks; ZeRO-3 also holds the largest layer and its gradients; host memory gets its half for
+    buffers. Without DeepSpeed LLaMA-Factory keeps 32-bit weights. Buffers: prefetched weights
+    or DDP's buckets, and 1 GiB for CUDA.
     """
-    values = DEFAULTS | values
-    half = precision(values) != "fp32"
-    width, count = 2 if half else 4, model.parameters
+    values = Values(DEFAULTS | values)
+    width = 4 if precision(values) == "fp32" else 2
+    count, gib = model.parameters, 1 << 30
     share = [1 / world_size if zero.stage >= stage else 1 for stage in (3, 2, 1)]
-    weights = count * (2 if half and zero.used else 4) * share[0]
+    weights = count * (width if zero.used else 4) * share[0]
     gradients = count * 4 * share[1]
     optimizer = count * (12 if zero.used else 8) * share[2]
-    on_host = zero.offload_optimizer * (optimizer + gradients) + zero.offload_parameters * weights
-    tokens = values["per_device_train_batch_size"] * values["cutoff_len"]
-    hidden, layers = model.shape["hidden_size"], model.shape["num_hidden_layers"]
-    layer = 17 * width * tokens * hidden
-    kept = layer * layers if values.get("disable_gradient_checkpointing") else layer + width * tokens * hidden * layers
-    live = width * min(count, 10**9) if zero.stage == 3 else 0 if zero.used else gradients
-    parts = {
-        "parameters": weights * (not zero.offload_parameters) + 4 * model.largest_layer * (zero.stage == 3),
-        "gradients": gradients * (not zero.offload_optimizer),
-        "optimizer": optimizer * (not zero.offload_optimizer),
-        "activations": kept,
-        "logits": tokens * model.shape["vocab_size"] * (width + 8),
-        "buffers": live + (0 if values.get("use_cpu") else 1 << 30),
-        "host": 1.5 * on_host * local_size,
-    }
+    parts = dict.fromkeys(("parameters", "gradients", "optimizer", "buffers", "host"), 0)
+    parts |= estimate_activations(model, values, width)
+    parts["host" if zero.offload_parameters else "parameters"] += weights
+    for name, size in (("gradients", gradients), ("optimizer", optimizer)):
+        parts["host" if zero.offload_optimizer else name] += size
+    if zero.stage == 3:
+        parts["parameters"] += 4 * model.largest_layer
+        parts["buffers"] += width * min(count, 10**9)
+    elif not zero.used:
+        parts["buffers"] += gradients
+    if not values.use_cpu:
+        parts["buffers"] += gib
+    parts["host"] *= 1.5 * local_size
     return {name: int(size) for name, size in parts.items()}
+
+
+def estimate_activations(model: Model, values: Values, width: int) -> dict[str, int]:
+    """Bytes of the activations and the logits of one micro-batch on each device.
+
+    Korthikanti et al. 2022, equation 1 without the attention scores, which flash and SDPA
+    attention do not store: 34 bytes per token and hidden unit of a layer in 16 bit; with
+    gradient checkpointing 2 bytes of each layer and one layer in full. Logits: the 16-bit ones,
+    a 32-bit copy, its gradient.
+    """
+    tokens = values.per_device_train_batch_size * values.cutoff_len
+    units, layers = tokens * model.shape["hidden_size"], model.shape["num_hidden_layers"]
+    layer = 17 * width * units
+    kept = layer + width * units * layers
+    if values.disable_gradient_checkpointing:
+        kept = layer * layers
+    return {"activations": kept, "logits": tokens * model.shape["vocab_size"] * (width + 8)}
 
 
 def precision(values: dict) -> str:
@@ -1141,128 +2083,46 @@ def precision(values: dict) -> str:
     return next((key for key in ("pure_bf16", "bf16", "fp16") if values.get(key)), "fp32")
 
 
-def estimate_checkpoint(model: Model, zero: Zero, values: dict) -> tuple[int, int]:
+def estimate_checkpoint(model: Model, zero: Zero, values: Values) -> tuple[int, int]:
     """Bytes of one checkpoint and of the final model.
 
-    The weights in the training precision; for resuming, DeepSpeed's 32-bit weights and Adam's two moments
-    (12 bytes a parameter), or without DeepSpeed the moments alone (8).
+    The weights in the training precision; for resuming, DeepSpeed's 32-bit weights and Adam's two
+    moments (12 bytes per parameter), or without DeepSpeed the moments alone (8).
     """
-    weights = model.parameters * (2 if precision(values) != "fp32" and zero.used else 4)
-    states = 0 if values.get("save_only_model") else model.parameters * (12 if zero.used else 8)
-    return weights + states, weights
+    half = zero.used and precision(values) != "fp32"
+    weights = model.parameters * (2 if half else 4)
+    if values.save_only_model:
+        return weights, weights
+    return weights + model.parameters * (12 if zero.used else 8), weights
 
 
-def count_saves(values: dict, steps: Steps) -> int | None:
-    """How many checkpoints the run writes; None where the number of steps is unknown."""
-    strategy, every = values["save_strategy"], values["save_steps"]
-    if strategy == "no" or steps.total is None:
-        return 0 if strategy == "no" else None
-    if strategy == "epoch":
-        return math.ceil(steps.total / steps.per_epoch) if steps.per_epoch else None
-    return math.ceil(steps.total / max(every if every >= 1 else math.ceil(steps.total * every), 1))
-
-
-def estimate_disk(model: Model, zero: Zero, values: dict, steps: Steps) -> int | None:
-    """Bytes the run may hold at once: the checkpoints it keeps, one being written, and the final model."""
+def estimate_disk(model: Model, zero: Zero, values: Values, steps: Steps) -> int | None:
+    """Bytes the run may hold at once: the checkpoints it keeps, one being written, and the
+    model.
+    """
     checkpoint, weights = estimate_checkpoint(model, zero, values)
-    saves, limit = count_saves(values, steps), values.get("save_total_limit")
-    kept = capped(saves, limit and limit + 1) if saves is not None else limit and limit + 1
+    kept, limit = count_saves(values, steps), values.save_total_limit
+    if limit:
+        kept = at_most(limit + 1, kept if kept is not None else limit + 1)
     return None if kept is None else kept * checkpoint + weights
 
 
-def gathered_bytes(model: Model, zero: Zero, values: dict, world_size: int) -> int:
-    """Bytes each rank receives for weights in one optimizer step under ZeRO-3.
-
-    Every micro-batch gathers all weights twice, for forward and backward (Rajbhandari et al. 2020, section 7.2).
-    """
-    if zero.stage != 3:
+def count_saves(values: Values, steps: Steps) -> int | None:
+    """How many checkpoints the run writes; None where the number of steps is unknown."""
+    if values.save_strategy == "no":
         return 0
-    width = 2 if precision(values) != "fp32" else 4
-    return int(2 * model.parameters * width * values["gradient_accumulation_steps"] * (world_size - 1) / world_size)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run will take; None where it cannot be known. Memory and disk in bytes."""
-
-    devices: Devices
-    world_size: int
-    zero: Zero
-    values: dict  # the configuration over DEFAULTS
-    steps: Steps
-    model: Model | None
-    device_bytes: int | None
-    disk_free: int
-    memory: dict[str, int] | None = None  # each device's parts
-    host_memory: int | None = None
-    checkpoint_bytes: int | None = None
-    disk_bytes: int | None = None
-    gathered: int | None = None
-
-    @property
-    def global_batch(self) -> int:
-        """Samples an optimizer step over all ranks."""
-        return self.values["per_device_train_batch_size"] * self.world_size * self.values["gradient_accumulation_steps"]
-
-    def needs(self, zero: Zero, world_size: int, **changes: object) -> tuple[int, int]:
-        """(bytes a device, bytes on the host) that this run would need with another ZeRO, ranks or keys."""
-        memory = estimate_memory(self.model, zero, {**self.values, **changes}, world_size, self.devices.processes)
-        host = memory.pop("host")
-        return sum(memory.values()), host
-
-
-def make_plan(config: Config, devices: Devices, zero: Zero, model: Model | None, rows: list[int | None],
-              gpus: list[Gpu], nodes: int) -> Plan:
-    """Work out the plan; pure but for asking the disk and the host's memory. `gpus` are the chosen ones."""
-    values, world_size = DEFAULTS | config.values, max(devices.processes, 1) * nodes
-    if values["finetuning_type"] != "full" or values.get("fsdp") or values.get("quantization_bit"):
-        model = None  # the formulas are those of full fine-tuning
-    room = min((gpu.total for gpu in gpus), default=None) if devices.ids else host_bytes() // max(devices.processes, 1)
-    steps = plan_steps(rows, values, world_size)
-    plan = Plan(devices, world_size, zero, values, steps, model, room, free_bytes(Path(values["output_dir"])))
-    if not model:
-        return plan
-    memory = estimate_memory(model, zero, values, world_size, devices.processes)
-    host = memory.pop("host")
-    return replace(plan, memory=memory, host_memory=host or None,
-                   checkpoint_bytes=estimate_checkpoint(model, zero, values)[0],
-                   disk_bytes=estimate_disk(model, zero, values, steps),
-                   gathered=gathered_bytes(model, zero, values, world_size))
-
-
-def suggest_split(plan: Plan) -> str:
-    """A larger micro-batch with less accumulation that does the same step within memory under ZeRO-3, or ''."""
-    micro, steps = plan.values["per_device_train_batch_size"], plan.values["gradient_accumulation_steps"]
-    if not plan.gathered or not plan.device_bytes:
-        return ""
-    for factor in (n for n in range(steps, 1, -1) if steps % n == 0):
-        need = plan.needs(plan.zero, plan.world_size, per_device_train_batch_size=micro * factor)[0]
-        if need <= 0.9 * plan.device_bytes:
-            return (f"per_device_train_batch_size={micro * factor} gradient_accumulation_steps={steps // factor} is "
-                    f"the same step with {format_bytes(plan.gathered / factor)} gathered, in {format_bytes(need)}")
-    return ""
-
-
-def nearest_that_fits(plan: Plan) -> str:
-    """The smallest change that fits: a smaller micro-batch, then offload, then more devices; '' if none is found."""
-    micro, steps = plan.values["per_device_train_batch_size"], plan.values["gradient_accumulation_steps"]
-    sizes = [size for size in range(micro, 0, -1) if micro % size == 0]
-    tries = [(size, zero, plan.world_size, words) for zero, words in (
-        (plan.zero, []), (Zero(3, True, True, True), ["deepspeed=configs/deepspeed/ds_z3_offload_config.json"]))
-        for size in sizes]
-    tries += [(micro, plan.zero, count, [f"{count} devices"]) for count in range(plan.world_size + 1, 65)]
-    for size, zero, world_size, words in tries:
-        need, host = plan.needs(zero, world_size, per_device_train_batch_size=size)
-        if need <= plan.device_bytes and host <= host_bytes():
-            if size != micro:
-                words = [*words, f"per_device_train_batch_size={size}",
-                         f"gradient_accumulation_steps={steps * micro // size}"]
-            return f"; it fits with {' '.join(words)} ({format_bytes(need)})"
-    return ""
+    if steps.total is None:
+        return None
+    if values.save_strategy == "epoch":
+        return ceil_divide(steps.total, steps.per_epoch) if steps.per_epoch else None
+    every = values.save_steps
+    if every < 1:
+        every = max(math.ceil(steps.total * every), 1)
+    return math.ceil(steps.total / every)
 
 
 def host_bytes() -> int:
-    """Memory of this machine in bytes, or of its container where that has less."""
+    """Memory of this node in bytes, or of its container where that has less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):
@@ -1272,40 +2132,685 @@ def host_bytes() -> int:
 
 def free_bytes(folder: Path) -> int:
     """Free disk for `folder`, which need not exist yet."""
-    while not folder.exists():
+    while not os.path.exists(folder):
         folder = folder.parent
     return shutil.disk_usage(folder).free
 
 
-def plan_lines(plan: Plan, model: str) -> list[tuple[str, str]]:
-    """The plan for people: (label, text) a line."""
-    values, unit = plan.values, "GPU" if plan.devices.ids else "process"
-    lines = [
-        ("model", model + (f": {format_count(plan.model.parameters)} parameters" if plan.model else "")),
-        ("method", f"{values['stage']}, {values['finetuning_type']}, {plan.zero}, {precision(values)}"),
-        ("devices", str(plan.devices)),
-        ("batch", f"{values['per_device_train_batch_size']} per device x {plural(plan.world_size, unit)} x "
-                  f"{values['gradient_accumulation_steps']} accumulation = {plan.global_batch} samples a step"),
-        ("steps", describe_steps(plan)),
-        ("when", describe_when(values)),
-    ]
-    if plan.memory:
-        room = f" of {format_bytes(plan.device_bytes)}" if plan.device_bytes else ""
-        lines.append(("memory", f"{format_bytes(sum(plan.memory.values()))}{room} a {unit}: " + ", ".join(
-            f"{name} {format_bytes(size)}" for name, size in plan.memory.items())))
-        if plan.host_memory:
-            lines.append(("host", f"{format_bytes(plan.host_memory)} of {format_bytes(host_bytes())} for offloading"))
-        need = f", at most {format_bytes(plan.disk_bytes)} at once" if plan.disk_bytes else ""
-        lines.append(("disk", f"{format_bytes(plan.checkpoint_bytes)} a checkpoint{need}, of "
-                              f"{format_bytes(plan.disk_free)} free"))
-    if plan.gathered:
-        lines.append(("traffic", f"ZeRO-3 gathers {format_bytes(plan.gathered)} a step on each {unit}"))
-        lines += [("faster", suggestion)] if (suggestion := suggest_split(plan)) else []
-    if "tokenized_path" in values and Path(values["tokenized_path"]).is_dir():
-        lines.append(("data", f"as it was tokenized into {values['tokenized_path']}, whatever the data keys say now"))
-    elif (plan.steps.samples or 0) >= 100_000 and "tokenized_path" not in values:
-        lines.append(("data", "tokenized_path=FOLDER would keep the tokenized data for the next run"))
-    return lines
+def check_webhooks(config: Config, problems: Problems) -> None:
+    """Addresses that could not be posted to at the end."""
+    for key in WEBHOOKS:
+        if not config.secrets.get(key, "http://").startswith(("http://", "https://")):
+            problems.add(f"{config.where(key)}: expected a URL that begins with https://")
+
+
+def check_access(config: Config, problems: Problems) -> None:
+    """Paths that lead through a folder of another user."""
+    for key in (*INPUT_PATHS, *MODEL_PATHS, *OUTPUT_PATHS):
+        path = config.values.get(key)
+        try:
+            os.stat(path if isinstance(path, str) else "/")
+        except PermissionError:
+            problems.add(f"{config.where(key)}: {path}: permission denied; use a path of yours")
+        except OSError:
+            pass  # what must exist is checked with its subject
+
+
+def check_output(config: Config, problems: Problems) -> None:
+    """output_dir must be a folder that can be written, or one that can be made."""
+    folder = Path(config.values.get("output_dir", "."))
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if folder.is_dir() and os.access(folder, os.W_OK):
+        return
+    problem = "is a link that leads nowhere"
+    if folder.is_dir():
+        problem = "cannot be written"
+    elif folder.exists():
+        problem = "is a file"
+    problems.add(f"{config.where('output_dir')}: {folder} {problem}; choose a folder of yours")
+
+
+def check_plan(plan: Plan, config: Config, run: Run | None, problems: Problems) -> None:
+    """What would not fit: samples, device memory, host memory, disk; and GPUs that others use.
+
+    The user may know better than an estimate: all but the samples can be forced.
+    """
+    room, need = plan.device_bytes, sum((plan.memory or {}).values())
+    if room and need > room:
+        kind = "memory" if plan.devices.ids else "host memory"
+        problems.add(
+            f"{kind}: {format_bytes(need)} is needed on each {plan.unit}, {format_bytes(room)} "
+            f"is there{nearest_that_fits(plan)}",
+            can_force=True,
+        )
+    if plan.host_memory and plan.host_memory > host_bytes():
+        problems.add(
+            f"host memory: offloading needs {format_bytes(plan.host_memory)}, this node has "
+            f"{format_bytes(host_bytes())}; use more GPUs without offload, or a smaller model",
+            can_force=True,
+        )
+    check_disk(plan, config, run, problems)
+    for gpu in plan.gpus:
+        if gpu.used and gpu.used > 1 << 30:
+            users = f" by {', '.join(gpu.users)}" if gpu.users else ""
+            problems.add(
+                f"{plan.devices.where}: GPU {gpu.index} is busy: {format_bytes(gpu.used)} in "
+                f"use{users}; choose another, or wait",
+                can_force=True,
+            )
+    if plan.steps.samples is not None and plan.steps.samples < 1:
+        share = plan.values.val_size
+        problems.add(
+            f"{config.where('val_size')}: {share} leaves no sample to train on; use less"
+        )
+
+
+def check_disk(plan: Plan, config: Config, run: Run | None, problems: Problems) -> None:
+    """Room for the checkpoints of this run that are still to come, and for a download."""
+    held = 0
+    for folder in run.checkpoints() if run else ():
+        held += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if plan.disk_bytes and plan.disk_bytes > plan.disk_free + held:
+        problems.add(
+            f"{config.where('output_dir')}: disk: {format_bytes(plan.disk_bytes)} is needed, "
+            f"{format_bytes(plan.disk_free)} is free; lower save_total_limit or use another "
+            "output_dir",
+            can_force=True,
+        )
+    cache = hub_cache(plan.values)
+    if plan.model.download > free_bytes(cache):
+        problems.add(
+            f"{cache}: the download of {plan.model.label} does not fit in "
+            f"{format_bytes(free_bytes(cache))}; set HF_HOME to a larger disk",
+            can_force=True,
+        )
+
+
+def nearest_that_fits(plan: Plan) -> str:
+    """The smallest change that fits: a smaller micro-batch, offload, more devices; '' if none."""
+    micro = plan.values.per_device_train_batch_size
+    sizes = [size for size in range(micro, 0, -1) if micro % size == 0]
+    offload = "deepspeed=configs/deepspeed/ds_z3_offload_config.json"
+    tries = [(size, plan.zero, plan.world_size, "") for size in sizes]
+    tries += [(size, Zero(3, True, True, True), plan.world_size, offload) for size in sizes]
+    tries += [(micro, plan.zero, 2**n, f"{2**n} devices") for n in range(1, 7)]
+    for size, zero, world_size, words in tries:
+        need, host = memory_with(plan, zero, world_size, per_device_train_batch_size=size)
+        if world_size < plan.world_size or need > plan.device_bytes or host > host_bytes():
+            continue
+        if size != micro:
+            words = f"{words} {describe_split(plan, size)}".strip()
+        return f"; it fits with {words} ({format_bytes(need)})"
+    return ""
+
+
+def memory_with(plan: Plan, zero: Zero, world_size: int, **changes: object) -> tuple[int, int]:
+    """(bytes per device, bytes on the host) that the run would need with other settings."""
+    values = Values(plan.values | changes)
+    memory = estimate_memory(plan.model, zero, values, world_size, plan.devices.processes)
+    host = memory.pop("host")
+    return sum(memory.values()), host
+
+
+def describe_split(plan: Plan, size: int) -> str:
+    """The keys that make the same optimizer step with micro-batches of `size`."""
+    samples = plan.values.per_device_train_batch_size * plan.values.gradient_accumulation_steps
+    return f"per_device_train_batch_size={size} gradient_accumulation_steps={samples // size}"
+
+
+def suggest_split(plan: Plan) -> str:
+    """A larger micro-batch with less accumulation that does the same step within memory, or ''.
+
+    Under ZeRO-3 every micro-batch gathers all weights twice, for forward and backward
+    (Rajbhandari et al. 2020, section 7.2).
+    """
+    steps = plan.values.gradient_accumulation_steps
+    if plan.zero.stage != 3 or not plan.memory or not plan.device_bytes:
+        return ""
+    for factor in range(steps, 1, -1):
+        size = plan.values.per_device_train_batch_size * factor
+        if steps % factor == 0:
+            need = memory_with(
+                plan, plan.zero, plan.world_size, per_device_train_batch_size=size
+            )[0]
+            if need <= 0.9 * plan.device_bytes:
+                split = describe_split(plan, size)
+                return f"{split} is the same step with fewer gathers, in {format_bytes(need)}"
+    return ""
+
+
+# --- rules between keys -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Keys that LLaMA-Factory or transformers would refuse after minutes, or that lose the model.
+
+    `breaks` gets the configuration's Values, to which check_rules adds what the DeepSpeed file
+    says.
+    """
+
+    key: str
+    breaks: Callable[[Values], object]
+    text: str
+
+
+def keep_one(key: str, other: str) -> Rule:
+    """Two keys that cannot both be on."""
+    return Rule(
+        key, lambda v: v[key] and v[other], f"cannot be combined with {other}; keep one"
+    )
+
+
+def needs(key: str, other: str, *values: str) -> Rule:
+    """A key that works where another has one of these values."""
+    text = f"needs {other}: {' or '.join(values)}; set that, or remove {key}"
+    return Rule(key, lambda v: v[key] and v[other] not in values, text)
+
+
+def not_with_zero3(key: str, advice: str) -> Rule:
+    """A key that ZeRO-3 cannot do."""
+    return Rule(key, lambda v: v[key] and v.zero == 3, f"cannot be used with ZeRO-3; {advice}")
+
+
+def evaluates(v: Values) -> bool:
+    """Whether the run evaluates."""
+    return bool(v.do_eval) or v.eval_strategy != "no"
+
+
+def lacks_eval_data(v: Values) -> bool:
+    """Whether there is nothing to evaluate on."""
+    return not v.eval_dataset and not v.val_size
+
+
+def saves_between_evaluations(v: Values) -> bool:
+    """Whether a checkpoint falls between two evaluations (TrainingArguments._validate_args)."""
+    if not v.save_strategy == v.eval_strategy == "steps":
+        return False
+    every = v.eval_steps or v.logging_steps
+    if v.save_steps < 1 and every < 1:
+        return v.save_steps * 10**6 % (every * 10**6) != 0
+    return v.save_steps % every != 0
+
+
+def best_metric(v: Values) -> str:
+    """The metric that decides which checkpoint is the best; '' for none."""
+    return v.metric_for_best_model or ("loss" if v.load_best_model_at_end else "")
+
+
+def loses_weights(v: Values) -> bool:
+    """Whether ZeRO-3 leaves the final model in shards; LoRA adapters are always gathered."""
+    adapter = v.finetuning_type in ("lora", "oft") and v.stage not in ("rm", "ppo")
+    return not v.saves_weights and not adapter
+
+
+def differing_settings(v: Values) -> str:
+    """The settings of the DeepSpeed file that should equal a key and do not: `bf16.enabled`."""
+    per_rank = v.per_device_train_batch_size * v.gradient_accumulation_steps
+    wanted = {
+        "train_micro_batch_size_per_gpu": v.per_device_train_batch_size,
+        "gradient_accumulation_steps": v.gradient_accumulation_steps,
+        "train_batch_size": per_rank * v.ranks,
+        "bf16.enabled": bool(v.bf16),
+        "fp16.enabled": bool(v.fp16),
+    }
+    found = []
+    for name, value in wanted.items():
+        first, _, second = name.partition(".")
+        setting = v.deepspeed_settings.get(first)
+        if second and isinstance(setting, dict):
+            setting = setting.get(second)
+        if setting not in (None, "auto", value):
+            found.append(name)
+    return ", ".join(found)
+
+
+def is_incomplete_data(folder: str | None) -> bool:
+    """Whether a folder holds something, but no tokenized data that was written to its end."""
+    files = []
+    if folder and os.path.isdir(folder):
+        files = [path.name for path in Path(folder).rglob("*")]
+    return bool(files) and "state.json" not in files
+
+
+def unpads(v: Values) -> bool:
+    """Whether packed sequences are cut apart for FlashAttention-2, which takes one at a time."""
+    return v.neat_packing and v.flash_attn == "fa2"
+
+
+def preference_stage(v: Values) -> bool:
+    """Whether the data are pairs."""
+    return v.stage in ("dpo", "rm")
+
+
+# {} in a text stands for what `breaks` returned. The conditions are those of LLaMA-Factory 0.9.5's
+# hparams/parser.py, transformers 5.5.4's TrainingArguments and Trainer, and accelerate's DeepSpeed.
+RULES = (
+    Rule("do_train", lambda v: not v.do_train, "nothing would be trained; set do_train: true"),
+    Rule(
+        "dataset",
+        lambda v: v.do_train and not v.dataset,
+        "no data to train on; name a data set of dataset_info.json",
+    ),
+    Rule(
+        "tokenized_path",
+        lambda v: is_incomplete_data(v.tokenized_path) and v.tokenized_path,
+        "{} holds incomplete tokenized data; remove the folder, and it is made again",
+    ),
+    keep_one("val_size", "eval_dataset"),
+    keep_one("mask_history", "train_on_prompt"),
+    Rule(
+        "streaming",
+        lambda v: v.streaming and v.max_steps <= 0,
+        "streamed data has no length; set max_steps",
+    ),
+    Rule(
+        "max_samples",
+        lambda v: v.streaming and v.max_samples,
+        "cannot be combined with streaming: true; use max_steps",
+    ),
+    Rule(
+        "val_size",
+        lambda v: v.streaming and 0 < v.val_size < 1,
+        "cannot be a share with streaming: true; give a number of samples",
+    ),
+    Rule(
+        "reward_model",
+        lambda v: v.stage == "ppo" and not v.reward_model,
+        "is missing; stage: ppo needs one",
+    ),
+    Rule(
+        "resume_from_checkpoint",
+        lambda v: (
+            isinstance(v.resume_from_checkpoint, str)
+            and not os.path.isdir(v.resume_from_checkpoint)
+            and v.resume_from_checkpoint
+        ),
+        "{} does not exist; expected a checkpoint folder",
+    ),
+    *(needs(key, "stage", "sft") for key in ("predict_with_generate", "neat_packing")),
+    Rule(
+        "train_sampling_strategy",
+        lambda v: v.train_sampling_strategy == "group_by_length" and preference_stage(v),
+        "preference pairs cannot be grouped by length; use random",
+    ),
+    Rule(
+        "stage",
+        lambda v: v.stage == "ppo" and version_numbers("trl") >= (0, 10),
+        "ppo needs trl 0.9.6 or older, which this LLaMA-Factory does not take; use dpo or kto",
+    ),
+    Rule(
+        "stage",
+        lambda v: v.tied and v.stage == "rm" and v.finetuning_type != "lora" and not v.zero,
+        "LLaMA-Factory cannot save a reward model whose embeddings are tied without ZeRO-3; "
+        "set deepspeed: configs/deepspeed/ds_z3_config.json, or finetuning_type: lora",
+    ),
+    # precision and attention
+    keep_one("fp16", "bf16"),
+    keep_one("pure_bf16", "bf16"),
+    keep_one("pure_bf16", "fp16"),
+    *(
+        Rule(key, lambda v, key=key: v[key] and v.use_cpu, "cannot be used on a CPU; use bf16")
+        for key in ("fp16", "pure_bf16")
+    ),
+    Rule(
+        "flash_attn",
+        lambda v: v.flash_attn == "fa3",
+        "LLaMA-Factory cannot switch fa3 on; use fa2 or auto",
+    ),
+    not_with_zero3("pure_bf16", "use bf16: true"),
+    Rule(
+        "flash_attn",
+        lambda v: v.flash_attn == "fa2" and not (v.bf16 or v.fp16 or v.pure_bf16),
+        "fa2 computes in 16 bit only; set bf16: true, or use flash_attn: sdpa",
+    ),
+    *(
+        Rule(
+            f"per_device_{name}_batch_size",
+            lambda v, name=name: unpads(v) and (v[f"per_device_{name}_batch_size"] or 8) > 1,
+            "neat_packing with flash_attn: fa2 takes one sequence at a time; set it to 1",
+        )
+        for name in ("train", "eval")
+    ),
+    # evaluation, and which checkpoint is the best
+    *(
+        Rule(
+            key,
+            lambda v, key=key: v[key] not in (None, False, "no") and lacks_eval_data(v),
+            "there is nothing to evaluate on; set eval_dataset or val_size, or turn evaluation off",
+        )
+        for key in ("eval_strategy", "do_eval", "predict_with_generate")
+    ),
+    not_with_zero3("predict_with_generate", "use ZeRO-2, or generate after training"),
+    keep_one("predict_with_generate", "compute_accuracy"),
+    Rule(
+        "load_best_model_at_end",
+        lambda v: v.load_best_model_at_end and v.save_strategy not in ("best", v.eval_strategy),
+        "needs the same save_strategy and eval_strategy, or save_strategy: best",
+    ),
+    Rule(
+        "load_best_model_at_end",
+        lambda v: v.load_best_model_at_end and saves_between_evaluations(v),
+        "needs an evaluation at each checkpoint; make save_steps a multiple of eval_steps",
+    ),
+    Rule(
+        "save_only_model",
+        lambda v: v.save_only_model and v.load_best_model_at_end and v.deepspeed_used,
+        "cannot be combined with load_best_model_at_end under DeepSpeed; keep one",
+    ),
+    Rule(
+        "save_strategy",
+        lambda v: v.save_strategy == "best" and (v.eval_strategy == "no" or not best_metric(v)),
+        "best needs evaluation and a metric; set eval_strategy and metric_for_best_model: loss",
+    ),
+    Rule(
+        "early_stopping_steps",
+        lambda v: v.early_stopping_steps and (v.eval_strategy == "no" or not best_metric(v)),
+        "needs evaluation and a metric; set eval_strategy and metric_for_best_model: loss",
+    ),
+    Rule(
+        "metric_for_best_model",
+        lambda v: (
+            "accuracy" in (v.metric_for_best_model or "")
+            and v.stage == "sft"
+            and not v.compute_accuracy
+        ),
+        "evaluation gives no accuracy; set compute_accuracy: true, or use loss",
+    ),
+    Rule(
+        "lr_scheduler_type",
+        lambda v: (
+            (v.lr_scheduler_type or "").endswith("_min_lr")
+            and "min_lr" not in str(v.lr_scheduler_kwargs)
+        ),
+        'needs its lowest rate; set lr_scheduler_kwargs: {"min_lr_rate": 0.1}',
+    ),
+    # DeepSpeed, quantization, workers
+    *(keep_one("deepspeed", other) for other in ("fsdp", "use_galore", "use_apollo")),
+    Rule(
+        "deepspeed",
+        loses_weights,
+        "the run would end without a model; set stage3_gather_16bit_weights_on_model_save: "
+        "true in its zero_optimization",
+    ),
+    Rule(
+        "deepspeed", differing_settings, 'its {} differs from the key here; write "auto" there'
+    ),
+    Rule(
+        "deepspeed",
+        lambda v: (
+            v.offloads_optimizer and not (v.optim or "adamw_torch").startswith("adamw_torch")
+        ),
+        "offloading replaces it by Adam; set optim: adamw_torch, or do not offload",
+    ),
+    not_with_zero3("auto_find_batch_size", "set per_device_train_batch_size, or use ZeRO-2"),
+    not_with_zero3("use_unsloth", "use ZeRO-2"),
+    needs("quantization_bit", "finetuning_type", "lora", "oft"),
+    *(needs(key, "finetuning_type", "full", "freeze") for key in ("use_galore", "use_apollo")),
+    *(
+        Rule(
+            key,
+            lambda v, key=key: v[key] and not (v.dataloader_num_workers or v.streaming),
+            "needs dataloader_num_workers: 1 or more",
+        )
+        for key in ("dataloader_prefetch_factor", "dataloader_persistent_workers")
+    ),
+)
+
+
+def check_rules(config: Config, plan: Plan, problems: Problems) -> None:
+    """Keys that are missing, or exclude each other."""
+    required = {
+        "model_name_or_path": "name a model, such as Qwen/Qwen3-14B",
+        "output_dir": "name the folder that will hold the runs",
+    }
+    for key, hint in required.items():
+        if not config.values.get(key) and key not in config.refused:
+            problems.add(f"{config.where(key)}: is missing; {hint}")
+    view = Values(
+        plan.values,
+        zero=plan.zero.stage,
+        deepspeed_used=plan.zero.used,
+        saves_weights=plan.zero.saves_weights,
+        offloads_optimizer=plan.zero.offload_optimizer,
+        tied=plan.model.shape.get("tie_word_embeddings"),
+        deepspeed_settings=plan.zero.settings,
+        ranks=plan.world_size,
+    )
+    for rule in RULES:
+        found = rule.key not in config.refused and rule.breaks(view)
+        if found:
+            problems.add(f"{config.where(rule.key)}: {rule.text.replace('{}', str(found))}")
+    names = known_templates()
+    if view.template and names and view.template not in names:
+        hint = did_you_mean(view.template, names)
+        problems.add(
+            f"{config.where('template')}: {view.template!r} is unknown to LLaMA-Factory{hint}"
+        )
+
+
+def known_templates() -> list[str]:
+    """The chat templates of the installed LLaMA-Factory; [] where it is missing."""
+    with contextlib.suppress(OSError):
+        source = source_of("llamafactory/data/template.py")
+        return re.findall(r'^    name="([^"]+)"', source, re.MULTILINE)
+    return []
+
+
+# --- resume -------------------------------------------------------------------------------------
+
+# What may not change on resume: the model would not load, the data would be other data, or the
+# checkpoint's value would win without a word.
+FIXED_KEYS = """
+    model_name_or_path train_from_scratch finetuning_type stage template adapter_name_or_path
+    ref_model pref_beta pref_loss bf16 fp16 pure_bf16 dataset dataset_dir max_samples val_size
+    cutoff_len packing neat_packing train_on_prompt mask_history mix_strategy interleave_probs
+    enable_thinking train_sampling_strategy disable_shuffling seed data_seed optim learning_rate
+    weight_decay adam_beta1 adam_beta2 adam_epsilon
+""".split()
+
+
+def find_run(options: argparse.Namespace) -> Run | None:
+    """The run that --resume means: RUN_DIR, else the newest unfinished one; None: a new run.
+
+    One with a checkpoint comes before one without; one that is still running does not count.
+    """
+    if options.resume is None:
+        return None
+    if options.resume:
+        run = Run(Path(options.resume).expanduser().resolve())
+        if not run.config_file.is_file():
+            raise LaunchError(
+                f"--resume {options.resume}: {run.config_file} does not exist; expected the "
+                "directory of a run"
+            )
+        return run
+    config = load_config(options.config, options.overrides)
+    output_dir = Path(config.values.get("output_dir", DEFAULTS["output_dir"]))
+    files = sorted(output_dir.glob("*/config.yaml"), key=lambda path: -path.stat().st_mtime)
+    runs = [Run(path.parent) for path in files]
+    if not runs:
+        raise LaunchError(f"--resume: there is no run under {output_dir}; start one first")
+    idle = [run for run in runs if not run.is_running()] or runs
+    unfinished = [run for run in idle if not run.is_finished()] or idle
+    return next((run for run in unfinished if run.newest_checkpoint()), unfinished[0])
+
+
+def check_resume(
+    config: Config, plan: Plan, run: Run, env: dict[str, str], problems: Problems
+) -> None:
+    """Why the run cannot continue like this: it is still running, has no checkpoint, or changed."""
+    if node_rank(env) == 0 and run.is_running():
+        problems.attempt(run.lock)
+        return
+    old, fixed = load_config(run.config_file, {}), set(FIXED_KEYS)
+    if run.read("summary.json").get("state") == "diverged":
+        fixed.remove("learning_rate")
+    for key in old.values.keys() | config.values.keys():
+        if key in fixed or key.startswith("lora_"):
+            was, now = (DEFAULTS | old.values).get(key), plan.values[key]
+            if (was or None) != (now or None):  # false is what most are where not given
+                refuse_change(config, key, was, now, problems)
+    old_zero = Problems().attempt(read_deepspeed, old.values) or Zero()
+    if old_zero.kind != plan.zero.kind:
+        refuse_change(config, "deepspeed", old_zero.kind, plan.zero.kind, problems)
+    recorded = run.read("plan.json")
+    batch = recorded.get("global_batch_size")
+    if batch and batch not in (plan.global_batch, config.values.global_batch_size):
+        refuse_change(config, "global_batch_size", batch, plan.global_batch, problems)
+    for path, content in data_fingerprints(config.values).items():
+        if (recorded.get("data") or {}).get(path, content) != content:
+            problems.add(
+                f"{path}: has changed since the run started; put the old file back, or start a "
+                "new run",
+                can_force=True,
+            )
+    check_checkpoint(plan, run, problems)
+
+
+def refuse_change(
+    config: Config, key: str, was: object, now: object, problems: Problems
+) -> None:
+    """A value that the checkpoint depends on."""
+    problems.add(
+        f"{config.where(key)}: was {was} when the run started and is {now} now, but cannot "
+        "change on resume; start a new run instead"
+    )
+
+
+def data_fingerprints(values: dict) -> dict[str, str]:
+    """{path: size and, up to 64 MiB, hash} of the data files, to notice data that has changed."""
+    files = {}
+    info = Problems().attempt(read_dataset_info, values) or {}
+    for key in ("dataset", "eval_dataset"):
+        for name in name_list(values.get(key)):
+            path = Problems().attempt(find_data, name, info, values)
+            if path and path.is_file():
+                size = path.stat().st_size
+                files[str(path)] = str(size)
+                if size <= COUNTED_ARRAY:
+                    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+                    files[str(path)] += f" {digest[:16]}"
+    return files
+
+
+def check_checkpoint(plan: Plan, run: Run, problems: Problems) -> None:
+    """Whether there is a checkpoint that these ranks can load."""
+    good = run.newest_checkpoint()
+    if not good:
+        found = [f"{path.name}: {checkpoint_problem(path)}" for path in run.checkpoints()]
+        seen = f" ({'; '.join(found)})" if found else ""
+        problems.add(
+            f"{run.path}: there is no checkpoint to resume from{seen}; start a new run, under "
+            "another run_name or after removing this folder"
+        )
+        return
+    optimizer = plan.values.optim or "adamw_torch"
+    if run.checkpoint_ranks() != plan.world_size and not optimizer.startswith("adamw_torch"):
+        problems.add(
+            f"{good.name} was saved by {plural(run.checkpoint_ranks(), 'rank')}, this run has "
+            f"{plan.world_size}: only torch's AdamW can be resharded; use as many GPUs as then"
+        )
+
+
+# --- the plan for people and as data ------------------------------------------------------------
+
+
+def dry_run(found: Preflight, as_json: bool, env: dict[str, str]) -> None:
+    """Print the plan and the exact command; start nothing and write nothing."""
+    run = found.run
+    if run is None:
+        name = Problems().attempt(run_name, found.config, time.time()) or "RUN_NAME"
+        run = Run(Path(found.plan.values.output_dir) / name)
+    command, rank_env = torchrun_command_and_environment(found, run, env)
+    data = plan_as_data(found, command, shown_environment(rank_env, env))
+    if as_json:
+        say(json.dumps(data, indent=1))
+    elif found.plan.devices.processes:
+        print_plan(found, run, env)
+        variables = [
+            f"{key}={shlex.quote(value)}" for key, value in data["environment"].items()
+        ]
+        say("command     " + " ".join([*variables, shlex.join(command)]))
+
+
+def print_plan(found: Preflight, run: Run, env: dict[str, str]) -> None:
+    """Print the plan, one screen."""
+    names = [name for name in tracking_backends(found.config.values) if name != "swanlab"]
+    tracking = setup_experiment_tracking(found.config, run, env)
+    if tracking:
+        names.insert(0, str(tracking))
+    print_lines(
+        {
+            **plan_lines(found.plan),
+            "resharded": describe_resharding(found),
+            "tracking": ", ".join(names) or "none",
+            "run": str(run.path),
+            "follow": f"tail -F {shlex.quote(str(run.logs / 'rank0.log'))}",
+        }
+    )
+
+
+def describe_resharding(found: Preflight) -> str:
+    """`checkpoint-40: 4 ranks -> 2 ranks`; '' where the number of ranks is the same."""
+    before, now = found.run and found.run.checkpoint_ranks(), found.plan.world_size
+    if before in (None, now):
+        return ""
+    text = f"{found.run.newest_checkpoint().name}: {plural(before, 'rank')} -> "
+    if found.plan.values.train_sampling_strategy == "group_by_length":
+        return (
+            f"{text}{plural(now, 'rank')}; group_by_length draws the samples in another order"
+        )
+    return text + plural(now, "rank")
+
+
+def print_lines(lines: dict[str, object]) -> None:
+    """Print `label       text` lines; an empty text is left out."""
+    for label, text in lines.items():
+        if text:
+            say(f"{label:<12}{text}")
+
+
+def plan_lines(plan: Plan) -> dict[str, str]:
+    """The plan for people: {label: text}."""
+    values = plan.values
+    size = ""
+    if plan.model.parameters:
+        size = f": {format_count(plan.model.parameters)} parameters"
+    batch = (
+        f"{values.per_device_train_batch_size} per device x "
+        f"{plural(plan.world_size, plan.unit)} x {values.gradient_accumulation_steps} "
+        f"accumulation = {plan.global_batch} samples per step"
+    )
+    return {
+        "model": plan.model.label + size,
+        "method": f"{values.stage}, {values.finetuning_type}, {plan.zero}, {precision(values)}",
+        "devices": describe_devices(plan.devices) + describe_mixed(plan.gpus),
+        "batch": batch,
+        "steps": describe_steps(plan),
+        "schedule": describe_schedule(values),
+        **resource_lines(plan),
+        "faster": suggest_split(plan),
+        "data": data_advice(plan),
+    }
+
+
+def describe_devices(devices: Devices) -> str:
+    """`GPUs 0,1 (from CUDA_VISIBLE_DEVICES), 2 processes`."""
+    what = "CPU"
+    if devices.ids:
+        what = ("GPUs " if len(devices.ids) > 1 else "GPU ") + ",".join(devices.ids)
+    return f"{what} ({devices.reason}), {plural(devices.processes, 'process')}"
+
+
+def describe_mixed(gpus: list[Gpu]) -> str:
+    """What GPUs there are, where they are not all alike; '' where they are."""
+    kinds = {(gpu.name, gpu.total) for gpu in gpus if gpu.total}
+    if len(kinds) < 2:
+        return ""
+    names = ", ".join(f"{name} {format_bytes(total)}" for name, total in sorted(kinds))
+    return f"; mixed: {names}; the smallest one's memory counts"
 
 
 def format_count(count: int) -> str:
@@ -1313,616 +2818,94 @@ def format_count(count: int) -> str:
     return f"{count / 1e9:.3g} B" if count >= 1e8 else f"{count / 1e6:.3g} M"
 
 
-def plural(count: float, unit: str) -> str:
-    """`1 GPU`, `2 GPUs`, `2 processes`, `0.5 epochs`."""
-    number = f"{count:g}" if isinstance(count, float) else str(count)
-    return f"{number} {unit}" + ("" if count == 1 else "es" if unit.endswith("s") else "s")
-
-
 def describe_steps(plan: Plan) -> str:
-    """Samples, steps an epoch and in all, or why they are unknown."""
+    """Samples, steps per epoch and in all, or why they are unknown."""
     steps, values = plan.steps, plan.values
     if steps.samples is None:
         return f"{steps.total or 'unknown'} in all ({steps.reason})"
-    many = f"max_steps: {steps.total}"
-    if values["max_steps"] <= 0:
-        many = f"x {plural(values['num_train_epochs'], 'epoch')} = {steps.total}"
-    return f"{plural(steps.samples, 'sample')}: {plural(steps.per_epoch, 'step')} an epoch, {many}"
+    total = f"max_steps: {steps.total}"
+    if values.max_steps <= 0:
+        total = f"x {plural(values.num_train_epochs, 'epoch')} = {steps.total}"
+    samples = plural(steps.samples, "sample")
+    return f"{samples}: {plural(steps.per_epoch, 'step')} per epoch, {total}"
 
 
-def describe_when(values: dict) -> str:
+def describe_schedule(values: Values) -> str:
     """When it logs, saves and evaluates."""
-    def every(what: str, key: str) -> str:
-        strategy, steps = values[f"{key}_strategy"], values.get(f"{key}_steps", values["logging_steps"])
-        often = f"{steps:g} of all steps" if steps < 1 else f"{plural(int(steps), 'step')}"
-        return f"never {what}" if strategy == "no" else f"{what} every {often if strategy == 'steps' else strategy}"
-
-    return ", ".join((every("logs", "logging"), every("saves", "save"), every("evaluates", "eval")))
+    parts = []
+    for verb, noun, key in (("log", "logs", "logging"), ("save", "checkpoints", "save")):
+        parts.append(describe_interval(values, verb, noun, key))
+    return ", ".join([*parts, describe_interval(values, "evaluate", "evaluation", "eval")])
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Run directory: its files, and who holds it
-# ---------------------------------------------------------------------------------------------------------
+def describe_interval(values: Values, verb: str, noun: str, key: str) -> str:
+    """`save every 500 steps`, `evaluate every epoch`, `no evaluation`."""
+    strategy, steps = values[f"{key}_strategy"], values.get(f"{key}_steps")
+    if strategy == "no":
+        return f"no {noun}"
+    if strategy == "best":
+        return f"{verb} the best"
+    if strategy == "epoch":
+        return f"{verb} every epoch"
+    steps = steps or values.logging_steps
+    if steps < 1:
+        return f"{verb} every {steps:g} of all steps"
+    return f"{verb} every {plural(int(steps), 'step')}"
 
 
-def run_name(config: Config, now: float) -> str:
-    """The run directory's name: `run_name`, else the local time as YYYYmmdd-HHMMSS. Raises LaunchError."""
-    name = str(config.values.get("run_name", time.strftime("%Y%m%d-%H%M%S", time.localtime(now))))
-    if not name.strip(". ") or name.startswith("-") or "/" in name or "\\" in name:
-        raise LaunchError(f"{config.where('run_name')}: run_name: {name!r} cannot be a folder name; "
-                          "expected one word without slashes and without - in front")
-    return name
-
-
-def create_run_dir(config: Config) -> Path:
-    """Create `<output_dir>/<run name>` with logs/ in it. Raises LaunchError where it exists or cannot be."""
-    while True:
-        run_dir = Path(config.values["output_dir"]) / run_name(config, time.time())
-        try:
-            (run_dir.parent).mkdir(parents=True, exist_ok=True)
-            run_dir.mkdir()
-            (run_dir / "logs").mkdir()
-            return run_dir
-        except FileExistsError:
-            if "run_name" in config.values or not run_dir.is_dir():
-                raise LaunchError(f"{run_dir}: exists already; choose another run_name, or go on with it: "
-                                  f"--resume {run_dir}") from None
-            time.sleep(0.2)  # another run began in this very second; the next one is ours
-        except OSError as error:
-            raise LaunchError(f"{config.where('output_dir')}: output_dir: cannot create {run_dir}: "
-                              f"{error.strerror.lower()}") from None
-
-
-def await_run_dir(config: Config) -> Path:
-    """On a machine that is not the first: wait for the run directory that the first one creates."""
-    run_dir = Path(config.values["output_dir"]) / run_name(config, time.time())
-    for waited in wait_for(f"the machine with NODE_RANK=0 to create {run_dir}"):
-        if (run_dir / "config.yaml").exists():
-            break
-        if waited > MEETING_SECONDS:
-            raise LaunchError(f"{run_dir}: the machine with NODE_RANK=0 has not created it within {MEETING_SECONDS} s; "
-                              "output_dir must be on a file system that all machines share, and run_name the same")
-    return run_dir
-
-
-def wait_for(machines: str) -> Iterator[float]:
-    """The seconds waited so far, five times a second; after 10 it is said once for which machines, where for any."""
-    begun, said = time.time(), not machines
-    while True:
-        waited = time.time() - begun
-        if waited > 10 and not said:
-            said = True
-            say(f"waiting for {machines}, for up to {MEETING_SECONDS // 60} minutes")
-        yield waited
-        time.sleep(0.2)
-
-
-def lock_run(run_dir: Path) -> TextIO:
-    """Hold the run directory for this process; raises LaunchError while another launcher lives in it."""
-    try:
-        (run_dir / "logs").mkdir(exist_ok=True)
-        file = open(run_dir / "logs" / "lock", "a+", encoding="utf-8")
-    except OSError as error:
-        raise LaunchError(f"{run_dir}: cannot be written: {error.strerror.lower()}") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        raise LaunchError(f"{run_dir}: this run is alive (launcher pid {file.read().strip()}); stop it first, "
-                          "or wait") from None
-    except OSError:  # some shared file systems have no locks: nothing to hold
-        return file
-    with contextlib.suppress(OSError):  # a full disk; the pid is for a message only
-        os.ftruncate(file.fileno(), 0)
-        os.write(file.fileno(), str(os.getpid()).encode())
-    return file
-
-
-def find_run(options: argparse.Namespace) -> Path | None:
-    """The run directory that --resume means: RUN_DIR, else the newest unfinished one, rather one with a checkpoint;
-    None: a new run."""
-    if options.resume is None:
-        return None
-    if options.resume:
-        run_dir = Path(options.resume).expanduser().resolve()
-        if not (run_dir / "config.yaml").is_file():
-            raise LaunchError(f"--resume {options.resume}: {run_dir}/config.yaml does not exist; expected the "
-                              "directory of a run")
-        return run_dir
-    output_dir = Path(load_config(options.config, options.overrides).values.get("output_dir", "."))
-    runs = sorted(output_dir.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
-    if not runs:
-        raise LaunchError(f"--resume: there is no run under {output_dir}; start one without --resume")
-    unfinished = [path for path in runs if not is_finished(path.parent)]
-    resumable = (path for path in reversed(unfinished) if newest_checkpoint(path.parent))
-    return next(resumable, (unfinished or runs)[-1]).parent
-
-
-def is_finished(run_dir: Path) -> bool:
-    """Whether the run has trained to its end."""
-    return read_summary(run_dir).get("state") == "finished"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file wholly or, where that fails, leave the old one as it was."""
-    draft = path.with_name(f"{path.name}.draft")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
-
-
-def launchable_config(config: Config, devices: Devices) -> str:
-    """The text of the run's config.yaml: resolved, without secrets, with the command that launches it again."""
-    derived = {"gradient_accumulation_steps"} if "global_batch_size" in config.values else set()
-    values = {key: value for key, value in config.values.items() if key not in {"run_name", *derived}}
-    if devices.ids:
-        values["cuda_visible_devices"] = ",".join(devices.ids)
-    count = "" if devices.ids else f"NPROC_PER_NODE={devices.processes} "
-    return (f"# Resolved from {config.source}. The same again, in a new run directory:\n"
-            f"#   {count}python {SCRIPT} config.yaml\n"
-            + "".join(f"# {key} was left out: give it again\n" for key in config.secrets)
-            + yaml.dump(values, Dumper=ConfigDumper, sort_keys=False, allow_unicode=True))
-
-
-def write_summary(run_dir: Path, summary: dict) -> None:
-    """Write summary.json."""
-    write_whole(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
-
-
-def read_whole(path: Path) -> dict:
-    """A JSON object of ours; {} where the file is missing or broken."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(path.read_text(encoding="utf-8"))
-    return {}
-
-
-def read_summary(run_dir: Path) -> dict:
-    """summary.json, the account of how the run ended; {} while there is none."""
-    return read_whole(run_dir / "summary.json")
-
-
-def read_plan(run_dir: Path) -> dict:
-    """plan.json, the plan with which the run was started last; {} where it is gone."""
-    return read_whole(run_dir / "plan.json")
-
-
-def read_log(run_dir: Path) -> list[dict]:
-    """The lines of trainer_log.jsonl that are whole."""
-    lines = []
-    with contextlib.suppress(OSError):
-        for text in (run_dir / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                lines.append(json.loads(text))
+def resource_lines(plan: Plan) -> dict[str, str]:
+    """Memory and disk, where they can be estimated."""
+    if not plan.memory:
+        return {}
+    room = f" of {format_bytes(plan.device_bytes)}" if plan.device_bytes else ""
+    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in plan.memory.items())
+    total = format_bytes(sum(plan.memory.values()))
+    lines = {"memory": f"{total}{room} per {plan.unit}: {parts}"}
+    if plan.host_memory:
+        there = format_bytes(host_bytes())
+        lines["host"] = f"{format_bytes(plan.host_memory)} of {there} for offloading"
+    need = f", at most {format_bytes(plan.disk_bytes)} at once" if plan.disk_bytes else ""
+    lines["disk"] = (
+        f"{format_bytes(plan.checkpoint_bytes)} per checkpoint{need}, of "
+        f"{format_bytes(plan.disk_free)} free"
+    )
     return lines
 
 
-def logged_losses(run_dir: Path) -> list[float]:
-    """The training losses that were logged, in the order of their steps."""
-    return [line["loss"] for line in read_log(run_dir) if "loss" in line]
-
-
-def rewind_log(run_dir: Path, step: int) -> None:
-    """Drop the lines of trainer_log.jsonl beyond `step`: they are trained again."""
-    path = run_dir / "trainer_log.jsonl"
-    if path.exists():
-        kept = [json.dumps(line) + "\n" for line in read_log(run_dir) if line["current_steps"] <= step]
-        write_whole(path, "".join(kept))
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Checkpoints that can be trusted
-# ---------------------------------------------------------------------------------------------------------
-
-
-MANIFEST = "manifest.json"
-
-
-def commit_checkpoint(folder: Path, world_size: int, resumable: bool) -> None:
-    """Make a finished checkpoint durable, then say so: fsync every file, then write the manifest atomically."""
-    files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*"))
-             if path.is_file() and path.name != MANIFEST}  # one is there where a step is saved twice
-    folders = {folder, *((folder / name).parent for name in files)}
-    for path in (*(folder / name for name in files), *folders):
-        sync(path)
-    content = {"world_size": world_size, "resumable": resumable, "files": files}
-    draft = folder / f"{MANIFEST}.draft"
-    draft.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    sync(draft)
-    draft.replace(folder / MANIFEST)
-    sync(folder)
-
-
-def sync(path: Path) -> None:
-    """fsync a file or a folder; some file systems cannot sync a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def checkpoint_fault(folder: Path) -> str:
-    """Why a checkpoint cannot be trusted: no manifest, or a file that differs from it; '' where it can."""
-    manifest = read_whole(folder / MANIFEST)
-    if not manifest:
-        return "it was not committed"
-    for name, size in manifest["files"].items():
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if (folder / name).stat().st_size != size:
-            return f"{name} has {(folder / name).stat().st_size} bytes instead of {size}"
-    return "" if manifest["resumable"] else "save_only_model left out what resuming needs"
-
-
-def list_checkpoints(run_dir: Path) -> list[Path]:
-    """The run's checkpoint folders, newest first."""
-    found = [path for path in run_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=checkpoint_step, reverse=True)
-
-
-def checkpoint_step(folder: Path | None) -> int:
-    """The optimizer step of a checkpoint folder; 0 for none."""
-    return int(folder.name.rpartition("-")[2]) if folder else 0
-
-
-def newest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest checkpoint that can be trusted; None: there is none."""
-    return next((path for path in list_checkpoints(run_dir) if not checkpoint_fault(path)), None)
-
-
-def set_aside_torn(run_dir: Path) -> list[str]:
-    """Rename every checkpoint that is newer than the newest good one, so that nobody resumes from it; a line each."""
-    good, lines = checkpoint_step(newest_checkpoint(run_dir)), []
-    for folder in list_checkpoints(run_dir):
-        if checkpoint_step(folder) > good:
-            fault, aside = checkpoint_fault(folder), free_name(run_dir / f"torn-{folder.name}")
-            folder.rename(aside)
-            lines.append(f"{folder.name} is not resumed from: {fault}; moved to {aside.name}")
-    return lines
-
-
-def rotate_checkpoints(run_dir: Path, keep: int | None, best: str) -> None:
-    """Remove the oldest checkpoints, so that `keep` remain (None or 0: all); the newest and the `best` always do."""
-    newest, *older = list_checkpoints(run_dir)
-    older.sort(key=lambda path: path.name == best, reverse=True)  # the best counts first
-    for folder in older[max(keep - 1, best in [path.name for path in older]):] if keep and keep > 0 else []:
-        (folder / MANIFEST).unlink(missing_ok=True)  # half removed, it cannot be trusted
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def free_name(path: Path) -> Path:
-    """`path`, or `path` with the first number behind it that is not taken."""
-    names = (path.with_name(f"{path.name}{f'.{n}' if n else ''}") for n in range(1000))
-    return next(name for name in names if not name.exists())
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Preflight: every problem at once
-# ---------------------------------------------------------------------------------------------------------
-
-
-AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-                "cutoff_len", "max_samples", "global_batch_size", "preprocessing_num_workers", "ddp_timeout",
-                "preprocessing_batch_size", "save_total_limit", "buffer_size")
-MORE_THAN_ZERO = ("num_train_epochs", "logging_steps", "save_steps", "eval_steps")
-NOT_NEGATIVE = ("learning_rate", "weight_decay", "warmup_ratio", "warmup_steps", "max_grad_norm", "val_size",
-                "dataloader_num_workers", "max_restarts", "label_smoothing_factor", "neftune_noise_alpha")
-SHARE_OR_WHOLE = ("logging_steps", "save_steps", "eval_steps", "warmup_steps")
-# From .. up to but not including: what LLaMA-Factory 0.9.5 works with. transformers 5.6 breaks flash attention.
-WORKING_VERSIONS = {"torch": ((2, 4), (2, 12)), "transformers": ((4, 55), (5, 6)),
-                    "llamafactory": ((0, 9, 5), (0, 9, 6)), "deepspeed": ((0, 10), (0, 18, 5))}
-
-
-def check_ranges(config: Config) -> list[Problem]:
-    """Numbers that cannot be: with one of them there is nothing to plan."""
-    rules = ((AT_LEAST_ONE, lambda x: x >= 1, "1 or more"), (MORE_THAN_ZERO, lambda x: x > 0, "more than 0"),
-             (NOT_NEGATIVE, lambda x: x >= 0, "0 or more"), (("warmup_ratio",), lambda x: x <= 1, "a share up to 1"),
-             (SHARE_OR_WHOLE, lambda x: x < 1 or x == int(x), "a whole number, or a share below 1"),
-             (("val_size",), lambda x: x < 1 or x == int(x) > 1, "a share below 1, or a whole number above 1"),
-             (("max_steps",), lambda x: x, "-1 (as many as the epochs have) or 1 or more"))
-    return [Problem(f"{config.where(key)}: {key}: expected {wanted}, got {config.values[key]}")
-            for keys, fits, wanted in rules for key in keys
-            if isinstance(config.values.get(key), (int, float)) and not fits(config.values[key])]
-
-
-def check_values(config: Config, zero: Zero) -> list[Problem]:
-    """What is missing, and values that exclude each other; LLaMA-Factory would refuse them after loading torch."""
-    missing = [f"{config.source}: {key}: is missing; {hint}" for key, hint in (
-        ("model_name_or_path", "name a model, such as Qwen/Qwen3-14B"),
-        ("output_dir", "name the folder that is to hold the runs"),
-    ) if not config.values.get(key) and key not in config.refused]
-    wrong = [f"{config.where(key)}: {key}: {text}" for key, is_wrong, text in contradictions(config.values, zero)
-             if is_wrong and key not in config.refused]
-    names, template = known_templates(), config.values.get("template")
-    if template and names and template not in names:
-        wrong.append(f"{config.where('template')}: template: {template!r} is unknown to LLaMA-Factory"
-                     + did_you_mean(template, names))
-    return [Problem(text) for text in missing + wrong]
-
-
-def known_templates() -> list[str]:
-    """The chat templates of the installed LLaMA-Factory; [] where it is missing."""
-    with contextlib.suppress(OSError):
-        return re.findall(r'^    name="([^"]+)"', source_of("llamafactory/data/template.py"), re.MULTILINE)
-    return []
-
-
-def contradictions(values: dict, zero: Zero) -> list[tuple[str, object, str]]:
-    """(key, whether it is wrong, what to do) for each rule between keys."""
-    given, get = values.get, (DEFAULTS | values).get
-    evaluates = given("do_eval") or get("eval_strategy") != "no"
-    half = [key for key in ("bf16", "fp16", "pure_bf16") if given(key)]
-    best, resume = given("load_best_model_at_end"), given("resume_from_checkpoint")
-    same = get("eval_strategy") == get("save_strategy")
-    every = given("eval_steps", get("logging_steps")) or 1
-    between = same and get("save_strategy") == "steps" and get("save_steps") % every
-    return [
-        ("do_train", not given("do_train"), "nothing would be trained; set do_train: true"),
-        ("dataset", given("do_train") and not given("dataset") and not given("tokenized_path"),
-         "no data to train on; name a data set of dataset_info.json"),
-        (half[-1] if half else "", len(half) > 1, f"{' and '.join(half)} exclude each other; keep one"),
-        ("fp16", given("use_cpu") and given("fp16"), "not for a CPU; use bf16, or neither"),
-        ("pure_bf16", given("pure_bf16") and zero.stage == 3, "not with ZeRO-3; use bf16: true"),
-        ("predict_with_generate", given("predict_with_generate") and zero.stage == 3,
-         "not with ZeRO-3; use ZeRO-2, or generate after training"),
-        ("eval_strategy" if "eval_strategy" in values else "do_eval",
-         evaluates and not given("eval_dataset") and not get("val_size"),
-         "there is nothing to evaluate on; set eval_dataset or val_size, or turn evaluation off"),
-        ("val_size", given("eval_dataset") and get("val_size") > 0, "given together with eval_dataset; keep one"),
-        ("streaming", given("streaming") and get("max_steps") <= 0, "streamed data has no length; set max_steps"),
-        ("max_samples", given("streaming") and "max_samples" in values, "not with streaming: true; use max_steps"),
-        ("val_size", given("streaming") and 0 < get("val_size") < 1, "not a share with streaming: true; use a number"),
-        ("tokenized_path", is_torn_data(given("tokenized_path")),
-         f"{given('tokenized_path')} is no whole tokenized data; remove it, and it is made anew"),
-        ("deepspeed", given("deepspeed") and given("fsdp"), "given together with fsdp; keep one"),
-        ("quantization_bit", given("quantization_bit") and get("finetuning_type") == "full",
-         "a quantized model takes LoRA only; remove it, or set finetuning_type: lora"),
-        ("load_best_model_at_end", best and not same, "needs the same save_strategy and eval_strategy"),
-        ("load_best_model_at_end", best and between, "save_steps must be a multiple of eval_steps"),
-        ("reward_model", get("stage") == "ppo" and not given("reward_model"), "is missing; stage: ppo needs one"),
-        ("resume_from_checkpoint", isinstance(resume, str) and not Path(resume).is_dir(),
-         f"{resume} does not exist; expected a checkpoint folder"),
-    ]
-
-
-def is_torn_data(folder: str | None) -> bool:
-    """Whether a folder of tokenized data holds something, but no set that was written to its end (state.json)."""
-    files = [path.name for path in Path(folder).rglob("*")] if folder and Path(folder).is_dir() else []
-    return bool(files) and "state.json" not in files
-
-
-def derive_accumulation(config: Config, world_size: int) -> tuple[Config, list[Problem]]:
-    """Turn `global_batch_size` (samples an optimizer step) into gradient_accumulation_steps for these ranks."""
-    wanted, micro = config.values.get("global_batch_size"), (DEFAULTS | config.values)["per_device_train_batch_size"]
-    if wanted is None:
-        return config, []
-    at_once, where = micro * max(world_size, 1), f"{config.where('global_batch_size')}: global_batch_size"
-    arithmetic = f"{micro} per device x {plural(world_size, 'process')} = {at_once}"
-    if wanted % at_once:
-        near = [size for size in (wanted // at_once * at_once, -(-wanted // at_once) * at_once) if size]
-        return config, [Problem(f"{where}: {wanted} cannot be split into micro-batches of {arithmetic}; "
-                                f"the nearest that can: {' and '.join(map(str, near))}")]
-    steps, given = wanted // at_once, config.values.get("gradient_accumulation_steps")
-    if given not in (None, steps):
-        return config, [Problem(f"{where}: {wanted} means gradient_accumulation_steps {steps} ({arithmetic}), but "
-                                f"{config.where('gradient_accumulation_steps')} says {given}; remove one of the two")]
-    return replace(config, values={**config.values, "gradient_accumulation_steps": steps}), []
-
-
-def check_packages(config: Config, zero: Zero, env: dict[str, str]) -> list[Problem]:
-    """Packages and tools that the run needs and the machine lacks, or has in a version that does not work."""
-    values, where = config.values, config.where
-    needed = ["torch", "transformers", "llamafactory", *["deepspeed"] * zero.used]
-    missing = [name for name in needed if find_spec(name) is None]
-    problems = [f"package {', '.join(missing)} is not installed in {sys.prefix}; pip install -r requirements.txt"]
-    problems = problems if missing else []
-    for name in reporters(values):
-        if name not in BACKENDS:
-            problems.append(f"{where('report_to')}: report_to: {name} is unknown{did_you_mean(name, BACKENDS)}")
-        elif not any(map(find_spec, BACKENDS[name])):
-            problems.append(f"{where('report_to')}: report_to: {name} needs a package that is not installed; "
-                            f"pip install {BACKENDS[name][0]}")
-    mode = env.get("SWANLAB_MODE") or "local"
-    if "swanlab" in reporters(values) and mode not in SWANLAB_MODES:
-        problems.append(f"environment variable SWANLAB_MODE: expected one of {', '.join(SWANLAB_MODES)}, got {mode!r}")
-    if "wandb" in reporters(values) and not wandb_login(env):
-        problems.append(f"{where('report_to')}: report_to: wandb: no login was found and nobody is there to ask; run "
-                        "wandb login, or set WANDB_API_KEY or WANDB_MODE=offline")
-    if values.get("flash_attn") == "fa2" and find_spec("flash_attn") is None:
-        problems.append(f"{where('flash_attn')}: flash_attn: fa2 needs the package flash-attn; install it, or use "
-                        "flash_attn: auto")
-    if zero.used and (values.get("use_cpu") or zero.offload_optimizer):
-        problems += compiler_troubles(env, cuda=not values.get("use_cpu"))
-    versions = [Problem(text, overrule=True) for name in needed if not missing and (text := version_trouble(name))]
-    return [Problem(text) for text in problems] + versions
-
-
-def compiler_troubles(env: dict[str, str], cuda: bool) -> list[str]:
-    """What keeps DeepSpeed from compiling its operator when training starts: no C++ compiler, no nvcc of torch's CUDA.
-
-    torch looks for nvcc in CUDA_HOME, on PATH and in /usr/local/cuda. DeepSpeed wants it to be of torch's CUDA
-    version, or before CUDA 13 of the same major version.
-    """
-    path = env.get("PATH", "")
-    troubles = []
-    if not shutil.which(env.get("CXX", "c++"), path=path):
-        troubles.append("deepspeed compiles an operator when training starts and needs a C++ compiler; install g++")
-    if not cuda or "DS_SKIP_CUDA_CHECK" in env or find_spec("torch") is None:
-        return troubles
-    built = re.search(r"^cuda\b.*'((\d+)\.\d+)", source_of("torch/version.py"), re.MULTILINE)
-    if not built:
-        return troubles
-    home = env.get("CUDA_HOME") or env.get("CUDA_PATH")
-    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else f"{path}:/usr/local/cuda/bin")
-    if not nvcc:
-        return [*troubles, "deepspeed compiles its CPU Adam with nvcc, which is not there; install the CUDA "
-                           f"{built[1]} toolkit and set CUDA_HOME to it"]
-    found = re.search(r"release ((\d+)\.\d+)", subprocess.run([nvcc, "-V"], capture_output=True, text=True).stdout)
-    if found and found[1] != built[1] and (found[2] != built[2] or int(built[2]) > 12):
-        troubles.append(f"{nvcc} is of CUDA {found[1]}, torch was built with CUDA {built[1]}: deepspeed will not "
-                        "compile its CPU Adam; set CUDA_HOME to a matching toolkit, or DS_SKIP_CUDA_CHECK=1")
-    return troubles
-
-
-def wandb_login(env: dict[str, str]) -> bool:
-    """Whether wandb will start without asking: offline, a key in the environment, or a saved login."""
-    if env.get("WANDB_API_KEY") or env.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
-        return True
-    with contextlib.suppress(OSError):
-        return "wandb" in Path(env.get("NETRC") or Path.home() / ".netrc").read_text(encoding="utf-8", errors="replace")
-    return False
-
-
-def installed_version(name: str) -> str:
-    """The version of an installed package; '' where there is none."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    with contextlib.suppress(PackageNotFoundError):
-        return version(name)
+def data_advice(plan: Plan) -> str:
+    """What to know of tokenized data; '' for none."""
+    folder = plan.values.tokenized_path
+    if folder and os.path.isdir(folder):
+        return f"as it was tokenized into {folder}, whatever the data keys say now"
+    if not folder and (plan.steps.samples or 0) >= 100_000:
+        return "tokenized_path=FOLDER would keep the tokenized data for the next run"
     return ""
 
 
-def version_trouble(name: str) -> str:
-    """Why the installed version of a package does not work with the pinned LLaMA-Factory; '' where it does."""
-    found = installed_version(name)
-    if not found:
-        return ""  # a source checkout on the path: nothing to judge by
-    low, high = WORKING_VERSIONS[name]
-    if low <= tuple(int(part) for part in re.findall(r"\d+", found)[:3]) < high:
-        return ""
-    wanted = f">={'.'.join(map(str, low))},<{'.'.join(map(str, high))}"
-    return f"{name} {found} is installed, {name}{wanted} is needed; pip install -r requirements.txt"
+def plan_as_data(found: Preflight, command: list[str], environment: dict[str, str]) -> dict:
+    """The plan as one JSON object; null where something cannot be known. Sizes in bytes."""
+    plan = found.plan
+    return {
+        "devices": list(plan.devices.ids),
+        "devices_reason": plan.devices.reason,
+        "world_size": plan.world_size,
+        "global_batch_size": plan.global_batch,
+        "samples": plan.steps.samples,
+        "steps_per_epoch": plan.steps.per_epoch,
+        "total_steps": plan.steps.total,
+        "parameters": plan.model.parameters,
+        "memory_per_gpu": plan.memory,
+        "host_memory": plan.host_memory,
+        "checkpoint_bytes": plan.checkpoint_bytes,
+        "disk_bytes": plan.disk_bytes,
+        "data": data_fingerprints(found.config.values),
+        "problems": [problem.text for problem in found.problems],
+        "command": command,
+        "environment": environment,
+    }
 
 
-def inspect_machine(config: Config, env: dict[str, str]) -> tuple[Devices, int, list[Gpu], list[Problem]]:
-    """(devices, number of machines, what NVML knows of the devices, problems)."""
-    on_cpu = config.values.get("use_cpu") is True
-    gpus, note = ([], "") if on_cpu else query_gpus()
-    try:
-        devices, nodes = resolve_devices(config, env, gpus), read_count(env, "NNODES", 1)
-        problems = ([] if on_cpu else check_devices(devices, gpus, note)) + check_nodes(config, env, nodes)
-    except LaunchError as error:
-        return Devices((), "unknown", 1), 1, [], error.problems
-    if gpus is None:
-        devices = replace(devices, reason=f"{devices.reason}; {note}")
-    return devices, nodes, chosen_gpus(devices, gpus), problems
-
-
-def check_nodes(config: Config, env: dict[str, str], nodes: int) -> list[Problem]:
-    """What several machines, or a MASTER_PORT, need; nothing where a torchrun of the user's has seen to it."""
-    problems = []
-    if UNDER_TORCHRUN in env:
-        return problems
-    if nodes > 1:
-        problems += [f"environment variable {name}: is needed with NNODES={nodes}" for name in
-                     NODE_VARIABLES if not env.get(name)]
-        if env.get("NODE_RANK") and not (env["NODE_RANK"].isdecimal() and int(env["NODE_RANK"]) < nodes):
-            problems.append(f"environment variable NODE_RANK: expected a number below NNODES={nodes}, got "
-                            f"{env['NODE_RANK']!r}")
-        if "run_name" not in config.values:
-            problems.append(f"run_name: is needed with NNODES={nodes}, the same on each machine: "
-                            "all of them use one run directory")
-    port = env.get("MASTER_PORT", "").strip()
-    if port and not (port.isdecimal() and 0 < int(port) < 65536):
-        problems.append(f"environment variable MASTER_PORT: expected a number up to 65535, got {port!r}")
-    elif port and node_rank(env) == 0 and port_in_use(int(port)):
-        problems.append(f"environment variable MASTER_PORT: port {port} is in use on this machine; choose another")
-    return [Problem(text) for text in problems]
-
-
-def port_in_use(port: int) -> bool:
-    """Whether a server of this machine listens on `port`."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return True
-    return False
-
-
-def check_output(config: Config) -> list[Problem]:
-    """output_dir must be a folder that can be written, or one that can be made."""
-    folder = Path(config.values.get("output_dir", "."))
-    while not (folder.exists() or folder.is_symlink()):
-        folder = folder.parent
-    if folder.is_dir() and os.access(folder, os.W_OK):
-        return []
-    fault = ("cannot be written" if folder.is_dir() else "is a file" if folder.exists() else
-             "is a link that leads nowhere")
-    return [Problem(f"{config.where('output_dir')}: output_dir: {folder} {fault}; choose a folder of yours")]
-
-
-def check_plan(plan: Plan, config: Config, gpus: list[Gpu]) -> list[Problem]:
-    """What would not fit: samples, device memory, host memory, disk; and GPUs that others use.
-
-    The user may know better than an estimate: --force overrules all but the samples.
-    """
-    problems, need = [], sum((plan.memory or {}).values())
-    if plan.device_bytes and need > plan.device_bytes:
-        problems.append(f"{'memory' if plan.devices.ids else 'host memory'}: {format_bytes(need)} is needed on each "
-                        f"device, {format_bytes(plan.device_bytes)} is there{nearest_that_fits(plan)}")
-    if plan.host_memory and plan.host_memory > host_bytes():
-        problems.append(f"host memory: offloading needs {format_bytes(plan.host_memory)}, this machine has "
-                        f"{format_bytes(host_bytes())}; use more GPUs without offload, or a smaller model")
-    if plan.disk_bytes and plan.disk_bytes > plan.disk_free:
-        problems.append(f"{config.where('output_dir')}: output_dir: disk: {format_bytes(plan.disk_bytes)} is needed, "
-                        f"{format_bytes(plan.disk_free)} is free; lower save_total_limit or use another output_dir")
-    problems += [f"GPU {gpu.index} is busy: {format_bytes(gpu.used)} in use"
-                 + (f" by {', '.join(gpu.users)}" if gpu.users else "") + "; choose another, or wait"
-                 for gpu in gpus if gpu.used > 1 << 30]
-    estimates = [Problem(text, overrule=True) for text in problems]
-    if plan.steps.samples is not None and plan.steps.samples < 1:
-        estimates.append(Problem(f"{config.where('val_size')}: val_size: {plan.values['val_size']} leaves no sample to "
-                                 "train on; use less"))
-    return estimates
-
-
-# What may not change under a run that goes on: the model would not load, the data would be another, or (the
-# optimizer's) the checkpoint's would go on in silence.
-FIXED_KEYS = ("model_name_or_path", "train_from_scratch", "finetuning_type", "stage", "template", "dataset",
-              "dataset_dir", "max_samples", "val_size", "cutoff_len", "packing", "seed", "data_seed",
-              "optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
-
-
-def check_alive(run_dir: Path) -> list[Problem]:
-    """A run that still runs cannot be resumed."""
-    try:
-        if (run_dir / "logs" / "lock").exists():
-            lock_run(run_dir).close()
-        return []
-    except LaunchError as error:
-        return error.problems
-
-
-def check_resume(config: Config, plan: Plan, run_dir: Path) -> list[Problem]:
-    """Why the run in `run_dir` cannot go on like this: other ranks under ZeRO, another model, other data."""
-    before = load_config(run_dir / "config.yaml", {}).values
-    problems = [Problem(f"{config.where(key)}: {key}: was {before.get(key)} when the run began and cannot change now; "
-                        "start a new run for that") for key in FIXED_KEYS if before.get(key) != config.values.get(key)]
-    recorded = read_plan(run_dir).get("data") or {}
-    for path, content in data_files(config).items():
-        if recorded.get(path, content) != content:
-            problems.append(Problem(f"{path}: has changed since the run began; put the old file back, or start a new "
-                                    "run", overrule=True))
-    good = newest_checkpoint(run_dir)
-    if not good:
-        faults = "; ".join(f"{folder.name}: {checkpoint_fault(folder)}" for folder in list_checkpoints(run_dir))
-        problems.append(Problem(f"{run_dir}: there is no checkpoint to resume from{f' ({faults})' if faults else ''}; "
-                                "start a new run, under another run_name or once this folder is removed"))
-    elif plan.zero.used:
-        ranks = read_whole(good / MANIFEST)["world_size"]
-        if ranks != plan.world_size:
-            problems.append(Problem(f"{good.name} was written by {ranks} ranks, now there are {plan.world_size}: "
-                                    "ZeRO's shards fit the same number only; use as many GPUs as then"))
-    return problems
-
-
-# ---------------------------------------------------------------------------------------------------------
-# SwanLab
-# ---------------------------------------------------------------------------------------------------------
+# --- SwanLab's settings -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -1937,346 +2920,307 @@ class Tracking:
         return f"SwanLab {self.mode} ({self.reason}), {self.init['log_dir']}"
 
 
-def setup_experiment_tracking(config: Config, run_dir: Path, env: dict[str, str]) -> Tracking | None:
+def setup_experiment_tracking(config: Config, run: Run, env: dict[str, str]) -> Tracking | None:
     """Choose SwanLab's mode and settings; None where the run does not report to it. Starts nothing.
 
-    The mode is SWANLAB_MODE, else `swanlab_mode`, else online where a key is found and local where not.
+    The mode is SWANLAB_MODE, else `swanlab_mode`, else online where a key is found, local where
+    not.
     """
-    values = config.values
-    if "swanlab" not in reporters(values):
+    values = Values(config.values)
+    if "swanlab" not in tracking_backends(values):
         return None
     key = find_swanlab_key(config, env)
+    mode, reason = (
+        ("online", f"API key from {key}") if key else ("local", "no API key was found")
+    )
     if env.get("SWANLAB_MODE"):
         mode, reason = env["SWANLAB_MODE"], "from SWANLAB_MODE"
-    elif "swanlab_mode" in values:
-        mode, reason = values["swanlab_mode"], f"from swanlab_mode, {config.where('swanlab_mode')}"
-    else:
-        mode, reason = ("online", f"API key from {key}") if key else ("local", "no API key was found")
-    if mode in ("online", "cloud") and not key:
+    elif values.swanlab_mode:
+        mode, reason = values.swanlab_mode, f"from swanlab_mode, {config.place('swanlab_mode')}"
+    if mode == "cloud":
+        mode = "online"
+    if mode == "online" and not key:
         mode, reason = "local", f"{reason}, but no API key was found"
-    return Tracking("online" if mode == "cloud" else mode, reason, {
-        "project": re.sub(r"[^\w.+-]", "-", env.get("SWANLAB_PROJ_NAME") or project(values), flags=re.ASCII)[:100],
-        "workspace": values.get("swanlab_workspace") or env.get("SWANLAB_WORKSPACE"),
-        "name": values.get("swanlab_run_name") or run_dir.name,
-        "log_dir": values.get("swanlab_logdir") or env.get("SWANLAB_LOG_DIR") or str(run_dir.parent / "swanlog"),
-    })
+    project = env.get("SWANLAB_PROJ_NAME") or tracking_project(values)
+    folder = values.swanlab_logdir or env.get("SWANLAB_LOG_DIR")
+    init = {
+        "project": re.sub(r"[^\w.+-]", "-", project, flags=re.ASCII)[:100],
+        "workspace": values.swanlab_workspace or env.get("SWANLAB_WORKSPACE"),
+        "name": values.swanlab_run_name or run.path.name,
+        "log_dir": folder or str(run.path.parent / "swanlog"),
+    }
+    return Tracking(mode, reason, init)
 
 
 def find_swanlab_key(config: Config, env: dict[str, str]) -> str:
-    """Where an API key for SwanLab is, without reading it out: YAML, environment or saved login; '' if nowhere."""
+    """Where an API key for SwanLab is, without reading it: YAML, environment, login; '' if
+    nowhere.
+    """
     if config.secrets.get("swanlab_api_key"):
         return "swanlab_api_key"
     if env.get("SWANLAB_API_KEY", "").strip():
         return "SWANLAB_API_KEY"
-    home = Path(env.get("SWANLAB_ROOT") or env.get("SWANLAB_SAVE_DIR") or Path.home() / ".swanlab")
-    return next((f"the login in {path}" for path in (Path(".swanlab/.netrc"), home / ".netrc") if path.is_file()), "")
+    home = env.get("SWANLAB_ROOT") or env.get("SWANLAB_SAVE_DIR") or Path.home() / ".swanlab"
+    for path in (Path(".swanlab/.netrc"), Path(home, ".netrc")):
+        if path.is_file():
+            return f"the login in {path}"
+    return ""
 
 
-def project(values: dict) -> str:
+def tracking_project(values: Values) -> str:
     """The project's name on every tracker."""
-    return str(values.get("swanlab_project") or values.get("project") or "qwen3-ft")
+    return str(values.swanlab_project or values.project or "qwen3-ft")
 
 
-class Tracker:
-    """SwanLab in a process of its own, watched by threads, so that it cannot raise into, delay or end training.
+# --- launch: run directory, torchrun's command and environment ----------------------------------
 
-    The process has READY seconds to begin; where it does not, or ends early, another one records the whole run
-    locally. finish() waits at most READY + END seconds. Where the worker dies, the record ends as crashed.
+
+def launch(found: Preflight, env: dict[str, str]) -> int:
+    """Start the run and watch it to its end; returns the exit code."""
+    run, leads = new_or_resumed_run(found, env), node_rank(env) == 0
+    with run.lock() if leads else contextlib.nullcontext():
+        command, rank_env = torchrun_command_and_environment(found, run, env)
+        if leads:
+            data = plan_as_data(found, command, shown_environment(rank_env, env))
+            write_run_files(found, run, data)
+            print_plan(found, run, env)
+        clear_stale_locks(Path(rank_env["TORCH_EXTENSIONS_DIR"]))
+        return Supervisor(found, run, command, rank_env).supervise()
+
+
+def new_or_resumed_run(found: Preflight, env: dict[str, str]) -> Run:
+    """The run that is resumed, else a new one, which node 0 creates."""
+    if found.run:
+        return found.run
+    return create_run(found.config) if node_rank(env) == 0 else wait_for_run(found.config)
+
+
+def run_name(config: Config, now: float) -> str:
+    """The run directory's name: `run_name`, else the local time as YYYYmmdd-HHMMSS.
+
+    Raises LaunchError.
     """
+    timestamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
+    name = str(config.values.get("run_name", timestamp))
+    if not name.strip(". ") or name.startswith("-") or "/" in name or "\\" in name:
+        raise LaunchError(
+            f"{config.where('run_name')}: {name!r} cannot be a folder name; expected one word "
+            "without slashes and without - in front"
+        )
+    return name
 
-    READY, END = 25, 25
 
-    def __init__(self, tracking: Tracking, run_dir: Path, settings: dict, warn: Callable[[str], None]):
-        self.mode, self.warn, self.logs = tracking.mode, warn, run_dir / "logs"
-        self.init = {**tracking.init, **next_segment(run_dir, tracking), "config": settings}
-        self.lines, self.arrived, self.finished = [], threading.Condition(), threading.Event()
-        self.place = self.trouble = ""
-        self.thread = threading.Thread(target=self.keep, daemon=True)
-        self.thread.start()
-
-    def log(self, values: dict, step: int) -> None:
-        """Record numbers at an optimizer step; returns at once."""
-        self.put({"log": values, "step": step})
-
-    def finish(self, state: str, error: str | None = None) -> None:
-        """End the record as success, aborted or crashed."""
-        self.put({"finish": state, "error": error})
-        self.finished.set()
-        self.thread.join(self.READY + self.END)
-
-    def put(self, line: dict) -> None:
-        with self.arrived:
-            self.lines.append(json.dumps(line) + "\n")
-            self.arrived.notify_all()
-
-    def keep(self) -> None:
-        """The thread that starts the process and, where that fails, another one in local mode."""
-        if not self.run_process(self.mode):
-            note = (f"SwanLab's process ended ({self.trouble}); it was started once more" if self.mode == "local" else
-                    f"SwanLab cannot be reached ({self.trouble}), but the run is recorded locally.")
-            if not self.run_process("local", note):
-                self.warn(f"SwanLab does not record this run ({self.trouble}); see {self.logs}/swanlab.log")
-
-    def run_process(self, mode: str, note: str = "") -> bool:
-        """One process from start to end; False where it did not begin or ended early. Says the note once it begins."""
-        with open(self.logs / "swanlab.log", "ab") as log:
-            process = subprocess.Popen([sys.executable, str(SCRIPT), "--tracker"], stdin=subprocess.PIPE,
-                                       stdout=subprocess.PIPE, stderr=log, text=True)
-        threading.Thread(target=self.feed, args=(process.stdin, {**self.init, "mode": mode}), daemon=True).start()
-        ready = select.select([process.stdout], [], [], self.READY)[0]
-        answer = json.loads(process.stdout.readline() or "{}") if ready else {"trouble": f"no answer in {self.READY} s"}
-        self.place, self.trouble = answer.get("place", ""), answer.get("trouble", "its process ended")
-        if self.place:
-            remember(self.logs, dashboard=answer["dashboard"])
-            if note:
-                self.warn(note + self.later() * (mode != self.mode))
-        while self.place and process.poll() is None and not self.finished.wait(1):
-            pass
-        if not self.place or not self.finished.is_set():
-            process.kill()
-            return False
+def create_run(config: Config) -> Run:
+    """Create `<output_dir>/<run name>` with logs/. Raises LaunchError where that is not
+    possible.
+    """
+    while True:
+        run = Run(Path(config.values["output_dir"]) / run_name(config, time.time()))
         try:
-            process.wait(self.END)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            self.warn("SwanLab did not take the whole run in time, but it is recorded locally." + self.later())
-        return True
-
-    def later(self) -> str:
-        """How to bring a local record to the service."""
-        return f" Later: swanlab sync {shlex.quote(self.place)} -i {self.init['id']}"
-
-    def feed(self, pipe: TextIO, init: dict) -> None:
-        """The thread that hands a process everything from the first line on, as it arrives."""
-        with contextlib.suppress(OSError), pipe:
-            pipe.write(json.dumps(init) + "\n")
-            pipe.flush()
-            for position in itertools.count():
-                with self.arrived:
-                    self.arrived.wait_for(lambda at=position: len(self.lines) > at)
-                pipe.write(self.lines[position])
-                pipe.flush()
-                if self.lines[position].startswith('{"finish"'):
-                    return
+            run.path.parent.mkdir(parents=True, exist_ok=True)
+            run.path.mkdir()
+            run.logs.mkdir()
+            return run
+        except FileExistsError:
+            if "run_name" in config.values or not run.path.is_dir():
+                raise LaunchError(
+                    f"{run.path}: exists already; choose another run_name, or continue that "
+                    f"run: --resume {run.path}"
+                ) from None
+            time.sleep(0.2)  # another run began in this very second; the next one is ours
+        except OSError as error:
+            raise LaunchError(
+                f"{config.where('output_dir')}: cannot create {run.path}: {error.strerror.lower()}"
+            ) from None
 
 
-def next_segment(run_dir: Path, tracking: Tracking) -> dict:
-    """The SwanLab id of this run, the same for every start (online they continue one experiment), and the name.
+def wait_for_run(config: Config) -> Run:
+    """On a node other than 0: wait for the run directory that node 0 creates."""
+    run = Run(Path(config.values["output_dir"]) / run_name(config, time.time()))
+    for waited in wait_for(f"node 0 to create {run.path}"):
+        if run.config_file.exists():
+            break
+        if waited > RENDEZVOUS_SECONDS:
+            raise LaunchError(
+                f"{run.path}: node 0 has not created it within {RENDEZVOUS_SECONDS} s; "
+                "output_dir must be on a file system that all nodes share, and run_name the "
+                "same"
+            )
+    return run
 
-    Elsewhere each start is a record of its own, so its name tells which resume it is.
+
+def wait_for(what: str) -> Iterator[float]:
+    """The seconds waited so far, five times per second; after 10 it says once for what, if
+    given.
     """
-    known = recall(run_dir / "logs")
-    starts = known.get("starts", 0)
-    name = known.get("id") or f"{re.sub(r'[^a-zA-Z0-9]', '-', run_dir.name)}-{os.urandom(4).hex()}"
-    remember(run_dir / "logs", id=name, starts=starts + 1)
-    again = f" (resume {starts})" if starts and tracking.mode != "online" else ""
-    return {"id": name, "name": tracking.init["name"] + again}
+    begun, told = time.time(), not what
+    while True:
+        waited = time.time() - begun
+        if waited > 10 and not told:
+            told = True
+            say(f"waiting for {what}, up to {RENDEZVOUS_SECONDS // 60} minutes")
+        yield waited
+        time.sleep(0.2)
 
 
-def recall(logs: Path) -> dict:
-    """What is known of a run's SwanLab record: id, starts, dashboard; {} where it has none."""
-    return read_whole(logs / "swanlab.json")
-
-
-def remember(logs: Path, **more: object) -> None:
-    """Add to what is known of the run's SwanLab record."""
-    with contextlib.suppress(OSError):  # a full disk
-        write_whole(logs / "swanlab.json", json.dumps({**recall(logs), **more}))
-
-
-def run_tracker() -> int:
-    """The tracker process: swanlab.init as the first line says, then log and finish as the lines say.
-
-    Where the lines end without a finish, the worker has died, and the record ends as crashed.
-    """
-    answers = redirect_output(None)
-    init = json.loads(sys.stdin.readline())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with_parent(os.getppid())  # without a network it would wait for longer than a dead run may leave anything
+def write_run_files(found: Preflight, run: Run, plan: dict) -> None:
+    """Write plan.json and config.yaml and forget an old STOP file. Raises LaunchError."""
+    run.stop_file.unlink(missing_ok=True)
     try:
-        import swanlab
-
-        quiet = swanlab.Settings(interactive=False, terminal={"proxy_type": "none"},
-                                 probe={"git": False, "runtime": False, "requirements": False, "swanlab": False})
-        run = swanlab.init(**init, resume="allow", settings=quiet)
-    except BaseException as error:  # whatever it is, training goes on
-        say(json.dumps({"trouble": f"{type(error).__name__}: {error}"[:300]}), answers)
-        os._exit(1)
-    outlive_parent()  # to mark the record as crashed
-    dashboards = {"local": f"swanlab watch {run.dir.parent}", "offline": f"swanlab sync {run.dir}"}
-    say(json.dumps({"place": str(run.dir), "dashboard": dashboards.get(init["mode"]) or run.url}), answers)
-    for line in map(json.loads, sys.stdin):
-        if "finish" in line:
-            run.finish(state=line["finish"], error=line["error"])
-            os._exit(0)
-        run.log(line["log"], step=line["step"])
-    threading.Timer(6, os._exit, (1,)).start()  # in an outage finish() has no end
-    run.finish(state="crashed", error="the training process died")
-    os._exit(0)
+        write_atomically(run.path / "plan.json", json.dumps(plan, indent=1) + "\n")
+        write_atomically(run.config_file, launchable_config(found.config, found.plan.devices))
+    except OSError as error:
+        raise LaunchError(f"{run.path}: cannot be written: {error.strerror.lower()}") from None
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The account of a run
-# ---------------------------------------------------------------------------------------------------------
-
-
-def summarize(run_dir: Path, state: str, started: float, **more: object) -> dict:
-    """How the run ended, in numbers read from its own log; `started` is in seconds since 1970."""
-    last, losses = (read_log(run_dir) or [{}])[-1], logged_losses(run_dir)
-    good = [path for path in list_checkpoints(run_dir) if not checkpoint_fault(path)]
-    return {
-        "state": state, "model": str(run_dir) if state == "finished" else None,
-        "steps": max(last.get("current_steps", 0), checkpoint_step(next(iter(good), None))),
-        "total_steps": last.get("total_steps") or read_plan(run_dir).get("total_steps"),
-        "first_loss": losses[0] if losses else None, "last_loss": losses[-1] if losses else None,
-        "seconds": round(time.time() - started, 1),
-        "checkpoints": [path.name for path in good],
-        "curve": str(run_dir / "training_loss.png") if (run_dir / "training_loss.png").exists() else None,
-        "dashboard": recall(run_dir / "logs").get("dashboard"), **more,
-    }
-
-
-def draw_curve(run_dir: Path) -> None:
-    """Draw training_loss.png from trainer_log.jsonl."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    log, (figure, axes) = read_log(run_dir), pyplot.subplots(figsize=(8, 5))
-    for key, label in (("loss", "training loss"), ("eval_loss", "evaluation loss")):
-        points = [(line["current_steps"], line[key]) for line in log if key in line]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 50 else None)
-    axes.set(xlabel="optimizer step", ylabel="loss", title=run_dir.name)
-    axes.legend()
-    figure.savefig(run_dir / "training_loss.png", dpi=120)
-
-
-def draw_curve_apart(run_dir: Path) -> None:
-    """draw_curve in another process, since matplotlib would triple the launcher's memory."""
-    if logged_losses(run_dir):
-        script = "import sys, pathlib, train_qwen3_ft; train_qwen3_ft.draw_curve(pathlib.Path(sys.argv[1]))"
-        subprocess.run([sys.executable, "-c", script, str(run_dir)], cwd=SCRIPT.parent, capture_output=True)
-
-
-def give_account(run_dir: Path, config: Config, console: TextIO) -> None:
-    """Print the final account, from summary.json."""
-    summary = read_summary(run_dir) or summarize(run_dir, "failed", time.time())
-    rate, peak, state, resume = summary.get("tokens_per_second"), summary.get("peak_memory"), summary["state"], ""
-    losses = [f"{summary[key]:.4f} at {when}" for key, when in (("first_loss", "first"), ("last_loss", "last"))
-              if summary[key] is not None]
-    if state != "finished":
-        resume = resume_command(run_dir) if summary["checkpoints"] else "there is no checkpoint to resume from"
-    for label, text in (
-        ("state", f"{state} at step {summary['steps']} of {summary['total_steps'] or 'an unknown number'}"),
-        ("loss", ", ".join(losses)),
-        ("time", format_seconds(summary["seconds"]) + (f", {rate:.0f} tokens/s" if rate else "")),
-        ("memory", peak and f"{format_bytes(peak)} at the peak on rank 0"),
-        ("checkpoints", ", ".join(summary["checkpoints"])),
-        ("curve", summary["curve"]), ("dashboard", summary["dashboard"]), ("model", summary["model"]),
-        ("chat", summary["model"] and chat_command(run_dir, DEFAULTS | config.values)), ("resume", resume),
-    ):
-        if text:
-            say(f"{label:<12}{text}", console)
-
-
-def resume_command(run_dir: Path) -> str:
-    """What goes on with the run, with what no configuration holds: the machines and, on a CPU, the processes."""
-    env, plan = dict(os.environ), read_plan(run_dir)
-    nodes = read_count(env, "NNODES", 1)
-    processes = (plan.get("world_size") or 1) // nodes
-    given = {name: env[name] for name in ("NNODES", *NODE_VARIABLES) if nodes > 1 and name in env}
-    if processes > 1 and not plan.get("devices"):
-        given["NPROC_PER_NODE"] = str(processes)
-    words = [*(f"{name}={value}" for name, value in given.items()), "python", str(SCRIPT), "--resume", str(run_dir)]
-    return " ".join(map(shlex.quote, words))
-
-
-def chat_command(run_dir: Path, values: dict) -> str:
-    """What talks to the model, or to the base model with the adapter that was trained; '' for a reward model."""
-    model = f"--model_name_or_path {shlex.quote(str(run_dir))}"
-    if values["finetuning_type"] in ("lora", "oft"):
-        base = shlex.quote(values["model_name_or_path"])
-        model = f"--model_name_or_path {base} --adapter_name_or_path {shlex.quote(str(run_dir))}"
-    thinking = " --enable_thinking false" * (values.get("enable_thinking") is False)
-    return "" if values["stage"] == "rm" else (f"llamafactory-cli chat {model} "
-                                               f"--template {values.get('template', 'default')}{thinking}")
-
-
-def format_seconds(seconds: float) -> str:
-    """0:01:51."""
-    return str(timedelta(seconds=int(seconds)))
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Launch: torchrun on this script, watched and restarted
-# ---------------------------------------------------------------------------------------------------------
-
-
-def build_torchrun_command(devices: Devices, config_path: Path, env: dict[str, str]) -> list[str]:
-    """The torchrun command that starts one worker a device on this machine. Starts nothing.
-
-    One machine: torchrun takes a free port, unless MASTER_PORT is set, and no notice of MASTER_ADDR, which a
-    scheduler may have left behind. Several: they meet at MASTER_ADDR, and wait MEETING_SECONDS for one that is
-    down. torchrun handles no signal but SIGQUIT: on SIGTERM it would give a checkpoint 30 seconds and then kill it.
+def launchable_config(config: Config, devices: Devices) -> str:
+    """The text of the run's config.yaml: resolved, no secrets, with the command that launches
+    it.
     """
-    nodes = read_count(env, "NNODES", 1)
-    host = env.get("MASTER_ADDR", "127.0.0.1") if nodes > 1 else "127.0.0.1"
-    rendezvous = ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-id", config_path.parent.name,
-                  "--rdzv-endpoint", f"{host}:{env.get('MASTER_PORT', '0')}"]
+    values = without(config.values, "run_name")
+    if "global_batch_size" in values:
+        values = without(values, ACCUMULATION)
+    count = f"NPROC_PER_NODE={devices.processes} "
+    if devices.ids:
+        values["cuda_visible_devices"] = ",".join(devices.ids)
+        count = ""
+    left_out = "".join(f"# {key} was left out: give it again\n" for key in config.secrets)
+    return (
+        f"# Resolved from {config.source}. The same again, in a new run directory:\n#   "
+        f"{count}python {SCRIPT} config.yaml\n"
+        + left_out
+        + yaml.dump(values, Dumper=ConfigDumper, sort_keys=False, allow_unicode=True)
+    )
+
+
+def torchrun_command_and_environment(
+    found: Preflight, run: Run, env: dict[str, str]
+) -> tuple[list[str], dict[str, str]]:
+    """What starts the ranks of this node. Starts nothing."""
+    devices = found.plan.devices
+    command = build_torchrun_command(devices, run.config_file, env)
+    return command, build_rank_environment(found.plan, run, found.config, env)
+
+
+def build_torchrun_command(
+    devices: Devices, config_path: Path, env: dict[str, str]
+) -> list[str]:
+    """The torchrun command that starts one rank per device on this node. Starts nothing.
+
+    One node: torchrun takes a free port unless MASTER_PORT is set, and MASTER_ADDR, which a
+    scheduler may have left behind, is ignored. Several: they meet at MASTER_ADDR. torchrun
+    handles no signal but SIGQUIT: on SIGTERM it would give a checkpoint 30 seconds and then
+    kill it.
+    """
+    nodes, host = read_count(env, "NNODES", 1), "127.0.0.1"
     if nodes > 1:
-        rendezvous += ["--rdzv-conf", f"is_host={int(node_rank(env) == 0)},"
-                       f"join_timeout={MEETING_SECONDS},read_timeout={MEETING_SECONDS}",
-                       "--local-addr", own_address(host)]
-    # -P: a torch or random.py of the working directory must not be taken for the package.
-    return [sys.executable, "-P", "-m", "torch.distributed.run", "--nproc-per-node", str(devices.processes),
-            *rendezvous, "--signals-to-handle", "SIGQUIT", str(SCRIPT), str(config_path)]
+        host = env.get("MASTER_ADDR", host)
+    rendezvous = [
+        *(
+            "--nnodes",
+            str(nodes),
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-id",
+            config_path.parent.name,
+        ),
+        *("--rdzv-endpoint", f"{host}:{env.get('MASTER_PORT', '0')}"),
+    ]
+    if nodes > 1:
+        timeouts = f"join_timeout={RENDEZVOUS_SECONDS},read_timeout={RENDEZVOUS_SECONDS}"
+        is_host = int(node_rank(env) == 0)
+        rendezvous += ["--rdzv-conf", f"is_host={is_host},{timeouts}"]
+        # Node 0 is MASTER_ADDR, which its own /etc/hosts may map to a loopback address.
+        rendezvous += ["--local-addr", host if is_host else address_towards(host)]
+    return [
+        # -P: a torch or random.py of the working directory must not be taken for the package.
+        *(sys.executable, "-P", "-m", "torch.distributed.run"),
+        *("--nproc-per-node", str(devices.processes), *rendezvous),
+        *("--signals-to-handle", "SIGQUIT", str(SCRIPT), str(config_path)),
+    ]
 
 
-def own_address(other: str) -> str:
-    """The address by which `other` reaches this machine; a host name need not resolve there. Sends nothing."""
+def address_towards(host: str) -> str:
+    """The address by which `host` reaches this node; its host name need not resolve there."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect((other, 9))
+            probe.connect((host, 9))  # sends nothing
             return probe.getsockname()[0]
         except OSError:
             return socket.gethostname()
 
 
-def build_worker_environment(devices: Devices, run_dir: Path, config: Config, env: dict[str, str]) -> dict[str, str]:
-    """A copy of `env` for the workers: their devices, the run directory and the secrets."""
-    worker = {**env, "FORCE_TORCHRUN": "1", RUN_DIR_VARIABLE: str(run_dir), STARTED_VARIABLE: str(time.time()),
-              **device_environment(devices, env)}
-    places = {"TORCH_EXTENSIONS_DIR": extensions_folder(), "TENSORBOARD_LOGGING_DIR": run_dir / "tensorboard"}
-    if "wandb" in reporters(config.values):
-        places |= {"WANDB_DIR": run_dir, "WANDB_PROJECT": project(config.values)}
-    if "mlflow" in reporters(config.values):
-        places |= {"MLFLOW_TRACKING_URI": f"sqlite:///{run_dir.parent / 'mlflow.db'}",
-                   "MLFLOW_EXPERIMENT_NAME": project(config.values)}
-    worker = {**{key: str(value) for key, value in places.items()}, **worker}
-    for key, value in config.secrets.items():
-        if key in SECRET_ENVIRONMENT:
-            worker[SECRET_ENVIRONMENT[key]] = value
-    others = {key: value for key, value in config.secrets.items() if key not in SECRET_ENVIRONMENT}
-    worker[SECRETS_VARIABLE] = json.dumps(others)
-    return worker
+def build_rank_environment(
+    plan: Plan, run: Run, config: Config, env: dict[str, str]
+) -> dict[str, str]:
+    """A copy of `env` for the ranks: their devices, where libraries write, and the secrets."""
+    defaults = {
+        "TORCH_EXTENSIONS_DIR": str(extensions_folder()),
+        "TENSORBOARD_LOGGING_DIR": str(run.path / "tensorboard"),
+        "WANDB_DIR": str(run.path),
+        "WANDB_PROJECT": tracking_project(plan.values),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{run.path.parent / 'mlflow.db'}",
+        "MLFLOW_EXPERIMENT_NAME": tracking_project(plan.values),
+    }
+    for backend in ("tensorboard", "wandb", "mlflow"):
+        if backend not in tracking_backends(config.values):
+            prefix = backend.upper()
+            defaults = {
+                key: text for key, text in defaults.items() if not key.startswith(prefix)
+            }
+    if plan.zero.offload_optimizer and plan.devices.processes > 1:
+        # torchrun would set 1, and DeepSpeed's CPU Adam uses OpenMP.
+        defaults["OMP_NUM_THREADS"] = str(
+            max((os.cpu_count() or 1) // plan.devices.processes, 1)
+        )
+    passed = {
+        SECRET_ENVIRONMENT[key]: value
+        for key, value in config.secrets.items()
+        if key in SECRET_ENVIRONMENT
+    }
+    others = without(config.secrets, *SECRET_ENVIRONMENT, *LAUNCHER_FIELDS)
+    return {
+        **defaults,
+        **env,
+        **device_environment(plan.devices, env),
+        **passed,
+        "FORCE_TORCHRUN": "1",
+        LAUNCHER_VARIABLE: str(os.getpid()),
+        SECRETS_VARIABLE: json.dumps(others),
+    }
 
 
 def device_environment(devices: Devices, env: dict[str, str]) -> dict[str, str]:
-    """What tells torch, DeepSpeed and NCCL the devices; PCI_BUS_ID makes ids mean what nvidia-smi shows."""
-    variables = {"CUDA_VISIBLE_DEVICES": ",".join(devices.ids), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-    if not devices.ids:
-        # Threads that spin while they wait run fifty times slower on cores that another process uses too.
-        return {**variables, "DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": env.get("OMP_WAIT_POLICY", "PASSIVE")}
-    # As llamafactory-cli does: fewer out-of-memory errors from fragmentation.
-    return {**variables, "PYTORCH_CUDA_ALLOC_CONF": env.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")}
+    """What tells torch, DeepSpeed and NCCL the devices, with ids as nvidia-smi shows them."""
+    variables = {
+        "CUDA_VISIBLE_DEVICES": ",".join(devices.ids),
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+    }
+    if (
+        devices.ids
+    ):  # as llamafactory-cli does: less fragmentation, so fewer out-of-memory errors
+        allocator = env.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        return variables | {"PYTORCH_CUDA_ALLOC_CONF": allocator}
+    # Threads that spin while they wait run fifty times slower on cores that others use too.
+    policy = env.get("OMP_WAIT_POLICY", "PASSIVE")
+    return variables | {"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": policy}
 
 
 def extensions_folder() -> Path:
-    """Where DeepSpeed's compiled operators go: one folder a torch version, which torch itself does not separate."""
+    """Where DeepSpeed's compiled operators go: a folder for each host, torch and Python."""
     python = f"py{sys.version_info.major}{sys.version_info.minor}"
-    return Path.home() / ".cache" / "torch_extensions" / f"torch-{installed_version('torch')}-{python}"
+    name = f"{socket.gethostname()}-torch-{installed_version('torch')}-{python}"
+    return Path.home() / ".cache" / "torch_extensions" / name
+
+
+def shown_environment(rank_env: dict[str, str], env: dict[str, str]) -> dict[str, str]:
+    """What of the ranks' environment the plan shows: what was added, but no secret."""
+    hidden = {SECRETS_VARIABLE, LAUNCHER_VARIABLE, *SECRET_ENVIRONMENT.values()}
+    return {
+        key: value
+        for key, value in rank_env.items()
+        if key not in hidden and (env.get(key) != value or key == "CUDA_VISIBLE_DEVICES")
+    }
 
 
 def clear_stale_locks(folder: Path) -> None:
@@ -2284,14 +3228,1865 @@ def clear_stale_locks(folder: Path) -> None:
     for lock in folder.glob("*/lock"):
         held = set()
         for link in Path("/proc").glob("[0-9]*/fd/*"):
-            with contextlib.suppress(OSError):  # another user's process, or one that has just ended
+            with contextlib.suppress(OSError):  # another user's process, or one that just ended
                 held.add(os.readlink(link))
         if str(lock.resolve()) not in held:
             lock.unlink(missing_ok=True)
 
 
+# --- supervision --------------------------------------------------------------------------------
+
+
+class Supervisor:
+    """One launch: torchrun on this node, watched and restarted until the run has ended.
+
+    Node 0 leads: it looks after the run directory, the console, the tracker and the summary.
+    """
+
+    def __init__(self, found: Preflight, run: Run, command: list[str], env: dict[str, str]):
+        self.config, self.run, self.command, self.env = found.config, run, command, env
+        self.leads, self.started = node_rank(env) == 0, time.time()
+        self.log = run.logs / f"torchrun{'' if self.leads else node_rank(env)}.log"
+        self.process, self.ranks, self.halvings = None, [], 0
+        self.devices = found.plan.devices
+        self.stop = StopRequest(run, self.kill)
+        self.metrics, self.console = Follower(run.metrics_file), Console()
+        tracking = setup_experiment_tracking(found.config, run, env)
+        self.tracker = None
+        if self.leads and tracking and tracking.mode != "disabled":
+            shown = describe_run(found, run)
+            self.tracker = TrackerProcess(tracking, run, shown, env, self.metrics.position)
+
+    def supervise(self) -> int:
+        """Run torchrun, and again as long as it fails after progress; returns the exit code."""
+        limit, restarts = self.config.values.get("max_restarts", 3), 0
+        while True:
+            before = checkpoint_step(self.run.newest_checkpoint())
+            if self.leads:
+                roll_back_to_checkpoint(self.run)
+            said = file_size(self.log)
+            state, cause = self.outcome(self.run_torchrun())
+            self.stop.handle_signals()
+            if state not in ("failed", "hung"):
+                break
+            if state == "failed" and self.stop.presses < 3:
+                cause = cause or describe_failure(self.run, self.log, said)
+                say(f"training failed:\n{cause}")
+            good = self.run.newest_checkpoint()
+            if self.stop.is_requested() or disk_is_full(self.run.path):
+                break
+            if OUT_OF_MEMORY in cause and self.halve_micro_batch():
+                continue
+            if restarts == limit or checkpoint_step(good) <= before:
+                break
+            restarts += 1
+            say(f"restart {restarts} of {limit}: resuming from {good.name}")
+        if self.leads:
+            self.close(state, cause)
+        return {"finished": 0, "stopped": self.stop.exit_code()}.get(state, 1)
+
+    def halve_micro_batch(self) -> bool:
+        """After a GPU was out of memory: the same optimizer step in smaller parts, where
+        possible.
+        """
+        values = Values(DEFAULTS | self.config.values)
+        micro, steps = values.per_device_train_batch_size // 2, values[ACCUMULATION] * 2
+        if self.halvings == 3 or values.per_device_train_batch_size % 2:
+            return False
+        self.halvings += 1
+        self.config = self.config.update(
+            per_device_train_batch_size=micro, **{ACCUMULATION: steps}
+        )
+        if self.leads:
+            write_atomically(self.run.config_file, launchable_config(self.config, self.devices))
+        say(
+            f"starting again with per_device_train_batch_size={micro} {ACCUMULATION}={steps}, "
+            "the same samples per step"
+        )
+        return True
+
+    def outcome(self, status: int | None) -> tuple[str, str]:
+        """(finished, stopped or failed, why) after torchrun ended with `status`; None: stopped
+        early.
+        """
+        if status is None:
+            return "stopped", ""
+        if status:
+            return ("hung", self.hang_watch.cause) if self.hang_watch.cause else ("failed", "")
+        end = {"state": "finished"}
+        for line in self.run.read_metrics():
+            if line.get("event") == "end":
+                end = line
+        if end["state"] == "finished" and not has_weights(self.run.path):
+            return "failed", f"training ended, but {self.run.path} has no model weights"
+        cause = end.get("cause", "")
+        if cause:
+            cause = f"diverged at step {end['step']}: {cause}"
+        return end["state"], cause
+
+    def run_torchrun(self) -> int | None:
+        """One torchrun from start to end; returns its status, None where it was stopped early."""
+        with open(self.log, "ab") as messages:
+            self.process = subprocess.Popen(
+                self.command,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=messages,
+                stderr=messages,
+                start_new_session=True,
+                preexec_fn=partial(before_torchrun, os.getpid()),
+            )
+        if not self.wait_for_ranks():
+            return None
+        heartbeat = NodeHeartbeat(self.run, self.env)
+        self.hang_watch = HangWatch(self.run, self.config.values.hang_timeout or 600)
+        while self.process.poll() is None:
+            self.stop.handle_signals()
+            self.follow()
+            for node in heartbeat.lost_nodes():
+                say(f"node {node} sent no heartbeat for {heartbeat.patience:g} s; restarting")
+                self.kill()
+            if self.hang_watch.is_stuck():
+                say(self.hang_watch.describe(self.ranks))
+                self.kill()
+            time.sleep(0.2)
+        heartbeat.end()
+        for waited in wait_for(""):  # a rank that still writes would disturb the next start
+            if waited > 60 or not any(map(is_alive, self.ranks)):
+                break
+        self.follow()
+        return self.process.returncode
+
+    def wait_for_ranks(self) -> bool:
+        """Wait until torchrun has ranks, which takes as long as another node does not come.
+
+        False: the run was asked to stop before, and torchrun is gone.
+        """
+        missing = ""
+        if read_count(self.env, "NNODES", 1) > 1:
+            missing = "the other nodes at {MASTER_ADDR}:{MASTER_PORT}".format_map(self.env)
+        for _ in wait_for(missing):
+            self.ranks = children_of(self.process.pid)
+            if self.process.poll() is not None or len(self.ranks) >= self.devices.processes:
+                break
+            self.stop.handle_signals(has_ranks=False)
+            if self.stop.is_requested():
+                self.kill()
+                return False
+        return True
+
+    def follow(self) -> None:
+        """Show what rank 0 has logged since the last time, and let the tracker follow."""
+        if not self.leads:
+            return
+        for line in self.metrics.new_lines():
+            self.console.show(line)
+            self.hang_watch.learn(line)
+            if self.tracker:
+                self.tracker.begin()  # not before: its imports would slow down those of the ranks
+        self.console.advance(self.run)
+        if self.tracker:
+            self.tracker.watch()
+
+    def kill(self) -> None:
+        """Kill torchrun; the ranks die with it."""
+        self.process.kill()
+        self.process.wait()
+
+    def close(self, state: str, cause: str) -> None:
+        """End the records and leave the summary; a full disk has no room for it."""
+        self.console.close()
+        if self.tracker:
+            self.tracker.finish(state, cause)
+        if state != "finished":
+            draw_curve_apart(self.run)
+        summary = summarize(self.run, state, cause, self.started)
+        with contextlib.suppress(OSError):
+            write_atomically(
+                self.run.path / "summary.json", json.dumps(summary, indent=1) + "\n"
+            )
+        print_summary(self.run, self.config, summary)
+        send_notifications(self.config, summary)
+
+
+def roll_back_to_checkpoint(run: Run) -> None:
+    """Before a start: no incomplete checkpoint in the way, nothing that tells of an older end."""
+    for line in quarantine_incomplete_checkpoints(run):
+        say(line)
+    old = [
+        run.path / "summary.json",
+        run.path / "training_loss.png",
+        *run.logs.glob("rank*.error"),
+    ]
+    for path in old:
+        path.unlink(missing_ok=True)
+
+
+def quarantine_incomplete_checkpoints(run: Run) -> list[str]:
+    """Rename every incomplete checkpoint that is newer than the newest good one.
+
+    So nobody resumes from it. Returns a line for each.
+    """
+    good, lines = checkpoint_step(run.newest_checkpoint()), []
+    for folder in run.checkpoints():
+        problem = incomplete_files(folder)
+        if problem and checkpoint_step(folder) > good:
+            aside = free_name(run.path / f"incomplete-{folder.name}")
+            folder.rename(aside)
+            lines.append(f"{folder.name} is incomplete ({problem}); moved to {aside.name}")
+    return lines
+
+
+def free_name(path: Path) -> Path:
+    """`path`, or `path` with the first number behind it that is not taken."""
+    number, name = 0, path
+    while name.exists():
+        number += 1
+        name = path.with_name(f"{path.name}.{number}")
+    return name
+
+
+def before_torchrun(parent: int) -> None:
+    """In torchrun's process: die with the launcher, and leave stopping to the STOP file."""
+    die_with_parent(parent)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds a model, or an adapter."""
+    return any(any(folder.glob(f"*.{kind}")) for kind in ("safetensors", "bin", "pt"))
+
+
+class StopRequest:
+    """What the launcher's signals ask for: the first for a checkpoint and the end, the third Ctrl-C
+    for a kill.
+
+    The handler only takes note, since a signal may arrive while a line is printed. A STOP file
+    older than this launcher, which node 0 will remove, asks for nothing.
+    """
+
+    def __init__(self, run: Run, kill: Callable[[], None]):
+        self.run, self.kill, self.arrived, self.presses = run, kill, [], 0
+        self.old = modified(run.stop_file)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if (
+                signal.getsignal(number) != signal.SIG_IGN
+            ):  # nohup ignores SIGHUP: the run continues
+                signal.signal(number, lambda number, frame: self.arrived.append(number))
+
+    def handle_signals(self, has_ranks: bool = True) -> None:
+        """Do what the signals since the last time ask for.
+
+        Only Ctrl-C is counted, since schedulers repeat SIGTERM.
+        """
+        while self.arrived:
+            number = self.arrived.pop(0)
+            self.presses += number == signal.SIGINT
+            if not self.is_requested():
+                self.run.request_stop(number)
+                when = ""
+                if has_ranks:
+                    when = (
+                        " at the end of this step, after a checkpoint, which may take a while"
+                    )
+                say(f"{signal.Signals(number).name}: stopping{when}")
+            elif self.presses == 2:
+                say(
+                    "still stopping; press Ctrl-C once more to kill the run now, without a "
+                    "checkpoint"
+                )
+            elif self.presses == 3:
+                self.kill()
+                say("killed, without a checkpoint")
+
+    def is_requested(self) -> bool:
+        """Whether anybody, on any node, has asked the run to stop."""
+        return modified(self.run.stop_file) not in (None, self.old)
+
+    def exit_code(self) -> int:
+        """128 + the signal that the STOP file names; SIGTERM where it was made by hand."""
+        with contextlib.suppress(OSError, KeyError):
+            return 128 + signal.Signals[self.run.stop_file.read_text(encoding="utf-8").strip()]
+        return 128 + signal.SIGTERM
+
+
+def modified(path: Path) -> int | None:
+    """When a file was written last, in nanoseconds; None where there is none."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_mtime_ns
+    return None
+
+
+class NodeHeartbeat:
+    """Notices a node that is lost without a word: ranks would wait for it as long as ddp_timeout.
+
+    While its torchrun runs, each launcher touches a file of its own in logs/ every few seconds. A
+    node is lost whose file is there but did not change between so many looks; looks, since a
+    shared file system that hangs for a while must not count.
+    """
+
+    def __init__(self, run: Run, env: dict[str, str]):
+        interval, missed = env.get(HEARTBEAT_VARIABLE, "10,18").split(",")
+        self.interval, self.missed = float(interval), int(missed)
+        self.patience = self.interval * self.missed
+        files = [run.logs / f"node{number}" for number in range(read_count(env, "NNODES", 1))]
+        self.own, self.next = files.pop(node_rank(env)), 0.0
+        self.looks = {path: (None, 0) for path in files}
+
+    def lost_nodes(self) -> list[str]:
+        """The numbers of the nodes that are lost."""
+        if self.looks and time.monotonic() > self.next:
+            self.next = time.monotonic() + self.interval
+            with contextlib.suppress(OSError):
+                self.own.touch()
+            for path, (before, count) in self.looks.items():
+                now = modified(path)
+                self.looks[path] = (now, count + 1 if now and now == before else 0)
+        lost = [path for path, (_, count) in self.looks.items() if count >= self.missed]
+        return [path.name.removeprefix("node") for path in lost]
+
+    def end(self) -> None:
+        """Torchrun has ended: the others need not wait for a heartbeat."""
+        with contextlib.suppress(OSError):
+            self.own.unlink()
+
+
+class HangWatch:
+    """Notices that no rank makes progress; each tells in logs/rank<R>.progress what it is doing.
+
+    `timeout` is in seconds: so long may a micro-batch or an evaluation batch take, and LONGER times
+    so long loading, tokenizing or saving; or 10 median steps, where that is longer.
+    """
+
+    LONGER = 6
+
+    def __init__(self, run: Run, timeout: float):
+        self.run, self.timeout, self.cause = run, timeout, ""
+        self.seen, self.since = None, time.monotonic()
+        self.last, self.paces = {}, [0.0]
+
+    def learn(self, line: dict) -> None:
+        """Learn from a line of metrics.jsonl how long a step takes."""
+        if "loss" in line and line["step"] > self.last.get("step", line["step"]):
+            seconds = line["time"] - self.last["time"]
+            self.paces.append(seconds / (line["step"] - self.last["step"]))
+        self.last = line
+
+    def is_stuck(self) -> bool:
+        """Whether nobody has made progress for too long; once for each start."""
+        files = list(self.run.logs.glob("rank*.progress"))
+        newest = max((modified(path) or 0 for path in files), default=0)
+        if newest != self.seen:
+            self.seen, self.since = newest, time.monotonic()
+        waited = time.monotonic() - self.since
+        if self.cause or waited < self.timeout:
+            return False
+        limit = max(self.timeout, 10 * statistics.median(self.paces))
+        if any(read_from(path, 0).endswith(("starting", "saving")) for path in files):
+            limit = max(limit, self.LONGER * self.timeout)
+        return waited > limit
+
+    def describe(self, ranks: list[int]) -> str:
+        """Where the ranks of this node, by process id, stand; their stacks go to their logs."""
+        where: dict[str, list[str]] = {}
+        for pid in ranks:
+            rank = environment_of(pid).get("RANK", "?")
+            where.setdefault(self.place_of(pid, rank), []).append(rank)
+        parts = []
+        for place, numbers in where.items():
+            parts.append(
+                f"{'ranks' if len(numbers) > 1 else 'rank'} {','.join(numbers)} {place}"
+            )
+        waited = time.monotonic() - self.since
+        self.cause = f"no progress for {waited:.0f} s: {'; '.join(parts)}"
+        return self.cause
+
+    def place_of(self, pid: int, rank: str) -> str:
+        """`in all_reduce (distributed_c10d.py:2810)`, as faulthandler writes it into the log."""
+        if not is_alive(pid):
+            return "is gone"
+        if read_process(pid)[0] == "T":
+            return "is stopped by a signal (SIGSTOP)"
+        log = self.run.logs / f"rank{rank}.log"
+        position = file_size(log)
+        os.kill(pid, signal.SIGUSR1)
+        time.sleep(1)
+        for stack in read_from(log, position).split("\n\n"):
+            found = re.search(r'File "([^"]*)", line (\d+) in (\w+)', stack)
+            if found and "in run_rank" in stack:  # the main thread
+                return f"in {found[3]} ({Path(found[1]).name}:{found[2]})"
+        return "does not answer"
+
+
+# --- console ------------------------------------------------------------------------------------
+
+
+class Console:
+    """Shows the run: a bar in a terminal, else at most about LINES lines, or one per minute."""
+
+    LINES = 30
+
+    def __init__(self):
+        self.bar, self.begin, self.shown, self.spoke = None, {}, set(), 0.0
+
+    def show(self, line: dict) -> None:
+        """Show one line of metrics.jsonl."""
+        if line.get("event") == "begin":
+            self.begin = line
+            self.open_bar()
+        elif "loss" in line:
+            self.show_loss(line)
+        else:
+            self.show_evaluation(line)
+
+    def open_bar(self) -> None:
+        """The bar of this start, where stdout is a terminal."""
+        self.close()
+        if sys.stdout and sys.stdout.isatty():
+            from tqdm import tqdm
+
+            width, height = shutil.get_terminal_size()  # tqdm shows nothing in a size of 0
+            self.bar = tqdm(
+                total=self.begin["total_steps"],
+                initial=self.begin["step"],
+                file=sys.stdout,
+                unit="step",
+                leave=False,
+                ncols=width,
+                nrows=height,
+            )
+
+    def show_loss(self, line: dict) -> None:
+        """The bar's text; else a line, unless the last one was just now."""
+        text = f"loss {line['loss']:.4f}  lr {line['learning_rate']:.2e}"
+        if self.bar is not None:
+            self.bar.set_description_str(text)
+            return
+        step, total = line["step"], self.begin["total_steps"]
+        every = max(self.begin["logging_steps"], 1)
+        stride = math.ceil(total / every / self.LINES)
+        if step // every % stride and line["time"] - self.spoke < 60:
+            return
+        self.spoke = line["time"]
+        pace = (line["time"] - self.begin["time"]) / max(step - self.begin["step"], 1)
+        say(
+            f"step {step}/{total}  {text}  {line['tokens_per_second']:.0f} tokens/s  "
+            f"{format_seconds(pace * (total - step))} left"
+        )
+
+    def show_evaluation(self, line: dict) -> None:
+        """A line for each evaluation loss, once; with eval_on_each_dataset its name holds the
+        data.
+        """
+        for name in line:
+            seen = (line["step"], name)
+            if re.fullmatch(r"eval_(.*_)?loss", name) and seen not in self.shown:
+                self.shown.add(seen)
+                data = name[len("eval_") : -len("loss")].strip("_")
+                if self.bar is not None:
+                    self.bar.clear()
+                say(
+                    f"step {line['step']}/{self.begin['total_steps']}  evaluation loss "
+                    f"{line[name]:.4f}" + (f" on {data}" if data else "")
+                )
+
+    def advance(self, run: Run) -> None:
+        """Move the bar to the step that rank 0 has done."""
+        if self.bar is not None:
+            self.bar.update(max(run.read_progress() - self.bar.n, 0))
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+# --- SwanLab's process --------------------------------------------------------------------------
+
+
+class TrackerProcess:
+    """The tracker, seen from the launcher: started, watched, and started again where it dies.
+
+    It has READY seconds to begin; where it does not, or dies, another one records this launch
+    from its beginning, locally. finish() waits END seconds at most for a tracker that has
+    begun.
+    """
+
+    READY, END, STARTS = 25, 25, 3
+
+    def __init__(
+        self, tracking: Tracking, run: Run, shown: dict, env: dict[str, str], position: int
+    ):
+        self.tracking, self.run, self.env = tracking, run, env
+        self.init = tracking.init | {"config": shown, "position": position}
+        self.process, self.begun, self.starts = None, 0.0, 0
+        self.place = self.end = self.problem = ""
+
+    def begin(self) -> None:
+        """Start the process, once; the record is one experiment however often the run restarts."""
+        if self.starts == 0:
+            self.init |= self.next_record()
+            self.start(self.tracking.mode)
+
+    def next_record(self) -> dict:
+        """The SwanLab id of this run, and the name of this launch's record.
+
+        Online a resumed run continues its experiment; elsewhere each launch is a record of its
+        own, so its name tells which resume it is.
+        """
+        known = self.run.read_swanlab_state()
+        launches, name = known.get("launches", 0), self.init["name"]
+        prefix = re.sub(r"[^a-zA-Z0-9]", "-", self.run.path.name)
+        identity = known.get("id") or f"{prefix}-{os.urandom(4).hex()}"
+        self.run.update_swanlab_state(id=identity, launches=launches + 1)
+        if launches and self.tracking.mode != "online":
+            name += f" (resume {launches})"
+        return {"id": identity, "name": name}
+
+    def start(self, mode: str) -> None:
+        """Start a tracker, which reads its settings from stdin."""
+        self.starts, self.begun, self.place = self.starts + 1, time.monotonic(), ""
+        with open(self.run.logs / "swanlab.log", "ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, str(SCRIPT), "--tracker", str(self.run.path)],
+                env=self.env,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        self.write(json.dumps(self.init | {"mode": mode}))
+        if self.end:
+            self.write(self.end)
+
+    def write(self, line: str) -> None:
+        """Hand the tracker a line; one that has just died is noticed by watch()."""
+        with contextlib.suppress(OSError):
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
+
+    def watch(self) -> None:
+        """Notice that the tracker has begun, that it does not, or that it has died."""
+        if self.process is None:
+            return
+        if self.place:
+            if self.process.poll() not in (None, 0):
+                self.start_again("its process ended")
+        elif select.select([self.process.stdout], [], [], 0)[0]:
+            answer = json.loads(self.process.stdout.readline() or "{}")
+            if "place" not in answer:
+                self.start_again(answer.get("problem", "its process ended"))
+            else:
+                self.confirm(**answer)
+        elif time.monotonic() - self.begun > self.READY:
+            self.start_again(f"no answer in {self.READY} s")
+
+    def confirm(self, place: str, dashboard: str) -> None:
+        """The tracker records in the folder `place`; tell why, where it is not the first to try."""
+        self.place = place
+        self.run.update_swanlab_state(dashboard=dashboard)
+        if self.problem and self.tracking.mode == "online":
+            say(
+                f"SwanLab cannot be reached ({self.problem}), but the run is recorded "
+                f"locally.{self.sync_hint()}"
+            )
+        elif self.problem:
+            say(f"SwanLab's process ended ({self.problem}); it was started again")
+
+    def start_again(self, problem: str) -> None:
+        """Replace a tracker that does not answer or has died; without a service where it needed
+        one.
+        """
+        self.process.kill()
+        self.process.wait()
+        self.problem = problem
+        if self.starts < self.STARTS:
+            self.start("local" if self.tracking.mode == "online" else self.tracking.mode)
+        else:
+            self.process = None
+            say(
+                f"SwanLab does not record this run ({problem}); see {self.run.logs}/swanlab.log"
+            )
+
+    def finish(self, state: str, cause: str) -> None:
+        """End the record as success, aborted or crashed, and wait for it, but not for ever."""
+        endings = {
+            "finished": {"finish": "success", "error": None},
+            "stopped": {"finish": "aborted", "error": "stopped by the user"},
+        }
+        self.end = json.dumps(endings.get(state, {"finish": "crashed", "error": cause[-300:]}))
+        if self.process:
+            self.write(self.end)
+        limit = self.END if self.place else self.READY + self.END
+        deadline = time.monotonic() + limit
+        while self.process and self.process.poll() != 0:
+            self.watch()
+            if time.monotonic() > deadline:
+                self.process.kill()
+                self.process = None
+                say(
+                    "SwanLab did not take the whole run in time, but it is recorded "
+                    f"locally.{self.sync_hint()}"
+                )
+            time.sleep(0.1)
+
+    def sync_hint(self) -> str:
+        """How to bring a local record to the service."""
+        return f" Later: swanlab sync {shlex.quote(self.place)} -i {self.init['id']}"
+
+
+def describe_run(found: Preflight, run: Run) -> dict:
+    """What a tracker shows beside the curves: the configuration, the plan's numbers, versions."""
+    plan = plan_as_data(found, [], {})
+    shown = ("world_size", "global_batch_size", "samples", "steps_per_epoch", "total_steps")
+    return {
+        **found.config.values,
+        "plan": {key: plan[key] for key in (*shown, "parameters")},
+        "gpus": [gpu.name for gpu in found.plan.gpus],
+        "versions": {name: installed_version(name) for name in (*WORKING_VERSIONS, "swanlab")},
+    }
+
+
+# --- why a run failed ---------------------------------------------------------------------------
+
+RANK_START = "--- this rank starts"  # in its log, which holds all starts of the run
+OUT_OF_MEMORY = "a GPU is out of memory"
+# (what the messages show, its likely cause and what to do)
+CAUSES = (
+    (
+        r"shm_open|out of shared memory|unable to \w+ shared memory|[Bb]us error|SIGBUS"
+        r"|No space left[^\n]*/dev/shm",
+        "/dev/shm is full: start the container with --shm-size=16g or --ipc=host, or use "
+        "fewer dataloader_num_workers",
+    ),
+    (
+        r"CUDA out of memory|OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED",
+        f"{OUT_OF_MEMORY}: use a smaller per_device_train_batch_size or cutoff_len, or "
+        "configs/deepspeed/ds_z3_offload_config.json",
+    ),
+    (
+        r"Disk quota exceeded|Errno 122",
+        "your disk quota is used up: make room or use another output_dir, then resume",
+    ),
+    (
+        r"No space left on device|Errno 28",
+        "the disk is full: make room or lower save_total_limit, then resume",
+    ),
+    (
+        r"Watchdog caught collective operation timeout|NCCL.*(timeout|timed out)|Timed out waiting",
+        "a collective timed out: a rank was stuck or a link is broken; NCCL_DEBUG=INFO shows more",
+    ),
+    (
+        r"EADDRINUSE|[Aa]ddress already in use",
+        "another process has taken the port of the rendezvous: choose another MASTER_PORT",
+    ),
+    (
+        r"Rendezvous\w*Error",
+        "the nodes did not meet: start the same command on each, and see that all of them "
+        "reach MASTER_PORT of MASTER_ADDR",
+    ),
+    (
+        r"killed by SIGKILL",
+        "the kernel's out-of-memory killer, most often (dmesg shows it): use fewer "
+        "preprocessing_num_workers or less offloading",
+    ),
+)
+
+
+def describe_failure(run: Run, log: Path, position: int) -> str:
+    """Why ranks failed: the first one's own traceback, its likely cause, and where the full log is.
+
+    `log` is torchrun's; what this start has said there begins at byte `position`.
+    """
+    messages = read_from(log, position)
+    killed, errors = killed_rank(messages), sorted(run.logs.glob("rank*.error"), key=modified)
+    evidence = ""
+    if killed:
+        rank, name = killed
+        text = f"rank {rank} was killed by {name}"
+        if name != "SIGKILL":  # NCCL and CUDA abort: their reason is in the rank's log
+            own = run.logs / f"rank{rank}.log"
+            evidence = read_from(own, max(file_size(own) - (64 << 10), 0)).split(RANK_START)[-1]
+    elif errors:
+        rank = errors[0].stem.removeprefix("rank")
+        text = errors[0].read_text(encoding="utf-8").strip()
+    else:
+        rank, known = (
+            "",
+            re.findall(r"Rendezvous\w*Error[^\n]*|[^\n]*EADDRINUSE[^\n]*", messages),
+        )
+        text = "\n".join(known[-1:] or messages.splitlines()[-15:]) or "torchrun failed"
+        evidence = messages
+    if disk_is_full(run.path):
+        evidence = "No space left on device"
+        text += f"\n{evidence}: {run.path}"
+    for pattern, hint in CAUSES:
+        if re.search(pattern, text) or re.search(pattern, evidence):
+            text += f"\nlikely cause: {hint}"
+            break
+    own = run.logs / f"rank{rank}.log"
+    return f"{text}\nfull log: {own if own.exists() else log}"
+
+
+def read_from(path: Path, position: int) -> str:
+    """The text of a file from a byte on; '' where it cannot be read."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        file.seek(position)
+        return file.read().decode("utf-8", errors="replace")
+    return ""
+
+
+def killed_rank(messages: str) -> tuple[str, str] | None:
+    """(rank, signal name) where torchrun says that a rank was killed, other than by its own
+    SIGTERM.
+
+    Another rank's error is then a consequence, even where torchrun saw it first.
+    """
+    found = re.search(r"rank +: (\d+) [^\n]*\n *exitcode +: -(?!15 )(\d+) ", messages)
+    return (found[1], signal.Signals(int(found[2])).name) if found else None
+
+
+def disk_is_full(folder: Path) -> bool:
+    """Whether hardly a byte is free; PyTorch does not tell why a file could not be written."""
+    return shutil.disk_usage(folder).free < 16 << 20
+
+
+# --- summary ------------------------------------------------------------------------------------
+
+
+def summarize(run: Run, state: str, cause: str, started: float) -> dict:
+    """How the run ended, in numbers from its own files; `started` is in seconds since 1970."""
+    lines, good = run.read_metrics(), run.newest_checkpoint()
+    losses, totals = logged(lines, "loss"), logged(lines, "total_steps")
+    steps = [*logged(lines, "step"), checkpoint_step(good)]
+    curve, resume, model = run.path / "training_loss.png", None, None
+    if state == "finished":
+        model = str(run.path)
+    elif good:
+        resume = resume_command(run)
+    return {
+        "run": str(run.path),
+        "state": state,
+        "cause": cause,
+        "model": model,
+        "steps": max(steps),
+        "total_steps": max(totals, default=run.read("plan.json").get("total_steps")),
+        "first_loss": next(iter(losses), None),
+        "last_loss": next(reversed(losses), None),
+        "seconds": round(time.time() - started, 1),
+        "tokens_per_second": throughput(lines),
+        "peak_memory": next(reversed(logged(lines, "peak_memory")), None),
+        "checkpoints": [path.name for path in run.checkpoints() if (path / MANIFEST).exists()],
+        "curve": str(curve) if curve.exists() else None,
+        "dashboard": run.read_swanlab_state().get("dashboard"),
+        "resume": resume,
+    }
+
+
+def logged(lines: list[dict], key: str) -> list:
+    """All values of a key of metrics.jsonl."""
+    return [line[key] for line in lines if key in line]
+
+
+def throughput(lines: list[dict]) -> float | None:
+    """Tokens per second of the whole job, from the beginning of the last start to its last log."""
+    begins = [line for line in lines if line.get("event") == "begin"]
+    logs = [line for line in lines if "loss" in line]
+    if not begins or not logs or logs[-1]["tokens"] <= begins[-1]["tokens"]:
+        return None
+    seconds = logs[-1]["time"] - begins[-1]["time"]
+    return (logs[-1]["tokens"] - begins[-1]["tokens"]) / seconds
+
+
+def draw_curve_apart(run: Run) -> None:
+    """draw_curve in another process, since matplotlib would triple the launcher's memory."""
+    code = f"import sys, {SCRIPT.stem}; {SCRIPT.stem}.draw_curve(sys.argv[1])"
+    command = [sys.executable, "-c", code, str(run.path)]
+    subprocess.run(command, cwd=SCRIPT.parent, capture_output=True)
+
+
+def draw_curve(run_dir: str) -> None:
+    """Draw training_loss.png from metrics.jsonl, where there is anything to draw."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    run, (figure, axes) = Run(Path(run_dir)), pyplot.subplots(figsize=(8, 5))
+    lines = run.read_metrics()
+    for key, label in (("loss", "training loss"), ("eval_loss", "evaluation loss")):
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        if points:
+            marker = "." if len(points) < 50 else None
+            axes.plot(*zip(*points, strict=True), label=label, marker=marker)
+    if axes.lines:
+        axes.set(xlabel="optimizer step", ylabel="loss", title=run.path.name)
+        axes.legend()
+        figure.savefig(run.path / "training_loss.png", dpi=120)
+
+
+DIVERGED_HINT = (
+    "usual causes: a learning rate that is too high, fp16, bad rows in the data; resume with "
+    "learning_rate=... from the newest checkpoint, which is from before"
+)
+
+
+def print_summary(run: Run, config: Config, summary: dict) -> None:
+    """Print how the run ended."""
+    rate, peak = summary["tokens_per_second"], summary["peak_memory"]
+    losses = []
+    for key, when in (("first_loss", "first"), ("last_loss", "last")):
+        if summary[key] is not None:
+            losses.append(f"{summary[key]:.4f} at {when}")
+    chat = summary["model"] and chat_command(run.path, DEFAULTS | config.values)
+    resume = summary["resume"]
+    if not resume and summary["state"] != "finished":
+        resume = "there is no checkpoint to resume from"
+    total = summary["total_steps"] or "an unknown number"
+    print_lines(
+        {
+            "state": f"{summary['state']} at step {summary['steps']} of {total}",
+            "cause": summary["state"] != "failed" and summary["cause"],
+            "hint": summary["state"] == "diverged" and DIVERGED_HINT,
+            "loss": ", ".join(losses),
+            "time": format_seconds(summary["seconds"])
+            + (f", {rate:.0f} tokens/s" if rate else ""),
+            "memory": peak and f"{format_bytes(peak)} at the peak on rank 0",
+            "checkpoints": ", ".join(summary["checkpoints"]),
+            "curve": summary["curve"],
+            "dashboard": summary["dashboard"],
+            "model": summary["model"],
+            "chat": chat,
+            "resume": resume,
+        }
+    )
+
+
+def resume_command(run: Run) -> str:
+    """What resumes the run, with what no configuration holds: nodes and, on a CPU, processes."""
+    env, plan = os.environ, run.read("plan.json")
+    nodes = read_count(env, "NNODES", 1)
+    processes = (plan.get("world_size") or 1) // nodes
+    given = {}
+    if nodes > 1:
+        given = {name: env[name] for name in ("NNODES", *NODE_VARIABLES) if name in env}
+    if processes > 1 and not plan.get("devices"):
+        given["NPROC_PER_NODE"] = str(processes)
+    variables = [f"{name}={value}" for name, value in given.items()]
+    return shlex.join([*variables, "python", str(SCRIPT), "--resume", str(run.path)])
+
+
+def chat_command(run_dir: Path, values: dict) -> str:
+    """What talks to the model, or to the base model with its adapter; '' for a reward model."""
+    if values["stage"] == "rm":
+        return ""
+    model = f"--model_name_or_path {shlex.quote(str(run_dir))}"
+    if values["finetuning_type"] in ("lora", "oft"):
+        base = shlex.quote(values["model_name_or_path"])
+        adapter = shlex.quote(str(run_dir))
+        model = f"--model_name_or_path {base} --adapter_name_or_path {adapter}"
+    thinking = " --enable_thinking false" if values.get("enable_thinking") is False else ""
+    template = values.get("template", "default")
+    return f"llamafactory-cli chat {model} --template {template}{thinking}"
+
+
+WEBHOOKS = ("notify", "swanlab_lark_webhook_url")
+
+
+def send_notifications(config: Config, summary: dict) -> None:
+    """Post the summary to `notify`, and a text to SwanLab's Lark webhook; in 10 s at most."""
+    parts = [f"{summary['run']}: {summary['state']} at step {summary['steps']}"]
+    text = "\n".join([*parts, *filter(None, [summary["cause"], summary["resume"]])])
+    lark = {"msg_type": "text", "content": {"text": text}}
+    secret = config.secrets.get("swanlab_lark_secret")
+    if secret:
+        lark |= sign_for_lark(secret, int(time.time()))
+    threads = []
+    for key, message in zip(WEBHOOKS, (summary, lark), strict=True):
+        if key in config.secrets:
+            arguments = (key, config.secrets[key], message)
+            threads.append(threading.Thread(target=post_json, args=arguments, daemon=True))
+            threads[-1].start()
+    deadline = time.monotonic() + 10
+    for thread in threads:
+        thread.join(max(deadline - time.monotonic(), 0))
+
+
+def sign_for_lark(secret: str, now: int) -> dict[str, str]:
+    """Lark's signature: HMAC-SHA256 of nothing, with `timestamp newline secret` as the key."""
+    import base64
+    import hmac
+
+    digest = hmac.new(f"{now}\n{secret}".encode(), digestmod=hashlib.sha256).digest()
+    return {"timestamp": str(now), "sign": base64.b64encode(digest).decode()}
+
+
+def post_json(key: str, url: str, message: dict) -> None:
+    """Post a message; one that cannot be sent costs a line, which does not repeat the URL."""
+    import urllib.request
+
+    try:
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(url, json.dumps(message).encode(), headers)
+        urllib.request.urlopen(request, timeout=10).close()
+    except Exception as error:
+        say(f"{key}: the message was not delivered: {type(error).__name__}")
+
+
+def format_seconds(seconds: float) -> str:
+    """0:01:51."""
+    return str(timedelta(seconds=int(seconds)))
+
+
+# ================================================================================================
+# RANK
+# ================================================================================================
+
+
+def run_rank(run: Run, env: dict[str, str]) -> int:
+    """Train as one rank; whatever it prints goes to logs/rank<R>.log. Does not return."""
+    if LAUNCHER_VARIABLE not in env:
+        refuse_torchrun(env)
+    agent, rank = os.getppid(), env["RANK"]
+    die_with_parent(agent)
+    if parent_of(agent) != int(env[LAUNCHER_VARIABLE]):
+        exit_now(1)  # torchrun died before this process could ask to die with it
+    os.register_at_fork(after_in_child=init_forked_child)
+    obey_sigterm_of(agent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    redirect_output(run.logs / f"rank{rank}.log")
+    say(RANK_START)
+    faulthandler.register(signal.SIGUSR1)  # the stack of a rank that hangs goes to its log
+    (run.logs / f"rank{rank}.progress").write_text("0 starting", encoding="utf-8")
+    try:
+        train(run, env)
+    except BaseException:
+        write_rank_error(run, rank, traceback.format_exc())
+        exit_now(1)
+    exit_now(0)
+
+
+def refuse_torchrun(env: dict[str, str]) -> None:
+    """Raises LaunchError: somebody else's torchrun would lose the checkpoint at SIGTERM and Ctrl-C.
+
+    Its first process tells, the others only end.
+    """
+    if env.get("LOCAL_RANK") != "0":
+        raise LaunchError
+    raise LaunchError(
+        "this script starts torchrun itself; type "
+        f"NPROC_PER_NODE={env.get('LOCAL_WORLD_SIZE', 1)} python {SCRIPT.name} ... instead of "
+        f"torchrun {SCRIPT.name} ..."
+    )
+
+
+def init_forked_child() -> None:
+    """In a process that a rank forks, to tokenize or to load data: die with it, end at its SIGTERM.
+
+    A scheduler's SIGTERM to everybody must cost neither the checkpoint nor a pool the rank
+    waits for.
+    """
+    parent = os.getppid()
+    die_with_parent(parent)
+    obey_sigterm_of(parent)
+
+
+def obey_sigterm_of(parent: int) -> None:
+    """End this process at its parent's SIGTERM, which torchrun sends when another rank has failed.
+
+    Anybody else's is ignored: the launcher gets it too, and asks for a checkpoint. A thread
+    waits for it, since a rank inside a collective runs no Python signal handler. Blocked before
+    any import, since OpenBLAS's threads would take it with its default action.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def train(run: Run, env: dict[str, str]) -> None:
+    """LLaMA-Factory's run_exp with our callback."""
+    ranks = int(env["WORLD_SIZE"])
+    if ranks != int(env["LOCAL_WORLD_SIZE"]) * read_count(env, "NNODES", 1):
+        raise RuntimeError(
+            "the nodes started different numbers of processes; give each node the same number "
+            "of GPUs"
+        )
+    secrets = json.loads(os.environ.pop(SECRETS_VARIABLE, "{}"))
+    config = derive_accumulation(load_config(run.config_file, {}), ranks)
+    config = replace(config, secrets=secrets)
+    run_exp = import_trainer(config, env)
+    from transformers import TrainerCallback
+
+    callback_class = type("RankCallback", (RankCallback, TrainerCallback), {})
+    callback = callback_class(run, config)
+    if run.checkpoint_ranks() not in (None, ranks):
+        reshard_on_load()
+    state = "finished"
+    try:
+        run_exp(build_training_args(config, run), [callback])
+    except Stopped:
+        state = "diverged" if callback.diverged else "stopped"
+    callback.write_end(state)
+    if "wandb" in tracking_backends(config.values):
+        finish_wandb()
+
+
+def import_trainer(config: Config, env: dict[str, str]) -> Callable:
+    """Import what a rank needs without Python's cycle collector, a quarter of the import time."""
+    gc.disable()
+    import torch
+    from torch.serialization import register_package
+
+    planned = len(name_list(env["CUDA_VISIBLE_DEVICES"]))
+    if torch.cuda.device_count() != planned:
+        raise RuntimeError(
+            f"{plural(planned, 'GPU')} planned, but torch sees {torch.cuda.device_count()}: "
+            "compare nvidia-smi, the driver, and the devices of the container"
+        )
+    from llamafactory.train.tuner import run_exp
+
+    if not planned:
+        allow_bf16_on_cpu()
+        # Several CPU ranks resume to the device cpu:0, which torch.load knows as cpu only.
+        on_cpu = lambda storage, place: storage if place.startswith("cpu:") else None  # noqa: E731
+        register_package(99, lambda storage: None, on_cpu)
+    if config.values.deepspeed:
+        import deepspeed  # noqa: F401  run_exp would, with the collector on
+    gc.enable()
+    gc.freeze()
+    return run_exp
+
+
+def allow_bf16_on_cpu() -> None:
+    """transformers asks a GPU whether it can bf16 where use_cpu is not set, as under DeepSpeed."""
+    import transformers.training_args
+
+    transformers.training_args.is_torch_bf16_gpu_available = lambda: True
+
+
+def build_training_args(config: Config, run: Run) -> dict:
+    """The dict for LLaMA-Factory's run_exp: without the launcher's keys, writing into the run
+    directory, resuming its newest committed checkpoint."""
+    args = without(config.values, *LAUNCHER_FIELDS, "use_swanlab")
+    # The callback rotates; overwrite_output_dir would delete the log at each restart.
+    args = without(args, "save_total_limit", "overwrite_output_dir")
+    args |= without(config.secrets, *SECRET_ENVIRONMENT)
+    args = {key: value for key, value in args.items() if not key.startswith("swanlab_")}
+    args |= {"output_dir": str(run.path), "run_name": run.path.name}
+    if args.get("deepspeed"):  # with use_cpu transformers would not initialize DeepSpeed
+        args.pop("use_cpu", None)
+    names = [name for name in tracking_backends(config.values) if name != "swanlab"]
+    args["report_to"] = names or ["none"]
+    args.setdefault("disable_tqdm", True)  # the console has a bar of ours; the logs need none
+    # For tokens per second; neat_packing's attention mask is no count of tokens.
+    counted = "all" if args.get("neat_packing") else "non_padding"
+    args.setdefault("include_num_input_tokens_seen", counted)
+    args.setdefault(
+        "logging_nan_inf_filter", False
+    )  # it shows a NaN loss as the average so far
+    args.setdefault("ddp_timeout", 7200)  # ranks wait for rank 0's tokenization
+    if args.get(
+        "streaming"
+    ):  # accelerate's default joins rank 0's batches, which differ in length
+        args.setdefault("accelerator_config", {"dispatch_batches": False})
+        # LLaMA-Factory cuts a file into as many shards as there are workers: none means no data.
+        args["dataloader_num_workers"] = args.get("dataloader_num_workers") or 1
+    return args | resume_args(run, args)
+
+
+def resume_args(run: Run, args: dict) -> dict:
+    """What resumes the newest committed checkpoint; {} where there is none."""
+    checkpoint = run.newest_checkpoint()
+    if not checkpoint:
+        return {}
+    total = run.read("plan.json").get("total_steps")
+    total = total or read_json_or_empty(checkpoint / "trainer_state.json")["max_steps"]
+    resume = {"resume_from_checkpoint": str(checkpoint)}
+    if checkpoint_step(checkpoint) >= total and not args.get("streaming"):
+        # The last checkpoint was saved, the model was not. The trainer would train a step more.
+        return resume | {"max_steps": -1, "num_train_epochs": 0.0}
+    return resume
+
+
+class Stopped(Exception):
+    """Training ended early: a stop was requested, and is committed, or the run has diverged."""
+
+
+class RankCallback:
+    """The trainer callback of every rank: stop together, commit checkpoints, write the metrics."""
+
+    def __init__(self, run: Run, config: Config):
+        self.run, self.config = run, config
+        self.stopping, self.saved, self.state = False, None, None
+        self.loss_watch, self.diverged = LossWatch(), ""
+        self.mark = (0.0, 0, 0)  # time, step and tokens at the last log
+        rank = os.environ["RANK"]
+        self.leads = rank == "0"
+        self.progress = run.logs / f"rank{rank}.progress"
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        use_learning_rate(args.learning_rate, kwargs["lr_scheduler"])
+        # A resumed run would go by the checkpoint's save_steps and others.
+        state.compute_steps(args, state.max_steps)
+        self.state = state
+        if self.agree_to_stop(args):
+            raise Stopped
+        self.mark = (time.time(), state.global_step, state.num_input_tokens_seen)
+        steps = {"total_steps": state.max_steps, "logging_steps": state.logging_steps}
+        self.write(event="begin", **steps)
+
+    def tell(self, phase: str) -> None:
+        """Let the launcher see what this rank is doing; it notices when nobody tells any more."""
+        with contextlib.suppress(OSError):  # a full disk
+            self.progress.write_text(f"{self.state.global_step} {phase}", encoding="utf-8")
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self.tell("training")
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        self.tell("evaluating")
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.commit_saved(args, state, model)
+        self.tell("training")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step < state.max_steps and self.agree_to_stop(args):
+            # Save at once, so that it can be resumed, whatever the configuration saves.
+            self.stopping = control.should_save = control.should_training_stop = True
+            control.should_evaluate = args.save_only_model = False
+        self.tell("saving" if control.should_save else "training")
+
+    def agree_to_stop(self, args) -> bool:
+        """Whether any rank sees the STOP file; one all-reduce, so that all stop at the same
+        step.
+        """
+        import torch
+
+        seen = torch.tensor(int(self.run.stop_file.exists()), device=args.device)
+        torch.distributed.all_reduce(seen, op=torch.distributed.ReduceOp.MAX)
+        return bool(seen.item())
+
+    def on_save(self, args, state, control, **kwargs):
+        self.saved = state.global_step
+
+    def commit_saved(self, args, state, model) -> None:
+        """Commit the checkpoint that was saved last, once all callbacks are done with it.
+
+        LLaMA-Factory's own on_save callbacks run after ours and rewrite its files.
+        """
+        if self.saved is None:
+            return
+        import torch
+
+        torch.distributed.barrier()  # every rank has written its part
+        if not weights_are_finite(model, args.device):
+            say(f"checkpoint-{self.saved} holds NaN or infinite weights and is not committed")
+        elif state.is_world_process_zero:
+            folder = self.run.path / f"checkpoint-{self.saved}"
+            problem = (
+                "save_only_model left out what resuming needs" if args.save_only_model else ""
+            )
+            commit_checkpoint(
+                folder, args.world_size, problem or resume_problem(self.config.values)
+            )
+            best = Path(state.best_model_checkpoint or "").name
+            rotate_checkpoints(self.run, self.config.values.save_total_limit, best)
+        self.saved = None
+
+    def on_epoch_begin(self, args, state, control, model=None, **kwargs):
+        self.commit_saved(args, state, model)
+        if args.train_sampling_strategy == "group_by_length":
+            self.repeat_order(args.seed + int(state.epoch))
+
+    def repeat_order(self, seed: int) -> None:
+        """Let a resumed epoch draw the order it had: LengthGroupedSampler has no seed."""
+        import torch
+
+        torch.default_generator.manual_seed(seed)
+
+    def on_epoch_end(self, args, state, control, model=None, **kwargs):
+        self.commit_saved(args, state, model)
+        if self.stopping or self.diverged:  # without what an epoch and a training end with
+            control.should_save = control.should_evaluate = args.load_best_model_at_end = False
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self.commit_saved(args, state, model)
+        self.tell("saving")
+        if self.stopping or self.diverged:
+            self.skip_final_model()
+
+    def skip_final_model(self) -> None:
+        """Leave once all callbacks have seen the end: LLaMA-Factory saves the model after it."""
+        from transformers import Trainer
+
+        def save_model(*args, **kwargs):
+            raise Stopped
+
+        Trainer.save_model = save_model
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        numbers = {}
+        for name, value in (logs or {}).items():
+            if isinstance(value, (int, float)):
+                numbers[name] = value
+        if "loss" in numbers:
+            numbers |= self.speed(args, state)
+            warm = state.global_step > args.get_warmup_steps(state.max_steps)
+            # Every rank logs the same numbers, so all of them stop at this step.
+            self.diverged = self.loss_watch.problem(state.global_step, numbers, args.fp16, warm)
+            if self.diverged:
+                control.should_training_stop = True
+                control.should_save = control.should_evaluate = False
+        self.write(**numbers)
+
+    def speed(self, args, state) -> dict[str, float]:
+        """Samples and tokens per second of the whole job since the last log."""
+        now = (time.time(), state.global_step, state.num_input_tokens_seen)
+        seconds, steps, tokens = (new - old for new, old in zip(now, self.mark, strict=True))
+        self.mark = now
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        samples = steps * batch * args.world_size
+        return {"samples_per_second": samples / seconds, "tokens_per_second": tokens / seconds}
+
+    def write(self, **more: object) -> None:
+        """Append one line to metrics.jsonl; rank 0 does."""
+        if not self.leads or self.state is None:
+            return
+        step, tokens = self.state.global_step, self.state.num_input_tokens_seen
+        line = {"time": time.time(), "step": step, "tokens": tokens, **more}
+        with open(self.run.metrics_file, "ab", buffering=0) as file:
+            file.write(json.dumps(line).encode() + b"\n")
+
+    def write_end(self, state: str) -> None:
+        """The last line: how training ended, and the most memory that this rank used, in bytes."""
+        self.write(event="end", state=state, cause=self.diverged, peak_memory=peak_memory())
+
+
+def use_learning_rate(rate: float, scheduler) -> None:
+    """Resume with the configuration's learning rate, not with the checkpoint's."""
+    scheduler = getattr(
+        scheduler, "scheduler", scheduler
+    )  # DeepSpeed's and accelerate's wrapper
+    if len(set(getattr(scheduler, "base_lrs", ()))) != 1 or scheduler.base_lrs[0] == rate:
+        return
+    scheduler.base_lrs = [rate] * len(scheduler.base_lrs)
+    for group, factor in zip(
+        scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True
+    ):
+        group["lr"] = rate * factor(scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
+
+
+class LossWatch:
+    """Notices from the logs that a run has diverged.
+
+    That is a loss or gradient norm that is not finite in two logs in a row, or a loss of more than
+    5 times its running median in 5 logs in a row, after the warm-up and the first 20 logs.
+    """
+
+    def __init__(self):
+        self.losses, self.logs, self.high = [], 0, 0
+        self.infinite: dict[str, int] = {}  # since which step a number is not finite
+
+    def problem(self, step: int, numbers: dict, fp16: bool, warm: bool) -> str:
+        """`grad_norm nan since step 30`; '' while the run is healthy."""
+        self.logs += 1
+        for name in ("loss", "grad_norm"):
+            value = numbers.get(name, 0.0)
+            # fp16's loss scaler skips steps whose gradients overflow: not a divergence.
+            if math.isfinite(value) or (fp16 and name == "grad_norm"):
+                self.infinite.pop(name, None)
+            elif name in self.infinite:
+                return f"{name} {value} since step {self.infinite[name]}"
+            else:
+                self.infinite[name] = step
+        return self.rising_loss(numbers["loss"], warm)
+
+    def rising_loss(self, loss: float, warm: bool) -> str:
+        """Why a loss that stays high is a divergence; '' where it is not."""
+        usual = statistics.median(self.losses[-100:] or [math.inf])
+        if warm and self.logs > 20 and loss > 5 * usual > 0:
+            self.high += 1
+            if self.high == 5:
+                return f"loss {loss:.4g}, over 5 times its median of {usual:.4g} for 5 logs"
+        elif math.isfinite(loss):
+            self.high = 0
+            self.losses.append(loss)
+        return ""
+
+
+def weights_are_finite(model, device) -> bool:
+    """Whether no weight is NaN or infinite: each rank sums up its own part, all their sums."""
+    import torch
+
+    total = torch.zeros((), device=device)
+    for parameter in model.parameters():
+        own = getattr(parameter, "ds_tensor", parameter)  # ZeRO-3's shard of it
+        total += torch.sum(own.detach(), dtype=torch.float32).to(device)
+    torch.distributed.all_reduce(total)  # a sum is not finite where one of its parts is not
+    return bool(torch.isfinite(total))
+
+
+def resume_problem(values: dict) -> str:
+    """Why LLaMA-Factory cannot resume such a run at all; '' where it can."""
+    if values.get("stage") in ("rm", "ppo") and values.get("finetuning_type") in (
+        "full",
+        "freeze",
+    ):
+        return f"LLaMA-Factory cannot resume stage: {values['stage']} with full or freeze"
+    return ""
+
+
+def finish_wandb(seconds: float = 60) -> None:
+    """End wandb's run, which it does at Python's exit and this process ends without.
+
+    wandb waits without limit for its service, so it gets `seconds`.
+    """
+    import wandb
+
+    thread = threading.Thread(target=wandb.finish, daemon=True)
+    thread.start()
+    thread.join(seconds)
+
+
+def peak_memory() -> int:
+    """The most memory this rank used, in bytes: of its GPU, or resident on a CPU."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def write_rank_error(run: Run, rank: str, text: str) -> None:
+    """Leave a rank's traceback in its log and, for the launcher, in rank<R>.error."""
+    say(text, sys.stderr)
+    with contextlib.suppress(OSError):  # a full disk, which the launcher sees
+        write_atomically(run.logs / f"rank{rank}.error", text)
+
+
+def exit_now(code: int) -> None:
+    """End this process now: no thread or hook of a library may keep a finished rank."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+# --- resume on another number of ranks
+#
+# ZeRO cuts vectors into equal parts, one for each rank. Under ZeRO-3 every parameter is a vector,
+# and the parts of many parameters lie one behind the other in a rank's flat groups; under ZeRO-1
+# and 2 all parameters of a flat group are one vector. Every rank reads its part of each vector out
+# of the old ranks' files, which are mapped into memory: nothing is computed or written.
+
+
+def reshard_on_load() -> None:
+    """Let transformers and DeepSpeed load a checkpoint that another number of ranks has saved."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from transformers import Trainer
+
+    load_rng_state, load_module = (
+        Trainer._load_rng_state,
+        DeepSpeedEngine.load_module_state_dict,
+    )
+
+    def load_first_rng_state(trainer, checkpoint):
+        """One random state for all: a new rank has no file, and samplers must not draw apart."""
+        with TemporaryDirectory() as folder:
+            for name in ("rng_state.pth", f"rng_state_{trainer.args.process_index}.pth"):
+                shutil.copy(min(Path(checkpoint).glob("rng_state*")), Path(folder, name))
+            load_rng_state(trainer, folder)
+
+    def load_trained(engine, checkpoint, **options):
+        """Leave out frozen parameters, cut for the old ranks: they are still the base model's."""
+        load_module(engine, checkpoint | {"frozen_param_fragments": None}, **options)
+
+    def first_file(engine, *path):
+        """Rank 0's file beside the optimizer's will do for every rank."""
+        return [engine._get_ckpt_name(*path, "00", "0")]
+
+    Trainer._load_rng_state = load_first_rng_state
+    DeepSpeedEngine.load_module_state_dict = load_trained
+    DeepSpeedEngine._get_all_ckpt_names = first_file
+    DeepSpeedEngine._load_zero_checkpoint = load_resharded
+
+
+# What ZeRO-1 and 2, and what ZeRO-3, call the fp32 weights and the optimizer's state.
+ZERO_KEYS = (
+    ("single_partition_of_fp32_groups", "base_optimizer_state"),
+    ("fp32_flat_groups", "optimizer_state_dict"),
+)
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
+
+
+@dataclass(frozen=True)
+class Vector:
+    """Where every rank has its part of a vector: in a flat group, from `start` on."""
+
+    group: int
+    start: int
+    part: int  # elements in a part; the last parts end with padding
+    size: int  # elements of the whole, without padding
+
+    def span(self, rank: int) -> tuple[int, int]:
+        """The elements that a rank has, padding left out."""
+        begin = min(rank * self.part, self.size)
+        return begin, min(begin + self.part, self.size)
+
+    def cut(self, flat_groups: list[dict], key: str):
+        """A rank's part, out of its flat groups."""
+        return flat_groups[self.group][key][self.start : self.start + self.part]
+
+
+def load_resharded(engine, *folder: str, load_optimizer_states: bool = True) -> bool:
+    """Load other ranks' shards in DeepSpeed's place. Raises ValueError where it is not exact."""
+    optimizer, rank, stage = (
+        engine.optimizer,
+        engine.global_rank,
+        engine.zero_optimization_stage(),
+    )
+    weights, state = ZERO_KEYS[stage == 3]
+    shards = [shard["optimizer_state_dict"] for shard in read_shards(Path(*folder), "optim")]
+    flats = [flat_groups(shard, stage) for shard in shards]
+    shapes = read_shards(Path(*folder), "model")[0]["param_shapes"]
+    old = find_vectors(shapes, len(shards), stage)
+    new = find_vectors(engine._get_zero_param_shapes(), engine.dp_world_size, stage)
+    check_layout(flats[0], old, engine.zero_round_robin_gradients())
+    own = optimizer.state_dict()
+    for group, size in group_sizes(new).items():
+        moments = {key: own[weights][group].new_zeros(size) for key in MOMENTS}
+        # A tensor `step` that groups share would count once for each of them.
+        own[state]["state"][group] = moments | {"step": copy.deepcopy(flats[0][0]["step"])}
+    for group, saved in zip(
+        own[state]["param_groups"], shards[0][state]["param_groups"], strict=True
+    ):
+        group |= saved | {"params": group["params"]}
+    fresh = flat_groups(own, stage)
+    for source, target in zip(old, new, strict=True):
+        copy_part(source, flats, target, fresh, rank)
+    content = shards[0] | {weights: own[weights], state: own[state]}
+    optimizer.load_state_dict({rank: content}, load_from_fp32_weights=True)
+    loaded = flat_groups(optimizer.state_dict(), stage)
+    for source, target in zip(old, new, strict=True):
+        verify_part(source, flats, target, loaded, rank)
+    return True
+
+
+def read_shards(folder: Path, kind: str) -> list[dict]:
+    """What the files of all ranks hold, in their order; tensors are read when they are used."""
+    import torch
+
+    paths = sorted(
+        folder.glob(f"*_{kind}_states.pt"),
+        key=lambda path: int(re.search(r"rank_(\d+)", path.name)[1]),
+    )
+    return [torch.load(path, "cpu", mmap=True, weights_only=False) for path in paths]
+
+
+def flat_groups(zero: dict, stage: int) -> list[dict]:
+    """A rank's flat groups, {"fp32": ..., "exp_avg": ..., "exp_avg_sq": ..., "step": 20} each."""
+    weights, state = ZERO_KEYS[stage == 3]
+    moments = zero[state]["state"]
+    return [{"fp32": flat.detach()} | moments[i] for i, flat in enumerate(zero[weights])]
+
+
+def find_vectors(param_shapes: list[dict], ranks: int, stage: int) -> list[Vector]:
+    """The vectors that DeepSpeed cuts, out of {parameter: shape} of each flat group."""
+    found = []
+    for group, shapes in enumerate(param_shapes):
+        sizes, unit, start = [shape.numel() for shape in shapes.values()], 1, 0
+        if stage < 3:
+            sizes, unit = [sum(sizes)], 2
+        for size in sizes:
+            found.append(Vector(group, start, math.ceil(size / (ranks * unit)) * unit, size))
+            start += found[-1].part
+    return found
+
+
+def group_sizes(vectors: list[Vector]) -> dict[int, int]:
+    """Elements of each flat group."""
+    return {vector.group: vector.start + vector.part for vector in vectors}
+
+
+def check_layout(groups: list[dict], old: list[Vector], round_robin: bool) -> None:
+    """Raises ValueError where the old shards are not what find_vectors takes them for."""
+    adam = all(set(group) == {"fp32", "step", *MOMENTS} for group in groups)
+    if not adam or round_robin:
+        raise ValueError("only Adam can be resharded, and without round_robin_gradients")
+    if group_sizes(old) != {i: len(group["exp_avg"]) for i, group in enumerate(groups)}:
+        raise ValueError("ZeRO shards are missing here, or were cut in a way that is not known")
+
+
+def copy_part(old: Vector, flats: list, new: Vector, own: list[dict], rank: int) -> None:
+    """Copy what this rank has of a vector from the old ranks' parts: flats[rank][group][key]."""
+    import torch
+
+    begin, end = new.span(rank)
+    for key in ("fp32", *MOMENTS):
+        pieces = []
+        for index, groups in enumerate(flats):
+            first = index * old.part
+            pieces.append(old.cut(groups, key)[max(begin - first, 0) : max(end - first, 0)])
+        new.cut(own, key)[: end - begin] = torch.cat(pieces)
+
+
+def verify_part(old: Vector, flats: list, new: Vector, own: list[dict], rank: int) -> None:
+    """Compare a hundred numbers of a vector with what the optimizer has now. Raises ValueError."""
+    begin, end = new.span(rank)
+    step = new.part // 100 + 1
+    for key in ("fp32", *MOMENTS):
+        parts = [old.cut(groups, key) for groups in flats]
+        before = [parts[i // old.part][i % old.part].item() for i in range(begin, end, step)]
+        if new.cut(own, key)[: end - begin : step].tolist() != before:
+            raise ValueError(f"resharding changed {key} of a vector of {old.size} numbers")
+
+
+# ================================================================================================
+# TRACKER
+# ================================================================================================
+
+
+def run_tracker(run: Run) -> int:
+    """Follow metrics.jsonl and record it with SwanLab. Does not return.
+
+    The first line of stdin is what swanlab.init gets, with the `position` in metrics.jsonl
+    where this launch begins; the next one says how the run ended. Where stdin ends without it
+    the launcher has died, and the record ends as crashed. Answers on stdout with the place of
+    the record, or with the problem.
+    """
+    answers = redirect_output(None)
+    orders = open(0, "rb", buffering=0, closefd=False)  # unbuffered, so that select() sees all
+    init = json.loads(orders.readline())
+    metrics = Follower(run.metrics_file, init.pop("position"))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # they are for the launcher
+    die_with_parent(
+        os.getppid()
+    )  # without a network, init waits for longer than a dead run may
+    try:
+        record = open_record(init)
+    except BaseException as error:  # whatever it is, training continues
+        problem = f"{type(error).__name__}: {error}"[:300]
+        say(json.dumps({"problem": problem}), answers)
+        os._exit(1)
+    outlive_parent()  # to mark the record as crashed
+    dashboard = {
+        "local": f"swanlab watch {record.dir.parent}",
+        "offline": f"swanlab sync {record.dir}",
+    }
+    place = {"place": str(record.dir), "dashboard": dashboard.get(init["mode"]) or record.url}
+    say(json.dumps(place), answers)
+    end = follow_to_the_end(record, metrics, orders)
+    if end is None:
+        threading.Timer(6, os._exit, (1,)).start()  # in an outage finish() has no end
+        end = {"finish": "crashed", "error": "the launcher died"}
+    record.finish(state=end["finish"], error=end["error"])
+    os._exit(0)
+
+
+def open_record(init: dict):
+    """Begin SwanLab's record of this run."""
+    import swanlab
+
+    probe = {"git": False, "runtime": False, "requirements": False, "swanlab": False}
+    quiet = swanlab.Settings(interactive=False, terminal={"proxy_type": "none"}, probe=probe)
+    return swanlab.init(**init, resume="allow", settings=quiet)
+
+
+def follow_to_the_end(record, metrics: Follower, orders) -> dict | None:
+    """Record each number once per step, until stdin tells the end; None: the launcher has died."""
+    last_steps: dict[str, int] = {}
+    while True:
+        ended = bool(select.select([orders], [], [], 0.5)[0])
+        for line in metrics.new_lines():  # after the end nothing is added any more
+            if "event" in line:
+                continue
+            step, numbers = line["step"], {}
+            for name, value in without(line, "time", "step").items():
+                if last_steps.get(name, -1) < step:
+                    last_steps[name] = step
+                    numbers[tracked_name(name)] = float(value)
+            if numbers:
+                record.log(numbers, step=step)
+        if ended:
+            return json.loads(orders.readline() or "null")
+
+
+def tracked_name(name: str) -> str:
+    """`eval/loss` for eval_loss, `train/loss` for loss."""
+    if name.startswith("eval_"):
+        return name.replace("_", "/", 1)
+    return f"train/{name}"
+
+
+# ================================================================================================
+# SHARED
+# ================================================================================================
+
+
+MANIFEST = "manifest.json"
+
+
+class Run:
+    """A run directory: its files, and what they say."""
+
+    def __init__(self, path: Path):
+        self.path, self.logs = path, path / "logs"
+        self.config_file, self.stop_file = path / "config.yaml", path / "STOP"
+        self.metrics_file = path / "metrics.jsonl"
+
+    def lock(self) -> TextIO:
+        """Hold the directory for this process; raises LaunchError while another launcher runs
+        here.
+        """
+        try:
+            self.logs.mkdir(exist_ok=True)
+            file = open(self.logs / "lock", "a+", encoding="utf-8")
+        except OSError as error:
+            raise LaunchError(
+                f"{self.path}: cannot be written: {error.strerror.lower()}"
+            ) from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise LaunchError(
+                f"{self.path}: this run is still running (launcher pid {file.read().strip()}); "
+                "stop it first, or wait"
+            ) from None
+        except OSError:  # some shared file systems have no locks: nothing to hold
+            return file
+        with contextlib.suppress(OSError):  # a full disk; the pid is for a message only
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), str(os.getpid()).encode())
+        return file
+
+    def is_running(self) -> bool:
+        """Whether a launcher runs here."""
+        try:
+            if (self.logs / "lock").exists():
+                self.lock().close()
+        except LaunchError:
+            return True
+        return False
+
+    def request_stop(self, number: int) -> None:
+        """Create the STOP file, which every rank looks for at the end of a step."""
+        with contextlib.suppress(OSError):  # on a full disk the file is created nevertheless
+            self.stop_file.write_text(signal.Signals(number).name, encoding="utf-8")
+
+    def read(self, name: str) -> dict:
+        """A JSON file of the directory, such as plan.json; {} where it is missing or broken."""
+        return read_json_or_empty(self.path / name)
+
+    def is_finished(self) -> bool:
+        """Whether the run has trained to its end."""
+        return self.read("summary.json").get("state") == "finished"
+
+    def read_metrics(self) -> list[dict]:
+        """The lines of metrics.jsonl, without those of steps that were trained again."""
+        kept: list[dict] = []
+        for line in Follower(self.metrics_file, 0).new_lines():
+            if line.get("event") == "begin":
+                kept = [old for old in kept if old["step"] <= line["step"]]
+            kept.append(line)
+        return kept
+
+    def read_progress(self) -> int:
+        """The last step that rank 0 has told of."""
+        with contextlib.suppress(OSError, ValueError):
+            return int((self.logs / "rank0.progress").read_text().split()[0])
+        return 0
+
+    def checkpoints(self) -> list[Path]:
+        """The checkpoint folders, newest first."""
+        found = self.path.glob("checkpoint-*")
+        named = [path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)]
+        return sorted(named, key=checkpoint_step, reverse=True)
+
+    def checkpoint_ranks(self) -> int | None:
+        """The number of ranks that saved the newest checkpoint; None: there is none."""
+        folder = self.newest_checkpoint()
+        return folder and read_json_or_empty(folder / MANIFEST)["world_size"]
+
+    def newest_checkpoint(self) -> Path | None:
+        """The newest checkpoint that can be resumed from; None: there is none."""
+        return next((path for path in self.checkpoints() if not checkpoint_problem(path)), None)
+
+    def read_swanlab_state(self) -> dict:
+        """What is known of the run's SwanLab record: id, launches, dashboard."""
+        return read_json_or_empty(self.logs / "swanlab.json")
+
+    def update_swanlab_state(self, **more: object) -> None:
+        """Add to what is known of the run's SwanLab record."""
+        state = json.dumps({**self.read_swanlab_state(), **more})
+        with contextlib.suppress(OSError):  # a full disk
+            write_atomically(self.logs / "swanlab.json", state)
+
+
+class Follower:
+    """Reads what is added to a file of JSON lines, from a byte on (None: from its end)."""
+
+    def __init__(self, path: Path, position: int | None = None):
+        self.path = path
+        self.position = file_size(path) if position is None else position
+
+    def new_lines(self) -> list[dict]:
+        """The whole lines that were added since the last time."""
+        lines = []
+        with contextlib.suppress(OSError), open(self.path, "rb") as file:
+            file.seek(self.position)
+            text = file.read()
+            whole = text[: text.rfind(b"\n") + 1]
+            self.position += len(whole)
+            for line in whole.splitlines():
+                with contextlib.suppress(ValueError):  # a line that a full disk cut
+                    lines.append(json.loads(line))
+        return lines
+
+
+# --- checkpoints --------------------------------------------------------------------------------
+
+
+def commit_checkpoint(folder: Path, world_size: int, problem: str = "") -> None:
+    """Make a saved checkpoint durable, then say so: fsync every file, then write the manifest.
+
+    `problem` is why it cannot be resumed from, though it is complete.
+    """
+    files = {
+        str(path.relative_to(folder)): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST  # one is there where a step is saved twice
+    }
+    folders = {folder, *((folder / name).parent for name in files)}
+    for path in (*(folder / name for name in files), *folders):
+        sync(path)
+    content = {"world_size": world_size, "problem": problem, "files": files}
+    write_atomically(folder / MANIFEST, json.dumps(content, indent=1), durable=True)
+
+
+def sync(path: Path) -> None:
+    """fsync a file or a folder; some file systems cannot sync a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def checkpoint_problem(folder: Path) -> str:
+    """Why a checkpoint cannot be resumed from; '' where it can."""
+    return incomplete_files(folder) or read_json_or_empty(folder / MANIFEST).get("problem", "")
+
+
+def incomplete_files(folder: Path) -> str:
+    """What a checkpoint lacks: a manifest, or the files that it lists; '' where it is complete."""
+    manifest = read_json_or_empty(folder / MANIFEST)
+    if not manifest:
+        return "it has no manifest"
+    for name, size in manifest["files"].items():
+        found = file_size(folder / name, None)
+        if found is None:
+            return f"{name} is missing"
+        if found != size:
+            return f"{name} has {found} bytes instead of {size}"
+    return ""
+
+
+def checkpoint_step(folder: Path | None) -> int:
+    """The optimizer step of a checkpoint folder; 0 for none."""
+    return int(folder.name.rpartition("-")[2]) if folder else 0
+
+
+def rotate_checkpoints(run: Run, keep: int | None, best: str) -> None:
+    """Remove the oldest checkpoints so that `keep` remain; the newest and the `best` always do."""
+    if not keep:
+        return
+    newest, *older = run.checkpoints()
+    older.sort(key=lambda path: path.name != best)  # the best counts first
+    spared = max(keep - 1, int(best in [path.name for path in older]))
+    for folder in older[spared:]:
+        (folder / MANIFEST).unlink(missing_ok=True)  # half removed, it cannot be trusted
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# --- files and processes ------------------------------------------------------------------------
+
+
+def read_json_or_empty(path: Path) -> dict:
+    """A JSON object of ours; {} where the file is missing or broken."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(path.read_text(encoding="utf-8"))
+    return {}
+
+
+def write_atomically(path: Path, text: str, durable: bool = False) -> None:
+    """Write a text file completely or, where that fails, leave the old one as it was."""
+    draft = path.with_name(f"{path.name}.draft")
+    draft.write_text(text, encoding="utf-8")
+    if durable:
+        sync(draft)
+    draft.replace(path)
+    if durable:
+        sync(path.parent)
+
+
+def file_size(path: Path, missing: int | None = 0) -> int | None:
+    """A file's size in bytes; `missing` where there is none."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_size
+    return missing
+
+
+def read_process(pid: int) -> tuple[str, int]:
+    """(state, parent) of a process by /proc; ("X", 0) where it is gone."""
+    with contextlib.suppress(OSError):
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+        return state, int(parent)
+    return "X", 0
+
+
+def parent_of(pid: int) -> int:
+    """The parent of a process; 0 where it is gone."""
+    return read_process(pid)[1]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process still runs; a zombie does not."""
+    return read_process(pid)[0] not in "ZX"
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    """The environment that a process was started with; {} where it is gone."""
+    with contextlib.suppress(OSError):
+        text = Path(f"/proc/{pid}/environ").read_text(errors="replace")
+        return dict(entry.split("=", 1) for entry in text.split("\0") if "=" in entry)
+    return {}
+
+
+def children_of(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    found = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    return [child for child in found if parent_of(child) == pid]
+
+
 def die_with_parent(parent: int) -> None:
-    """Ask Linux to SIGKILL this process when the thread that started it is gone (prctl PR_SET_PDEATHSIG)."""
+    """Ask Linux to SIGKILL this process when the thread that started it ends (PR_SET_PDEATHSIG)."""
     import ctypes
 
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
@@ -2306,652 +5101,11 @@ def outlive_parent() -> None:
     ctypes.CDLL(None).prctl(1, 0)
 
 
-def parent_of(pid: int) -> int:
-    """The parent of a process; 0 where it is gone."""
-    with contextlib.suppress(OSError):
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return 0
-
-
-def before_torchrun(parent: int) -> None:
-    """In torchrun's process before it starts: die with the launcher, and leave stopping to the STOP file."""
-    die_with_parent(parent)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def request_stop(run_dir: Path, number: int) -> None:
-    """Create the STOP file, which every rank looks for at the end of a step; it names the signal."""
-    with contextlib.suppress(OSError):  # on a full disk the file is created nevertheless
-        (run_dir / "STOP").write_text(signal.Signals(number).name, encoding="utf-8")
-
-
-def modified(path: Path) -> int | None:
-    """When a file was written last, in nanoseconds; None where there is none."""
-    with contextlib.suppress(OSError):
-        return path.stat().st_mtime_ns
-    return None
-
-
-class StopRequest:
-    """What the launcher's signals ask for: the first for a checkpoint and the end, the third Ctrl-C for a kill.
-
-    The handler only takes note, since a signal may arrive while a line is printed. A STOP file older than this
-    launcher, which the first machine will remove, asks for nothing.
-    """
-
-    def __init__(self, run_dir: Path):
-        self.run_dir, self.arrived, self.presses, self.process = run_dir, [], 0, None
-        self.old = modified(run_dir / "STOP")
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP: the run goes on
-                signal.signal(number, lambda number, frame: self.arrived.append(number))
-
-    def heed(self) -> None:
-        """Do what the signals since the last time ask for; only Ctrl-C counts, since schedulers repeat SIGTERM."""
-        while self.arrived:
-            number = self.arrived.pop(0)
-            self.presses += number == signal.SIGINT
-            if not self.asked():
-                request_stop(self.run_dir, number)
-                say(f"{signal.Signals(number).name}: stopping" + self.works() * (
-                    " at the end of this step, after a checkpoint, which may take a while"))
-            elif self.presses == 2:
-                say("still stopping; press Ctrl-C once more to kill the run now, without a checkpoint")
-            elif self.presses == 3:
-                self.kill()
-                say("killed, without a checkpoint")
-
-    def asked(self) -> bool:
-        """Whether anybody, on any machine, has asked the run to stop."""
-        return modified(self.run_dir / "STOP") not in (None, self.old)
-
-    def kill(self) -> None:
-        """Kill torchrun; the workers die with it."""
-        self.process.kill()
-        self.process.wait()
-
-    def works(self) -> bool:
-        """Whether torchrun has a worker."""
-        return any(parent_of(int(path.name)) == self.process.pid for path in Path("/proc").glob("[0-9]*"))
-
-
-class Neighbours:
-    """Notices a machine that is lost without a word: ranks would wait for it as long as ddp_timeout.
-
-    While its torchrun runs each launcher touches a file of its own in logs/ every BEAT seconds. Another machine is
-    lost whose file is there but was not touched between MISSED looks; looks, since a shared file system that hangs
-    for a while must not count.
-    """
-
-    BEAT, MISSED = 10, 18
-
-    def __init__(self, run_dir: Path, env: dict[str, str]):
-        files = [run_dir / "logs" / f"machine{number}" for number in range(read_count(env, "NNODES", 1))]
-        self.own, self.next = files.pop(node_rank(env)), 0.0
-        self.looks = {path: (None, 0) for path in files}
-
-    def lost(self) -> list[str]:
-        """The machines that are lost."""
-        if self.looks and time.monotonic() > self.next:
-            self.next = time.monotonic() + self.BEAT
-            with contextlib.suppress(OSError):
-                self.own.touch()
-            for path, (before, count) in self.looks.items():
-                now = modified(path)
-                self.looks[path] = (now, count + 1 if now and now == before else 0)
-        return [path.name.removeprefix("machine") for path, (_, count) in self.looks.items() if count >= self.MISSED]
-
-    def leave(self) -> None:
-        """Torchrun has ended: the others need not wait for a sign of life."""
-        with contextlib.suppress(OSError):
-            self.own.unlink()
-
-
-def supervise(command: list[str], env: dict[str, str], run_dir: Path, max_restarts: int, first: bool) -> int:
-    """Run torchrun, and anew as long as it fails after progress; returns the launcher's exit code.
-
-    The `first` of several machines looks after the run directory.
-    """
-    stop, log = StopRequest(run_dir), run_dir / "logs" / f"torchrun{'' if first else node_rank(env)}.log"
-    for start in range(max_restarts + 1):
-        begun, before = time.time(), checkpoint_step(newest_checkpoint(run_dir))
-        if first:
-            make_ready(run_dir)
-        said = log.stat().st_size if log.exists() else 0
-        status = run_torchrun(command, env, log, stop)
-        if status == 0:
-            return stop_code(run_dir) if read_summary(run_dir).get("state") == "stopped" else 0
-        if status is None:
-            if first:
-                record_end(run_dir, "stopped", float(env[STARTED_VARIABLE]))
-            return stop_code(run_dir)
-        good = newest_checkpoint(run_dir)
-        stop.heed()
-        if stop.presses < 3:
-            say(describe_failure(run_dir, log, read_from(log, said), status, begun))
-        hopeless = disk_is_full(run_dir) or stop.asked()
-        if checkpoint_step(good) <= before or start == max_restarts or hopeless:
-            if first:
-                record_end(run_dir, "failed", float(env[STARTED_VARIABLE]))
-            return 1
-        say(f"restart {start + 1} of at most {max_restarts}: resuming from {good.name}")
-    return 1
-
-
-def make_ready(run_dir: Path) -> None:
-    """Before a start: nothing torn in the way, no log line beyond the checkpoint, no old account."""
-    for line in set_aside_torn(run_dir):
-        say(line)
-    rewind_log(run_dir, checkpoint_step(newest_checkpoint(run_dir)))
-    for name in ("summary.json", "training_loss.png"):
-        (run_dir / name).unlink(missing_ok=True)
-
-
-def run_torchrun(command: list[str], env: dict[str, str], log: Path, stop: StopRequest) -> int | None:
-    """One torchrun from start to end; its own messages go to `log`. Returns its exit status; None where the run was
-    asked to stop before a worker started."""
-    with open(log, "ab") as messages:
-        env = {**env, LAUNCHER_VARIABLE: str(os.getpid())}
-        stop.process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stderr=messages,
-                                        start_new_session=True, preexec_fn=partial(before_torchrun, os.getpid()))
-    if not await_workers(env, stop):
-        return None
-    neighbours = Neighbours(stop.run_dir, env)
-    while stop.process.poll() is None:
-        stop.heed()
-        if lost := neighbours.lost():
-            say(f"machine {', '.join(lost)} has not been heard of for {neighbours.BEAT * neighbours.MISSED} s")
-            stop.kill()
-        time.sleep(0.2)
-    neighbours.leave()
-    return stop.process.returncode
-
-
-def await_workers(env: dict[str, str], stop: StopRequest) -> bool:
-    """Wait until torchrun has workers, which takes as long as another machine does not come, or has ended.
-
-    False: the run was asked to stop before, and torchrun is gone.
-    """
-    several = read_count(env, "NNODES", 1) > 1
-    for _ in wait_for(f"the other machines at {env['MASTER_ADDR']}:{env['MASTER_PORT']}" if several else ""):
-        if stop.process.poll() is not None or stop.works():
-            break
-        stop.heed()
-        if stop.asked():
-            stop.kill()
-            return False
-    return True
-
-
-@contextlib.contextmanager
-def follow(log: Path) -> Iterator[None]:
-    """Show a growing log on the console while the block runs."""
-    log.touch()
-    tail = subprocess.Popen(["tail", "-n", "0", "-s", "0.2", "-F", str(log)], stderr=subprocess.DEVNULL,
-                            preexec_fn=partial(die_with_parent, os.getpid()))
-    try:
-        yield
-    finally:
-        time.sleep(1)  # it shows the last lines
-        tail.terminate()
-
-
-def stop_code(run_dir: Path) -> int:
-    """The exit code of a run that was stopped: 128 + the signal that its STOP file names."""
-    with contextlib.suppress(OSError, KeyError):
-        return 128 + signal.Signals[(run_dir / "STOP").read_text(encoding="utf-8").strip()]
-    return 128 + signal.SIGTERM  # a STOP file made by hand
-
-
-CAUSES = (
-    (r"CUDA out of memory|OutOfMemoryError", "a GPU is out of memory: use a smaller per_device_train_batch_size or "
-                                             "cutoff_len, or configs/deepspeed/ds_z3_offload_config.json"),
-    (r"No space left on device|Errno 28", "the disk is full: make room or lower save_total_limit, then resume"),
-    (r"Watchdog caught collective operation timeout|NCCL.*(timeout|timed out)|Timed out waiting",
-     "a collective timed out: a rank was stuck or a link is broken; NCCL_DEBUG=INFO shows more"),
-    (r"Rendezvous\w*Error", "the machines did not meet: start the same command on each, and see that all of them reach "
-                            "MASTER_PORT of MASTER_ADDR"),
-    (r"killed by SIGKILL", "the kernel's out-of-memory killer, most often (dmesg shows it): use fewer "
-                           "preprocessing_num_workers or less offloading"),
-)
-
-
-def describe_failure(run_dir: Path, log: Path, messages: str, status: int, since: float) -> str:
-    """What went wrong: the first failing rank's own traceback, its cause where known, and where the log is.
-
-    `log` is torchrun's, and `messages` what it has said there in this start.
-    """
-    errors = [path for path in (run_dir / "logs").glob("rank*.error") if path.stat().st_mtime >= since]
-    first = min(errors, key=lambda path: path.stat().st_mtime, default=None)
-    killed = killed_rank(messages)
-    if killed:
-        text, rank = f"rank {killed[0]} was killed by {killed[1]}", killed[0]
-    elif first:
-        text, rank = first.read_text(encoding="utf-8").strip(), first.stem.removeprefix("rank")
-    else:
-        apart = re.findall(r"Rendezvous\w*Error[^\n]*", messages)[-1:] or messages.splitlines()[-15:]
-        text, rank = "\n".join(apart) or f"torchrun ended with status {status}", ""
-    if disk_is_full(run_dir):
-        text += f"\nNo space left on device: {run_dir}"
-    cause = next((f"\nlikely cause: {hint}" for pattern, hint in CAUSES if re.search(pattern, text)), "")
-    own = run_dir / "logs" / f"rank{rank}.log"
-    return f"training failed:\n{text}{cause}\nfull log: {own if own.exists() else log}"
-
-
-def killed_rank(messages: str) -> tuple[str, str] | None:
-    """(rank, signal name) where torchrun says that a rank was killed, other than by its own SIGTERM.
-
-    Another rank's error is then a consequence, even where torchrun saw it first.
-    """
-    found = re.search(r"rank +: (\d+) [^\n]*\n *exitcode +: -(?!15 )(\d+) ", messages)
-    return (found[1], signal.Signals(int(found[2])).name) if found else None
-
-
-def disk_is_full(folder: Path) -> bool:
-    """Whether hardly a byte is free; PyTorch does not tell why a file could not be written."""
-    return shutil.disk_usage(folder).free < 16 << 20
-
-
-def read_from(path: Path, position: int) -> str:
-    """The text of a file from a byte on."""
-    with open(path, "rb") as file:
-        file.seek(position)
-        return file.read().decode("utf-8", errors="replace")
-
-
-def record_end(run_dir: Path, state: str, started: float) -> None:
-    """Leave the account and the curve where no rank could; on a full disk there is no room for them."""
-    with contextlib.suppress(OSError):
-        draw_curve_apart(run_dir)
-        write_summary(run_dir, summarize(run_dir, state, started))
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Worker: one process of torchrun's
-# ---------------------------------------------------------------------------------------------------------
-
-
-def build_training_args(config: Config, run_dir: Path) -> dict:
-    """The dict for LLaMA-Factory's run_exp: without the launcher's keys, writing into `run_dir`, resuming its
-    newest good checkpoint."""
-    args = {key: value for key, value in config.values.items() if key not in LAUNCHER_FIELDS}
-    args = {key: value for key, value in args.items() if not key.startswith("swanlab_") and key != "use_swanlab"}
-    args |= {key: value for key, value in config.secrets.items()
-             if key not in SECRET_ENVIRONMENT and "swanlab" not in key}
-    args |= {"output_dir": str(run_dir), "run_name": run_dir.name}
-    if args.get("deepspeed"):  # with use_cpu transformers would not initialize DeepSpeed; no GPU is visible anyway
-        args.pop("use_cpu", None)
-    args["report_to"] = [name for name in reporters(config.values) if name != "swanlab"] or ["none"]
-    args.setdefault("disable_tqdm", True)  # the console has a bar of ours; the logs need none
-    # For tokens per second; neat_packing's attention mask is no count of tokens.
-    args.setdefault("include_num_input_tokens_seen", "all" if args.get("neat_packing") else "non_padding")
-    args.setdefault("ddp_timeout", 7200)  # ranks wait for rank 0's tokenization; 30 minutes is short for that
-    if args.get("streaming"):  # accelerate's default would join rank 0's batches, which differ in length
-        args.setdefault("accelerator_config", {"dispatch_batches": False})
-        # LLaMA-Factory cuts a file into as many shards as there are workers: with none there would be no data.
-        args["dataloader_num_workers"] = args.get("dataloader_num_workers") or 1
-    checkpoint = newest_checkpoint(run_dir)
-    if checkpoint:
-        args["resume_from_checkpoint"] = str(checkpoint)
-        total = read_plan(run_dir).get("total_steps") or read_whole(checkpoint / "trainer_state.json")["max_steps"]
-        if checkpoint_step(checkpoint) >= total and not args.get("streaming"):
-            # The last checkpoint was written, the model was not. The trainer would train a step more.
-            args |= {"max_steps": -1, "num_train_epochs": 0.0}
-    return args
-
-
-class Stopped(Exception):
-    """Training ended early because a stop was asked for; its checkpoint is committed, there is no final model."""
-
-
-class Checkpoints:
-    """Trainer callback of every rank: stop together at the end of a step, and commit each checkpoint."""
-
-    def __init__(self, run_dir: Path):
-        self.run_dir, self.stopping, self.keep = run_dir, False, None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        # The trainer would remove old checkpoints before the new one is committed.
-        self.keep, args.save_total_limit = args.save_total_limit, None
-        state.compute_steps(args, state.max_steps)  # a resumed run would go by the checkpoint's save_steps and others
-        if self.agreed_to_stop(args):
-            raise Stopped
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step < state.max_steps and self.agreed_to_stop(args):
-            self.stopping = control.should_save = control.should_training_stop = True
-
-    def agreed_to_stop(self, args) -> bool:
-        """Whether any rank sees the STOP file, agreed by one all-reduce so that all stop at the same step."""
-        import torch
-
-        seen = torch.tensor(int((self.run_dir / "STOP").exists()), device=args.device)
-        torch.distributed.all_reduce(seen, op=torch.distributed.ReduceOp.MAX)
-        return bool(seen.item())
-
-    def on_save(self, args, state, control, **kwargs):
-        import torch
-
-        torch.distributed.barrier()  # every rank has written its part
-        if state.is_world_process_zero:
-            folder = self.run_dir / f"checkpoint-{state.global_step}"
-            commit_checkpoint(folder, args.world_size, not args.save_only_model)
-            best = Path(state.best_model_checkpoint or "").name
-            rotate_checkpoints(self.run_dir, self.keep, best)
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        if self.stopping:  # the checkpoint is committed: end without what an epoch and a training end with
-            control.should_save = control.should_evaluate = args.load_best_model_at_end = False
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.stopping:
-            raise Stopped  # after the other callbacks, which close what they report to
-
-
-class Reporter:
-    """Trainer callback of rank 0: the console's bar or lines, and SwanLab."""
-
-    LINES = 30
-
-    def __init__(self, console: TextIO, open_tracker: Callable[[], Tracker | None]):
-        self.console, self.open_tracker, self.tracker, self.bar, self.spoke = console, open_tracker, None, None, 0.0
-        self.evaluated: set[tuple[int, str]] = set()  # the step and name of every evaluation number
-        self.begun = self.mark = (0.0, 0, 0)  # time, step and tokens at the beginning and at the last log
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.tracker = self.open_tracker()
-        self.begun = self.mark = (time.monotonic(), state.global_step, state.num_input_tokens_seen)
-        if self.console.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, file=self.console, unit="step",
-                            leave=False)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.bar is not None:
-            self.bar.update(1)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in logs:
-            metrics = {"loss": logs["loss"], "learning_rate": logs["learning_rate"], "grad_norm": logs.get("grad_norm"),
-                       "epoch": logs["epoch"], **self.speed(args, state)}
-            self.show(metrics, state)
-            self.track({f"train/{name}": value for name, value in metrics.items()}, state)
-        # After training LLaMA-Factory evaluates again, though the last step may have been evaluated already.
-        elif found := {name: value for name, value in logs.items()
-                       if name.startswith("eval_") and (state.global_step, name) not in self.evaluated}:
-            self.evaluated |= {(state.global_step, name) for name in found}
-            self.show_evaluation(found, state)
-            self.track({name.replace("_", "/", 1): value for name, value in found.items()}, state)
-
-    def speed(self, args, state) -> dict[str, float]:
-        """Samples and tokens a second of the whole job since the last log."""
-        now = (time.monotonic(), state.global_step, state.num_input_tokens_seen)
-        seconds, steps, tokens = (new - old for new, old in zip(now, self.mark, strict=True))
-        self.mark = now
-        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return {"samples_per_second": steps * batch / seconds, "tokens_per_second": tokens / seconds}
-
-    def tokens_per_second(self) -> float | None:
-        """Of the whole job from the beginning of this start to the last log."""
-        seconds, _, tokens = (new - old for new, old in zip(self.mark, self.begun, strict=True))
-        return tokens / seconds if tokens else None
-
-    def track(self, metrics: dict, state) -> None:
-        if self.tracker:
-            numbers = {name: float(value) for name, value in metrics.items() if value is not None}
-            self.tracker.log(numbers, state.global_step)
-
-    def show(self, metrics: dict, state) -> None:
-        """The bar's text in a terminal; else a line, though of many no more than LINES in all or one a minute."""
-        text = f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}"
-        if self.bar is not None:
-            self.bar.set_description_str(text)
-            return
-        now, number = time.monotonic(), state.global_step // max(state.logging_steps, 1)
-        stride = math.ceil(state.max_steps / max(state.logging_steps, 1) / self.LINES)
-        if number % stride and self.spoke and now - self.spoke < 60:
-            return
-        self.spoke, done = now, state.global_step - self.begun[1]
-        left = (now - self.begun[0]) / max(done, 1) * (state.max_steps - state.global_step)
-        say(f"step {state.global_step}/{state.max_steps}  {text}  {metrics['tokens_per_second']:.0f} tokens/s  "
-            f"{format_seconds(left)} left", self.console)
-
-    def show_evaluation(self, found: dict, state) -> None:
-        """A line for each evaluation loss; with eval_on_each_dataset its name holds the data set."""
-        if self.bar is not None:
-            self.bar.clear()
-        for name in found:
-            if name.endswith("_loss"):
-                data = name[len("eval_"):-len("loss")].strip("_")
-                say(f"step {state.global_step}/{state.max_steps}  evaluation loss {found[name]:.4f}"
-                    + f" on {data}" * bool(data), self.console)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
-def as_callback(hooks: object) -> object:
-    """Give an object of ours the base class of transformers' callbacks, which the parent must not import."""
-    from transformers import TrainerCallback
-
-    hooks.__class__ = type(type(hooks).__name__, (type(hooks), TrainerCallback), {})
-    return hooks
-
-
-def run_worker(options: argparse.Namespace, env: dict[str, str]) -> int:
-    """Train as one rank: everything it prints goes to logs/rank<R>.log, rank 0 speaks on the console."""
-    agent, rank = os.getppid(), env["RANK"]
-    os.environ.setdefault(STARTED_VARIABLE, str(time.time()))
-    die_with_parent(agent)
-    if LAUNCHER_VARIABLE in env and parent_of(agent) != int(env[LAUNCHER_VARIABLE]):
-        leave(1)  # torchrun died before this process could ask to die with it
-    os.register_at_fork(after_in_child=settle_child)
-    run_dir, config = join_run(options, env)
-    # Our torchrun's SIGTERM means that another rank died; a torchrun of the user's passes on what it was sent.
-    heed_sigterm(agent if LAUNCHER_VARIABLE in env else 0, partial(request_stop, run_dir, signal.SIGTERM))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    console = redirect_output(run_dir / "logs" / f"rank{rank}.log")
-    try:
-        train(config, run_dir, console, env)
-    except BaseException:
-        record_error(run_dir, rank, traceback.format_exc(), console)
-        leave(1)
-    leave(0)
-
-
-def record_error(run_dir: Path, rank: str, text: str, console: TextIO) -> None:
-    """Leave a rank's traceback in its log and, for the launcher, in rank<R>.error; on a full disk on the console."""
-    say(text, sys.stderr)
-    path = run_dir / "logs" / f"rank{rank}.error"
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError:
-        say(f"rank {rank}: {text}", console)
-        with contextlib.suppress(OSError):
-            path.unlink()
-
-
-def leave(code: int) -> None:
-    """End this process now: no thread or hook of a library may keep a finished rank."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(code)
-
-
-def train(config: Config, run_dir: Path, console: TextIO, env: dict[str, str]) -> None:
-    """LLaMA-Factory's run_exp with our callbacks. Rank 0 records; the first process of the first machine speaks."""
-    expected = int(env["LOCAL_WORLD_SIZE"]) * read_count(env, "NNODES", 1)
-    if RUN_DIR_VARIABLE in env and int(env["WORLD_SIZE"]) != expected:
-        raise RuntimeError("the machines start different numbers of processes; give each the same number of GPUs")
-    run_exp = import_trainer(config)
-    records, speaks = env["RANK"] == "0", env["LOCAL_RANK"] == "0" and node_rank(env) == 0
-    console = console if speaks else sys.stdout
-    reporter = Reporter(console, partial(open_tracker, config, run_dir, env, console) if records else lambda: None)
-    callbacks = [Checkpoints(run_dir)] + [reporter] * (records or speaks)
-    state = "finished"
-    try:
-        run_exp(build_training_args(config, run_dir), [as_callback(hooks) for hooks in callbacks])
-    except Stopped:
-        state = "stopped"
-    reporter.close()
-    if records:
-        end_record(config, run_dir, state, reporter)
-    if speaks and RUN_DIR_VARIABLE not in env:  # a torchrun of the user's: no launcher will give the account
-        give_account(run_dir, config, console)
-
-
-def import_trainer(config: Config) -> Callable:
-    """Import what a rank needs without Python's cycle collector, which would take a quarter of the import time."""
-    gc.disable()
-    from llamafactory.train.tuner import run_exp
-    from torch.serialization import register_package
-
-    # Several CPU ranks resume to the device cpu:0, which torch.load knows as cpu only.
-    register_package(99, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None)
-    if config.values.get("deepspeed"):
-        import deepspeed  # noqa: F401  run_exp would, with the collector on
-    gc.enable()
-    gc.freeze()
-    return run_exp
-
-
-def end_record(config: Config, run_dir: Path, state: str, reporter: Reporter) -> None:
-    """On rank 0, after training: end SwanLab's record, draw what LLaMA-Factory has not drawn, write summary.json."""
-    if reporter.tracker:
-        reporter.tracker.finish(*(("success", None) if state == "finished" else ("aborted", "stopped by the user")))
-    if "wandb" in reporters(config.values):
-        finish_wandb()
-    if state == "stopped" and config.values.get("plot_loss") and logged_losses(run_dir):
-        draw_curve(run_dir)
-    write_summary(run_dir, summarize(run_dir, state, float(os.environ[STARTED_VARIABLE]), peak_memory=peak_memory(),
-                                     tokens_per_second=reporter.tokens_per_second()))
-
-
-def finish_wandb(seconds: float = 60) -> None:
-    """End wandb's run, which it does at Python's exit and this process ends without; it waits without limit for its
-    service, so not for longer than `seconds`."""
-    import wandb
-
-    thread = threading.Thread(target=wandb.finish, daemon=True)
-    thread.start()
-    thread.join(seconds)
-
-
-def open_tracker(config: Config, run_dir: Path, env: dict[str, str], console: TextIO) -> Tracker | None:
-    """Start SwanLab's process, once the data is tokenized; None where the run does not report to it."""
-    tracking = setup_experiment_tracking(config, run_dir, env)
-    if tracking and tracking.mode == "disabled":
-        return None
-    return Tracker(tracking, run_dir, describe_run(config, run_dir), partial(say, stream=console)) if tracking else None
-
-
-def describe_run(config: Config, run_dir: Path) -> dict:
-    """What a tracker shows beside the curves: the resolved configuration without secrets, the plan's numbers, the
-    GPU, the versions and the git commit of the working directory."""
-    import torch
-
-    return {
-        **config.values,
-        "plan": {key: value for key, value in read_plan(run_dir).items() if key in PLAN_KEYS[2:8]},
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "git_commit": git_commit(),
-        "versions": {name: installed_version(name) for name in (*WORKING_VERSIONS, "swanlab")},
-    }
-
-
-def git_commit() -> str | None:
-    """The git commit of the working directory; None where there is none, or no git."""
-    with contextlib.suppress(OSError):
-        return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip() or None
-    return None
-
-
-def peak_memory() -> int:
-    """The most memory this rank used, in bytes: of its GPU, or resident on a CPU."""
-    import resource
-
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_reserved()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def settle_child() -> None:
-    """In a process that a worker forks, to tokenize or to load data: die with it, and end at its SIGTERM only, since
-    a scheduler's SIGTERM to everybody must cost neither the checkpoint nor a pool that the worker waits for."""
-    parent = os.getppid()
-    die_with_parent(parent)
-    heed_sigterm(parent, lambda: None)
-
-
-def heed_sigterm(boss: int, otherwise: Callable[[], None]) -> None:
-    """End this process at the `boss` process's SIGTERM, and do `otherwise` at anybody else's.
-
-    A thread waits for it, since a rank inside a collective runs no Python signal handler.
-    """
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
-    def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != boss:
-            otherwise()
-        os._exit(128 + signal.SIGTERM)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def join_run(options: argparse.Namespace, env: dict[str, str]) -> tuple[Path, Config]:
-    """This rank's run directory and configuration: the parent's or, under a torchrun of the user's, rank 0's."""
-    run_dir = Path(env[RUN_DIR_VARIABLE]) if RUN_DIR_VARIABLE in env else agree_on_run(options, env)
-    secrets = json.loads(os.environ.pop(SECRETS_VARIABLE, "{}"))
-    config = derive_accumulation(load_config(run_dir / "config.yaml", {}), int(env["WORLD_SIZE"]))[0]
-    return run_dir, replace(config, secrets=secrets)
-
-
-def agree_on_run(options: argparse.Namespace, env: dict[str, str]) -> Path:
-    """Rank 0 checks, plans and creates the run directory, and tells the others through torchrun's own store."""
-    nodes = int(env["WORLD_SIZE"]) // int(env["LOCAL_WORLD_SIZE"])
-    env = {**env, "NPROC_PER_NODE": env["LOCAL_WORLD_SIZE"], "NNODES": str(nodes), "NODE_RANK": env["GROUP_RANK"]}
-    config = load_config(Path(options.resume, "config.yaml") if options.resume else options.config, options.overrides)
-    devices = resolve_devices(config, env, query_gpus()[0])
-    os.environ.update(device_environment(devices, env))  # before torch is imported
-    from torch.distributed import PrefixStore, rendezvous
-
-    store, rank, _ = next(rendezvous("env://"))
-    store = PrefixStore("qwen3_ft", store)
-    if rank == 0:
-        try:
-            store.set("answer", str(open_run(options, env) or 0))
-        except LaunchError:
-            store.set("answer", "2")
-            raise
-    answer = store.get("answer").decode()  # the run directory, or the exit code of all ranks
-    if answer.isdecimal():
-        leave(int(answer))
-    run_dir = Path(answer)
-    os.environ.update(build_worker_environment(devices, run_dir, config, dict(os.environ)))
-    return run_dir
-
-
-def open_run(options: argparse.Namespace, env: dict[str, str]) -> Path | None:
-    """The run directory, ready and held by this process until it ends; None where there is nothing to train."""
-    job = get_ready(options, env)
-    if not job:
-        return None
-    run_dir = take_run_dir(job, env)
-    with lock_run(run_dir) as lock:
-        os.dup(lock.fileno())  # holds the lock until this process ends
-    write_run_files(job, run_dir, env)
-    make_ready(run_dir)
-    return run_dir
-
-
 def redirect_output(log: Path | None) -> TextIO:
-    """Send stdout and stderr, of C++ code too, to `log` (None: stdout to stderr); returns what was stdout."""
+    """Send stdout and stderr, also of C++ code, to `log` (None: stdout to stderr).
+
+    Returns what was stdout.
+    """
     console = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="replace")
     if log is None:
         os.dup2(2, 1)
@@ -2961,193 +5115,6 @@ def redirect_output(log: Path | None) -> TextIO:
             os.dup2(file.fileno(), 2)
     sys.stdout.reconfigure(line_buffering=True)
     return console
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The flow
-# ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Job:
-    """A run that could start: its configuration with every value cast, its plan, and what speaks against it.
-
-    `plan` is None where a value is so wrong that there is nothing to plan; `model` is what the plan says of the
-    model; `run_dir` is the directory of the run that is resumed, None where a new one will be created.
-    """
-
-    config: Config
-    plan: Plan | None
-    model: str
-    problems: list[Problem]
-    run_dir: Path | None = None
-
-
-def prepare(options: argparse.Namespace, env: dict[str, str], run_dir: Path | None) -> Job:
-    """From the command line to a plan and all problems, writing nothing; `run_dir` is the run that is resumed.
-
-    Raises LaunchError for unreadable input.
-    """
-    config = load_config(run_dir / "config.yaml" if run_dir else options.config, options.overrides)
-    if run_dir:
-        config = replace(config, values={**config.values, "output_dir": str(run_dir.parent), "run_name": run_dir.name})
-    fields = known_fields()
-    config, problems = check_keys(config, fields) if fields else (config, [])
-    out_of_range = check_ranges(config)
-    problems, broken = problems + out_of_range, bool(out_of_range)
-    devices, nodes, gpus, found = inspect_machine(config, env)
-    zero, more = inspect_deepspeed(config)
-    config, wrong = (config, []) if broken else derive_accumulation(config, devices.processes * nodes)
-    problems += found + more + wrong + check_packages(config, zero, env) + check_output(config)
-    problems += check_values(config, zero)
-    model, name, wrong = inspect_model(config)
-    rows, more = inspect_data(config, "dataset")
-    problems += wrong + more + inspect_data(config, "eval_dataset")[1]
-    plan = None if broken else make_plan(config, devices, zero, model, rows, gpus, nodes)
-    problems += check_plan(plan, config, gpus) if plan and not found else []
-    if plan and run_dir:
-        problems += (check_alive(run_dir) if node_rank(env) == 0 else []) or check_resume(config, plan, run_dir)
-    return Job(config, plan, name, problems, run_dir)
-
-
-PLAN_KEYS = ("devices", "devices_reason", "world_size", "global_batch_size", "samples", "steps_per_epoch",
-             "total_steps", "parameters", "memory_per_gpu", "host_memory", "checkpoint_bytes", "disk_bytes",
-             "gathered_bytes_per_step", "data")
-
-
-def plan_data(job: Job, command: list[str] | None, environment: dict[str, str]) -> dict:
-    """The plan as one JSON object; null where something cannot be known. Sizes in bytes."""
-    plan = job.plan
-    known = {} if plan is None else {
-        "devices": list(plan.devices.ids), "devices_reason": plan.devices.reason, "world_size": plan.world_size,
-        "global_batch_size": plan.global_batch, "samples": plan.steps.samples, "steps_per_epoch": plan.steps.per_epoch,
-        "total_steps": plan.steps.total, "parameters": plan.model and plan.model.parameters,
-        "memory_per_gpu": plan.memory, "host_memory": plan.host_memory, "checkpoint_bytes": plan.checkpoint_bytes,
-        "disk_bytes": plan.disk_bytes, "gathered_bytes_per_step": plan.gathered, "data": data_files(job.config),
-    }
-    return {**dict.fromkeys(PLAN_KEYS), **known, "problems": [problem.text for problem in job.problems],
-            "command": command, "environment": environment}
-
-
-def commands(job: Job, run_dir: Path, env: dict[str, str]) -> tuple[list[str], dict[str, str], dict]:
-    """The torchrun command, the workers' environment, and the plan as data with what of both may be shown."""
-    command = build_torchrun_command(job.plan.devices, run_dir / "config.yaml", env)
-    worker_env = build_worker_environment(job.plan.devices, run_dir, job.config, env)
-    hidden = (SECRETS_VARIABLE, STARTED_VARIABLE, *SECRET_ENVIRONMENT.values())
-    shown = {key: value for key, value in worker_env.items() if key not in hidden
-             and (env.get(key) != value or key == "CUDA_VISIBLE_DEVICES")}
-    return command, worker_env, plan_data(job, command, shown)
-
-
-def dry_run(job: Job, as_json: bool, env: dict[str, str]) -> None:
-    """Print the plan and the exact command; start nothing and write nothing."""
-    if job.plan is None:
-        say(json.dumps(plan_data(job, None, {}), indent=1) if as_json else "no plan: see the errors")
-        return
-    try:
-        run_dir = job.run_dir or Path(job.plan.values["output_dir"]) / run_name(job.config, time.time())
-    except LaunchError as error:
-        job.problems.extend(error.problems)
-        run_dir = Path(job.plan.values["output_dir"])
-    command, _, data = commands(job, run_dir, env)
-    if as_json:
-        say(json.dumps(data, indent=1))
-        return
-    show_plan(job, run_dir, env)
-    say("command     " + " ".join([*(f"{key}={shlex.quote(value)}" for key, value in data["environment"].items()),
-                                     shlex.join(command)]))
-
-
-def show_plan(job: Job, run_dir: Path, env: dict[str, str]) -> None:
-    """Print the plan, one screen."""
-    tracking = setup_experiment_tracking(job.config, run_dir, env)
-    trackers = [str(tracking)] * bool(tracking) + [name for name in reporters(job.config.values) if name != "swanlab"]
-    lines = [*plan_lines(job.plan, job.model), ("tracking", ", ".join(trackers) or "none"), ("run", str(run_dir))]
-    for label, text in lines:
-        say(f"{label:<12}{text}")
-
-
-def take_run_dir(job: Job, env: dict[str, str]) -> Path:
-    """The run directory: the old one of a run that goes on, else a new one, which the first machine creates."""
-    return job.run_dir or (create_run_dir(job.config) if node_rank(env) == 0 else await_run_dir(job.config))
-
-
-def write_run_files(job: Job, run_dir: Path, env: dict[str, str]) -> tuple[list[str], dict[str, str]]:
-    """Write config.yaml and plan.json (the first machine does) and show the plan; returns torchrun's command and
-    the workers' environment."""
-    command, worker_env, data = commands(job, run_dir, env)
-    if node_rank(env) == 0:
-        (run_dir / "STOP").unlink(missing_ok=True)  # an old one; from here on it is ours
-        try:
-            write_whole(run_dir / "plan.json", json.dumps(data, indent=1) + "\n")
-            write_whole(run_dir / "config.yaml", launchable_config(job.config, job.plan.devices))
-        except OSError as error:
-            raise LaunchError(f"{error.filename}: cannot be written: {error.strerror.lower()}") from None
-        show_plan(job, run_dir, env)
-    return command, worker_env
-
-
-def get_ready(options: argparse.Namespace, env: dict[str, str]) -> Job | None:
-    """The job to start; None after a dry run, and where the run to resume is finished.
-
-    Raises LaunchError with all problems that --force does not overrule.
-    """
-    run_dir = find_run(options)
-    if run_dir and is_finished(run_dir):
-        say(f"{run_dir}: this run is finished; nothing to resume. To train its model further: python {SCRIPT.name} "
-            f"model_name_or_path={run_dir}")
-        return None
-    job = prepare(options, env, run_dir)
-    if options.dry_run:
-        dry_run(job, options.json, env)
-    stopping = [problem for problem in job.problems if not (problem.overrule and options.force)]
-    if stopping:
-        raise LaunchError(*stopping)
-    return None if options.dry_run else job
-
-
-def launch(job: Job, env: dict[str, str], verbose: bool) -> int:
-    """Start the run, watch it to its end and give the account; returns the exit code."""
-    run_dir, first = take_run_dir(job, env), node_rank(env) == 0
-    nothing, log = contextlib.nullcontext(), run_dir / "logs" / "rank0.log"
-    with lock_run(run_dir) if first else nothing, follow(log) if verbose else nothing:
-        command, worker_env = write_run_files(job, run_dir, env)
-        clear_stale_locks(Path(worker_env["TORCH_EXTENSIONS_DIR"]))
-        code = supervise(command, worker_env, run_dir, job.config.values.get("max_restarts", 3), first)
-    if first:
-        give_account(run_dir, job.config, sys.stdout)
-    return code
-
-
-def settle_streams() -> None:
-    """Open what was closed of stdin, stdout and stderr, and print what a terminal cannot encode all the same."""
-    for descriptor in (0, 1, 2):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest free number: this one
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the launcher, or a worker where torchrun started this process; returns the exit code."""
-    settle_streams()
-    try:
-        options, env = parse_arguments(sys.argv[1:] if argv is None else argv), dict(os.environ)
-        if options.tracker:
-            return run_tracker()
-        if UNDER_TORCHRUN in env:
-            return run_worker(options, env)
-        job = get_ready(options, env)
-        return launch(job, env, options.verbose) if job else 0
-    except LaunchError as error:
-        for problem in error.problems:
-            say(f"error: {problem.text}{' (--force overrules this)' if problem.overrule else ''}", sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT  # before the run began; from then on StopRequest takes Ctrl-C
 
 
 if __name__ == "__main__":

@@ -19,10 +19,16 @@ from helpers.launcher import FAKES, Run, clean_environment, losses, run, train
 LONG = (
     "test_training",
     "test_tracker",
+    "test_health",
     "test_restarts",
+    "test_reshard",
     "test_stops",
+    "test_commit",
     "test_checkpoints",
     "test_nodes",
+    "test_notify",
+    "test_failures",
+    "test_promises",
 )
 
 
@@ -65,7 +71,9 @@ def launcher(
         command = [sys.executable, str(script)]
         shown = tmp_path_factory.mktemp("shown")
         done = run(shown, *args, ranks=None, env=full, cwd=cwd, command=command, apart=True)
-        return SimpleNamespace(returncode=done.returncode, stdout=done.console, stderr=done.errors)
+        return SimpleNamespace(
+            returncode=done.returncode, stdout=done.console, stderr=done.errors
+        )
 
     return launch
 

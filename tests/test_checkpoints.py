@@ -122,7 +122,9 @@ def test_a_run_killed_in_its_saves_keeps_as_many_checkpoints_as_it_should(killed
 
 
 def test_each_report_of_a_kill_names_the_rank_that_was_killed(killed_in_saves: Run):
-    named = re.findall(r"^rank (\d) was killed by SIGKILL", killed_in_saves.console, re.MULTILINE)
+    named = re.findall(
+        r"^rank (\d) was killed by SIGKILL", killed_in_saves.console, re.MULTILINE
+    )
     assert list(map(int, named)) == [rank for _, rank in IN_SAVES.values()]
 
 
@@ -134,7 +136,9 @@ def test_a_kill_in_a_rotation_and_one_in_a_later_save_leave_a_trusted_checkpoint
     assert [int(step) for step in resumed[rotation : rotation + 2]] == [4, 5]
 
 
-def test_a_run_that_keeps_one_checkpoint_has_it_until_the_next_is_committed(killed_in_saves: Run):
+def test_a_run_that_keeps_one_checkpoint_has_it_until_the_next_is_committed(
+    killed_in_saves: Run,
+):
     """Each kill before a commit finds the one checkpoint of the step before."""
     resumed = re.findall(r"resuming from checkpoint-(\d+)", killed_in_saves.console)
     assert list(map(int, resumed)) == [1, 2, 4, 5, 6, 7]
@@ -200,7 +204,9 @@ def test_a_file_system_without_locks_and_folder_syncs_holds_runs_and_checkpoints
     assert checkpoint_problem(tmp_path / "checkpoint-12") == ""
 
 
-def test_moving_aside_never_overwrites_what_was_moved_aside_before(reference: Run, tmp_path: Path):
+def test_moving_aside_never_overwrites_what_was_moved_aside_before(
+    reference: Run, tmp_path: Path
+):
     for _ in range(2):
         shutil.copytree(reference.run_dir / "checkpoint-12", tmp_path / "checkpoint-12")
         (tmp_path / "checkpoint-12" / MANIFEST).unlink()
@@ -215,7 +221,9 @@ def test_moving_aside_never_overwrites_what_was_moved_aside_before(reference: Ru
 def mount(*arguments: object) -> bool:
     """Whether mount could be called and succeeded."""
     with contextlib.suppress(OSError):
-        return subprocess.run(["mount", *map(str, arguments)], capture_output=True).returncode == 0
+        return (
+            subprocess.run(["mount", *map(str, arguments)], capture_output=True).returncode == 0
+        )
     return False
 
 
@@ -229,9 +237,13 @@ def full_disk(scratch: Path) -> Iterator[SimpleNamespace]:
     try:
         full = run(folder, write_config(folder, save_total_limit=4), "--force")
         kept = [
-            path.name for path in full.run_dir.glob("checkpoint-*") if not checkpoint_problem(path)
+            path.name
+            for path in full.run_dir.glob("checkpoint-*")
+            if not checkpoint_problem(path)
         ]
-        described = [(full.run_dir / name).read_bytes() for name in ("config.yaml", "plan.json")]
+        described = [
+            (full.run_dir / name).read_bytes() for name in ("config.yaml", "plan.json")
+        ]
         still_full = run(folder, "--resume", full.run_dir, "--force", "logging_steps=1")
         after = [(full.run_dir / name).read_bytes() for name in ("config.yaml", "plan.json")]
         mount("-o", "remount,size=400m", out)

@@ -106,7 +106,9 @@ def test_anchors_and_merge_keys_work(tmp_path):
             b"stage: sft\nval:\n\tseed: 1\n", r"bad\.yaml:3: .*tab", id="tab-as-indentation"
         ),
         pytest.param(
-            b"- stage: sft\n- seed: 1\n", r"bad\.yaml:1: .*key: value.*list", id="list-at-top-level"
+            b"- stage: sft\n- seed: 1\n",
+            r"bad\.yaml:1: .*key: value.*list",
+            id="list-at-top-level",
         ),
         pytest.param(b"just text\n", r"bad\.yaml:1: .*key: value", id="text-at-top-level"),
         pytest.param(b"", r"bad\.yaml:1: .*empty", id="empty-file"),
@@ -197,7 +199,9 @@ def test_override_that_is_no_yaml_is_named(here, write_config):
 
 def test_problem_in_an_override_is_placed_on_the_command_line(here, write_config):
     done = here(write_config(), "num_train_epochs=three", "--dry-run")
-    assert re.search(r"command line: num_train_epochs: expected a number, got 'three'", done.stderr)
+    assert re.search(
+        r"command line: num_train_epochs: expected a number, got 'three'", done.stderr
+    )
 
 
 def test_overrides_stand_before_after_and_between(plan_of, write_config):
@@ -221,7 +225,9 @@ def test_the_last_of_two_equal_overrides_wins(plan_of, write_config):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        pytest.param(["a.yaml", "b.yaml"], r"one CONFIG\.yaml.*a\.yaml b\.yaml", id="two-configs"),
+        pytest.param(
+            ["a.yaml", "b.yaml"], r"one CONFIG\.yaml.*a\.yaml b\.yaml", id="two-configs"
+        ),
         pytest.param(["--dryrun"], r"--dryrun.*--help", id="unknown-option"),
         pytest.param(["--dry"], r"--dry.*--help", id="abbreviated-option"),
         pytest.param(["--json"], r"--json.*--dry-run", id="json-without-dry-run"),
@@ -273,7 +279,9 @@ def test_input_is_looked_up_in_the_working_directory_first(
 def test_input_is_looked_up_beside_the_script_next(elsewhere, write_config, plan_of, tmp_path):
     config = write_config(dataset_dir="data")
     (tmp_path / "empty").mkdir()
-    assert plan_of(config, script=elsewhere / SCRIPT.name, cwd=tmp_path / "empty")["samples"] == 7
+    assert (
+        plan_of(config, script=elsewhere / SCRIPT.name, cwd=tmp_path / "empty")["samples"] == 7
+    )
 
 
 def test_output_is_in_the_working_directory(elsewhere, write_config, launcher, tmp_path):
@@ -291,7 +299,9 @@ def test_output_is_in_the_working_directory(elsewhere, write_config, launcher, t
 
 def test_spaces_and_other_alphabets_in_every_path(tmp_path, write_config, launcher, elsewhere):
     place = tmp_path / "größe und 表"
-    config = write_config(name="größe und 表/конфиг один.yaml", output_dir=str(place / "aus gabe"))
+    config = write_config(
+        name="größe und 表/конфиг один.yaml", output_dir=str(place / "aus gabe")
+    )
     done = launcher(config, "--dry-run", script=elsewhere / SCRIPT.name, cwd=place)
     assert done.returncode == 0, done.stderr
     assert str(place / "aus gabe") in done.stdout
@@ -302,7 +312,9 @@ def test_default_config_is_found_from_any_directory(launcher, tmp_path):
     assert "Qwen/Qwen3-14B" in done.stdout
 
 
-@pytest.mark.parametrize("key", ["model_name_or_path", "dataset_dir", "deepspeed", "output_dir"])
+@pytest.mark.parametrize(
+    "key", ["model_name_or_path", "dataset_dir", "deepspeed", "output_dir"]
+)
 def test_relative_path_becomes_absolute(tmp_path, monkeypatch, key):
     (tmp_path / "there").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -366,7 +378,9 @@ SECRET_KEYS = [
 SECRET_VARIABLES = ["SWANLAB_API_KEY", "HF_TOKEN", "WANDB_API_KEY", "MODELSCOPE_API_TOKEN"]
 
 
-@pytest.mark.parametrize("options", [["--dry-run"], ["--dry-run", "--json"]], ids=["text", "json"])
+@pytest.mark.parametrize(
+    "options", [["--dry-run"], ["--dry-run", "--json"]], ids=["text", "json"]
+)
 @pytest.mark.parametrize("given", ["yaml", "override", "environment"])
 def test_secret_is_never_shown(launcher, write_config, given, options):
     in_file = dict.fromkeys(SECRET_KEYS, SECRET) if given == "yaml" else {}
@@ -378,7 +392,9 @@ def test_secret_is_never_shown(launcher, write_config, given, options):
 
 
 def test_secret_never_stays_among_the_values(tmp_path):
-    values = read(tmp_path, "stage: sft\n" + "".join(f"{key}: {SECRET}\n" for key in SECRET_KEYS))
+    values = read(
+        tmp_path, "stage: sft\n" + "".join(f"{key}: {SECRET}\n" for key in SECRET_KEYS)
+    )
     assert values == {"stage": "sft"}
 
 
@@ -452,7 +468,8 @@ def test_a_python_without_pyyaml_gets_one_line():
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert (
-        done.stderr == "error: package pyyaml is not installed; pip install -r requirements.txt\n"
+        done.stderr
+        == "error: package pyyaml is not installed; pip install -r requirements.txt\n"
     )
 
 
@@ -488,7 +505,11 @@ def test_dry_run_imports_nothing_heavy(clean_env, write_config, tmp_path):
         "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], env=clean_env, cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        env=clean_env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert done.stdout.endswith("[]\n"), done.stderr
 

@@ -24,7 +24,12 @@ TRAIN = json.loads((DATA / "code2sql_demo.json").read_text(encoding="utf-8"))
 HELD_OUT = json.loads((DATA / "code2sql_heldout.json").read_text(encoding="utf-8"))
 PAIRS = TRAIN + HELD_OUT
 DATA_FILES = ["code2sql_demo.json", "code2sql_heldout.json", "dataset_info.json", "schemas.sql"]
-MODEL_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+MODEL_FILES = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+]
 ORMS = ["SQLAlchemy", "Django", "GORM"]
 OPERATIONS = {
     "condition": r" WHERE ",
@@ -134,7 +139,8 @@ def test_held_out_has_100_pairs():
 
 def test_pairs_have_the_three_alpaca_fields_and_none_is_empty():
     assert all(
-        list(pair) == ["instruction", "input", "output"] and all(pair.values()) for pair in PAIRS
+        list(pair) == ["instruction", "input", "output"] and all(pair.values())
+        for pair in PAIRS
     )
 
 
@@ -207,7 +213,9 @@ def test_most_statements_find_rows_in_the_seeded_database(database):
     """Else the comparisons below would compare nothing with nothing."""
     before = contents(lambda text: database.execute(text).fetchall())
     empty = [
-        sql for sql in (pair["output"] for pair in PAIRS) if run_sql(database, sql) in ([], before)
+        sql
+        for sql in (pair["output"] for pair in PAIRS)
+        if run_sql(database, sql) in ([], before)
     ]
     assert len(empty) < 0.05 * len(PAIRS)
 
@@ -215,9 +223,13 @@ def test_most_statements_find_rows_in_the_seeded_database(database):
 def test_most_statements_give_another_result_without_their_conditions(database):
     """MAX and MIN aside: the extreme of some rows is often that of all rows."""
     sqls = [pair["output"] for pair in PAIRS]
-    with_where = [sql for sql in sqls if " WHERE " in sql and not re.search(r"(MAX|MIN)\(", sql)]
+    with_where = [
+        sql for sql in sqls if " WHERE " in sql and not re.search(r"(MAX|MIN)\(", sql)
+    ]
     same = [
-        sql for sql in with_where if run_sql(database, sql) == run_sql(database, without_where(sql))
+        sql
+        for sql in with_where
+        if run_sql(database, sql) == run_sql(database, without_where(sql))
     ]
     assert len(same) < 0.02 * len(with_where)
 
@@ -256,7 +268,8 @@ def alchemy():
 
     names = {name: getattr(sqlalchemy, name) for name in ("select", "update", "delete", "func")}
     names |= {
-        model_name(table): alchemy_model(Base, table, columns) for table, columns in COLUMNS.items()
+        model_name(table): alchemy_model(Base, table, columns)
+        for table, columns in COLUMNS.items()
     }
     engine = sqlalchemy.create_engine("sqlite://", poolclass=StaticPool)
     raw = engine.raw_connection()
@@ -348,7 +361,9 @@ def test_sqlalchemy_compiles_to_the_text_of_the_sql(alchemy):
 
 def django_model(models, table, columns):
     fields = {"__module__": __name__}
-    fields["Meta"] = type("Meta", (), {"app_label": "demo", "db_table": table, "managed": False})
+    fields["Meta"] = type(
+        "Meta", (), {"app_label": "demo", "db_table": table, "managed": False}
+    )
     for name, declaration in itertools.islice(columns.items(), 1, None):
         target = referred_table(declaration)
         if target:

@@ -10,7 +10,13 @@ import pytest
 from helpers import SCRIPT
 from helpers.config import write_json
 from helpers.launcher import FAKES, fake_gpus, free_port
-from train_qwen3_ft import Config, LaunchError, build_torchrun_command, node_rank, resolve_devices
+from train_qwen3_ft import (
+    Config,
+    LaunchError,
+    build_torchrun_command,
+    node_rank,
+    resolve_devices,
+)
 
 UUID = "GPU-00000001-0000-4000-8000-000000000000"  # the fake NVML's GPU 1
 MIG = "MIG-0a1b2c3d-1111-2222-3333-444455556666"
@@ -123,7 +129,8 @@ def test_ids_are_read_from(asked, ids):
 
 
 @pytest.mark.parametrize(
-    ("text", "ids"), [("0,1", ("0", "1")), (" 1", ("1",)), ("", ()), ("-1", ()), (UUID, (UUID,))]
+    ("text", "ids"),
+    [("0,1", ("0", "1")), (" 1", ("1",)), ("", ()), ("-1", ()), (UUID, (UUID,))],
 )
 def test_ids_in_the_environment_are_read_likewise(text, ids):
     assert choose("7", {"CUDA_VISIBLE_DEVICES": text}) == ids
@@ -184,7 +191,9 @@ def test_ids_that_do_not_exist_are_listed_with_those_that_do(here, write_config)
 
 
 @pytest.mark.parametrize(
-    ("uuid", "gpus"), [(UUID, 2), (UUID[:12], 2), (UUID[:7], 1)], ids=["full", "prefix", "short"]
+    ("uuid", "gpus"),
+    [(UUID, 2), (UUID[:12], 2), (UUID[:7], 1)],
+    ids=["full", "prefix", "short"],
 )
 def test_uuid_that_exists_is_accepted(plan_on, uuid, gpus):
     plan = plan_on(fake_gpus(gpus), cuda_visible_devices=uuid)
@@ -201,7 +210,9 @@ def test_uuid_prefix_of_two_gpus_is_refused(plan_on):
 
 def test_uuid_that_does_not_exist_is_refused(plan_on):
     problems = plan_on(fake_gpus(2), cuda_visible_devices="GPU-ffff")["problems"]
-    assert re.search(r"GPU GPU-ffff does not exist.*0 \(NVIDIA Test GPU\), 1", " ".join(problems))
+    assert re.search(
+        r"GPU GPU-ffff does not exist.*0 \(NVIDIA Test GPU\), 1", " ".join(problems)
+    )
 
 
 def test_gpu_named_by_number_and_by_uuid_is_refused(plan_on):
@@ -272,7 +283,11 @@ def test_nodes_multiply_the_processes(plan_on):
 
 def test_use_cpu_takes_no_gpu(plan_of, write_config):
     plan = plan_of(write_config(cuda_visible_devices="0,1"), gpus=fake_gpus(2))
-    assert (plan["devices"], plan["world_size"], plan["environment"]["CUDA_VISIBLE_DEVICES"]) == (
+    assert (
+        plan["devices"],
+        plan["world_size"],
+        plan["environment"]["CUDA_VISIBLE_DEVICES"],
+    ) == (
         [],
         1,
         "",
@@ -306,7 +321,10 @@ def test_use_cpu_in_other_words(plan_of, write_config, value):
             "0,1", "0,1", r"GPUs 0,1 \(from CUDA_VISIBLE_DEVICES\), 2 proc", id="both-agree"
         ),
         pytest.param(
-            None, "1", r"GPU 1 \(from CUDA_VISIBLE_DEVICES\), 1 process\b", id="environment-alone"
+            None,
+            "1",
+            r"GPU 1 \(from CUDA_VISIBLE_DEVICES\), 1 process\b",
+            id="environment-alone",
         ),
         pytest.param(
             "2",
@@ -411,7 +429,9 @@ def test_without_nvml_the_launcher_says_that_gpus_were_not_checked(
     assert re.search(r"not checked.*nvidia-ml-py", done.stdout + done.stderr)
 
 
-def test_without_nvml_and_without_ids_the_user_is_asked_for_them(tmp_path, clean_env, write_config):
+def test_without_nvml_and_without_ids_the_user_is_asked_for_them(
+    tmp_path, clean_env, write_config
+):
     done = without_nvml(tmp_path, clean_env, write_config(use_cpu=None), "--dry-run")
     assert done.returncode == 2
     assert re.search(r"nvidia-ml-py is not installed", done.stderr)
@@ -453,9 +473,14 @@ def test_environment_that_hides_all_gpus_is_named(here, write_config, text):
 
 
 @pytest.mark.parametrize("options", [["--dry-run"], []], ids=["dry-run", "launch"])
-def test_environment_that_hides_all_gpus_shows_no_plan_of_0_processes(here, write_config, options):
+def test_environment_that_hides_all_gpus_shows_no_plan_of_0_processes(
+    here, write_config, options
+):
     done = here(
-        write_config(use_cpu=None), *options, gpus=fake_gpus(2), env={"CUDA_VISIBLE_DEVICES": ""}
+        write_config(use_cpu=None),
+        *options,
+        gpus=fake_gpus(2),
+        env={"CUDA_VISIBLE_DEVICES": ""},
     )
     assert (done.returncode, done.stdout) == (2, "")
 
@@ -508,7 +533,9 @@ def test_command_leaves_the_environment_it_was_given_alone(tmp_path):
             id="node-rank-no-number",
         ),
         pytest.param({"MASTER_PORT": "ssh"}, r"MASTER_PORT.*number.*ssh", id="port-no-number"),
-        pytest.param({"MASTER_PORT": "70000"}, r"MASTER_PORT.*65535.*70000", id="port-too-large"),
+        pytest.param(
+            {"MASTER_PORT": "70000"}, r"MASTER_PORT.*65535.*70000", id="port-too-large"
+        ),
     ],
 )
 def test_environment_of_several_nodes_is_checked(here, write_config, env, message):

@@ -119,9 +119,12 @@ def test_a_run_that_was_stopped_while_it_waited_for_a_lost_node_resumes(
         leader.see("restart 1 of 3")
         leader.process.send_signal(signal.SIGINT)
         assert leader.wait(30) == 130, leader.console
-        variables = f"NNODES=2 NODE_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT={first['MASTER_PORT']}"
+        variables = (
+            f"NNODES=2 NODE_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT={first['MASTER_PORT']}"
+        )
         assert (
-            f"resume      {variables} python {SCRIPT} --resume {leader.run_dir}" in leader.console
+            f"resume      {variables} python {SCRIPT} --resume {leader.run_dir}"
+            in leader.console
         )
     with Run(
         tmp_path, config, "run_name=lost", ranks=1, env=second
@@ -207,7 +210,9 @@ def test_two_network_namespaces_train_one_run(
     namespaces: list[str], tmp_path: Path, reference: Run
 ):
     config, environments = write_config(tmp_path), nodes(2, "10.77.0.1")
-    commands = [["ip", "netns", "exec", name, sys.executable, str(SCRIPT)] for name in namespaces]
+    commands = [
+        ["ip", "netns", "exec", name, sys.executable, str(SCRIPT)] for name in namespaces
+    ]
     for name, env in zip(namespaces, environments, strict=True):
         env["GLOO_SOCKET_IFNAME"] = (
             f"v{name[-6:]}"  # gloo would ask for the host name's address, which both share

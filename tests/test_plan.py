@@ -91,7 +91,13 @@ def test_steps_equal_those_of_accelerate_and_transformers():
     grid = [
         dict(samples=n, micro=m, accumulation=a, ranks=r, epochs=e, drop_last=d, max_steps=s)
         for n, m, a, r, e, d, s in product(
-            (7, 64, 1000, 1001), (1, 3, 8), (1, 4), (1, 2, 4), (0.3, 1, 2.5), (False, True), (-1, 5)
+            (7, 64, 1000, 1001),
+            (1, 3, 8),
+            (1, 4),
+            (1, 2, 4),
+            (0.3, 1, 2.5),
+            (False, True),
+            (-1, 5),
         )
         if not (d and n < m * r)
     ]
@@ -235,7 +241,9 @@ def test_limit_keeps_a_long_file_cheap(tmp_path, write_config, clean_env):
     plain = measure(config, clean_env, tmp_path)[0]
     (tmp_path / "data" / "tiny.json").unlink()
     with open(tmp_path / "data" / "tiny.jsonl", "w") as file:
-        file.writelines(['{"instruction": "select them all", "output": "SELECT 1;"}\n'] * 1_000_000)
+        file.writelines(
+            ['{"instruction": "select them all", "output": "SELECT 1;"}\n'] * 1_000_000
+        )
     write_json(tmp_path / "data" / "dataset_info.json", {"tiny": {"file_name": "tiny.jsonl"}})
     assert measure(config, clean_env, tmp_path)[0] - plain < 0.2
 
@@ -286,7 +294,9 @@ def test_max_samples_counts_for_each_data_set(samples_of, tmp_path):
     write_rows(tmp_path / "data" / "a.json", 100)
     write_rows(tmp_path / "data" / "b.jsonl", 7)
     assert (
-        samples_of({"a": {"file_name": "a.json"}, "b": {"file_name": "b.jsonl"}}, max_samples=30)
+        samples_of(
+            {"a": {"file_name": "a.json"}, "b": {"file_name": "b.jsonl"}}, max_samples=30
+        )
         == 37
     )
 
@@ -441,7 +451,9 @@ def test_accumulation_of_the_command_line_replaces_the_batch_of_the_file(plan_of
     assert (plan["problems"], plan["global_batch_size"]) == ([], 6)
 
 
-def test_batch_and_accumulation_that_disagree_on_the_command_line_are_refused(here, write_config):
+def test_batch_and_accumulation_that_disagree_on_the_command_line_are_refused(
+    here, write_config
+):
     done = here(
         write_config(), "global_batch_size=32", "gradient_accumulation_steps=2", "--dry-run"
     )
@@ -624,7 +636,9 @@ OFFLOADS = {
 @pytest.mark.parametrize("offload", OFFLOADS)
 def test_model_states_of_qwen3_14b_agree_with_deepspeed(plan_of, deepspeed_estimates, offload):
     plan = plan_of(f"deepspeed={json.dumps(OFFLOADS[offload])}", gpus=fake_gpus(4))
-    states = sum(plan["memory_per_gpu"][part] for part in ("parameters", "gradients", "optimizer"))
+    states = sum(
+        plan["memory_per_gpu"][part] for part in ("parameters", "gradients", "optimizer")
+    )
     host, gpu = deepspeed_estimates[offload]
     assert plan["parameters"] == QWEN3_14B
     assert states == pytest.approx(gpu, rel=0.1)
@@ -807,9 +821,9 @@ def test_memory_of_lora_is_not_guessed(plan_of, write_config):
 
 
 def test_plan_shows_memory_by_part_against_what_the_gpu_has(here):
-    line = re.search(r"^memory .*", here("--dry-run", gpus=fake_gpus(4, 80)).stdout, re.MULTILINE)[
-        0
-    ]
+    line = re.search(
+        r"^memory .*", here("--dry-run", gpus=fake_gpus(4, 80)).stdout, re.MULTILINE
+    )[0]
     assert "of 80.0 GiB" in line
     assert all(
         part in line
@@ -872,7 +886,9 @@ def test_no_suggestion_that_would_not_fit(here):
         # more than is kept, while the new one is written) and the final model
         pytest.param([], 14, 3 * 14 + 2, id="default-keeps-2"),
         pytest.param(["save_only_model=true"], 2, 3 * 2 + 2, id="weights-only"),
-        pytest.param(["save_total_limit=null"], 14, 3 * 14 + 2, id="all-three-of-48-steps-by-16"),
+        pytest.param(
+            ["save_total_limit=null"], 14, 3 * 14 + 2, id="all-three-of-48-steps-by-16"
+        ),
         pytest.param(
             ["save_total_limit=null", "save_steps=10"],
             14,
@@ -906,7 +922,8 @@ def test_disk_that_is_too_small_is_refused_unless_forced(here, write_config, tmp
     )
     done = here(config, "--dry-run")
     assert re.search(
-        r"output_dir: disk: .* is needed, .* is free; lower save_total_limit.*--force", done.stderr
+        r"output_dir: disk: .* is needed, .* is free; lower save_total_limit.*--force",
+        done.stderr,
     )
     assert here(config, "--dry-run", "--force").returncode == 0
 
@@ -968,14 +985,18 @@ def test_plan_is_one_aligned_screen(launcher, write_config):
             id="evaluation",
         ),
         pytest.param(
-            {"save_steps": 0.5}, r"save every (3 steps|0\.5 of all steps)", id="share-of-all-steps"
+            {"save_steps": 0.5},
+            r"save every (3 steps|0\.5 of all steps)",
+            id="share-of-all-steps",
         ),
     ],
 )
 def test_plan_says_when_it_logs_saves_and_evaluates(here, write_config, keys, text):
     assert re.search(
         text,
-        re.search(r"^schedule .*", here(write_config(**keys), "--dry-run").stdout, re.MULTILINE)[0],
+        re.search(
+            r"^schedule .*", here(write_config(**keys), "--dry-run").stdout, re.MULTILINE
+        )[0],
     )
 
 
@@ -987,7 +1008,9 @@ def test_dry_run_of_the_default_config_leaves_nothing_behind(launcher, tmp_path,
 
 
 def test_dry_run_shows_a_command_that_can_be_pasted(here, write_config):
-    line = re.search(r"^command +(.*)", here(write_config(), "--dry-run").stdout, re.MULTILINE)[1]
+    line = re.search(r"^command +(.*)", here(write_config(), "--dry-run").stdout, re.MULTILINE)[
+        1
+    ]
     assert re.search(
         r"FORCE_TORCHRUN=1 .*torch\.distributed\.run --nproc-per-node 1 .*\.py \S+/config\.yaml$",
         line,

@@ -23,7 +23,9 @@ ZERO2 = {"zero_optimization": {"stage": 2}}
 GATHERED = {"stage3_gather_16bit_weights_on_model_save": True}
 ZERO3 = {"zero_optimization": {"stage": 3, **GATHERED}}
 EXAMPLES = json.loads(
-    (Path(__file__).parent / "data" / "llamafactory_examples_keys.json").read_text(encoding="utf-8")
+    (Path(__file__).parent / "data" / "llamafactory_examples_keys.json").read_text(
+        encoding="utf-8"
+    )
 )
 
 
@@ -118,7 +120,11 @@ BAD_VALUES = [
         r"per_device_batch_size: unknown key.*did you mean per_device_train_batch_size\?",
         per_device_batch_size=2,
     ),
-    bad("unknown-key-like-no-other", r"config\.yaml:\d+: qqqq: unknown key; LLaMA-Factory", qqqq=1),
+    bad(
+        "unknown-key-like-no-other",
+        r"config\.yaml:\d+: qqqq: unknown key; LLaMA-Factory",
+        qqqq=1,
+    ),
     bad("unknown-secret", r"wandb_api_key: unknown key", wandb_api_key="x"),
     # wrong types
     bad(
@@ -136,12 +142,18 @@ BAD_VALUES = [
         r"gradient_accumulation_steps: expected a whole number, got 'auto'",
         gradient_accumulation_steps="auto",
     ),
-    bad("number-with-unit", r"max_samples: expected a whole number, got '1k'", max_samples="1k"),
+    bad(
+        "number-with-unit", r"max_samples: expected a whole number, got '1k'", max_samples="1k"
+    ),
     bad("one-letter-for-bool", r"packing: expected true or false, got 'n'", packing="n"),
     bad("word-for-bool", r"bf16: expected true or false, got 'maybe'", bf16="maybe"),
     bad("number-for-bool", r"do_train: expected true or false, got 2", do_train=2),
     bad("bool-for-number", r"learning_rate: expected a number, got True", learning_rate=True),
-    bad("list-for-number", r"cutoff_len: expected a whole number, got \[2048\]", cutoff_len=[2048]),
+    bad(
+        "list-for-number",
+        r"cutoff_len: expected a whole number, got \[2048\]",
+        cutoff_len=[2048],
+    ),
     bad(
         "mapping-for-number",
         r"logging_steps: expected a number, got \{",
@@ -158,9 +170,13 @@ BAD_VALUES = [
     bad("bool-for-path", r"deepspeed: expected .*, got True", deepspeed=True),
     bad("text-for-list", r"label_names: expected a list, got 'labels'", label_names="labels"),
     bad(
-        "infinite-epochs", r"num_train_epochs: expected .*, got inf", num_train_epochs=float("inf")
+        "infinite-epochs",
+        r"num_train_epochs: expected .*, got inf",
+        num_train_epochs=float("inf"),
     ),
-    bad("infinite-steps", r"max_steps: expected a whole number, got inf", max_steps=float("inf")),
+    bad(
+        "infinite-steps", r"max_steps: expected a whole number, got inf", max_steps=float("inf")
+    ),
     bad("not-a-number", r"learning_rate: expected .*, got nan", learning_rate=float("nan")),
     bad(
         "own-key-of-wrong-type",
@@ -201,14 +217,20 @@ BAD_VALUES = [
         r"eval_strategy: expected one of .*, got 'step'; did you mean steps\?",
         eval_strategy="step",
     ),
-    bad("swanlab-mode", r"swanlab_mode: expected one of .*local.*, got 'of'", swanlab_mode="of"),
+    bad(
+        "swanlab-mode", r"swanlab_mode: expected one of .*local.*, got 'of'", swanlab_mode="of"
+    ),
     bad(
         "report-to",
         r"report_to: tensorbord is unknown.*did you mean tensorboard\?",
         report_to="tensorbord",
     ),
     bad("template", r"template: .*qwen33.*did you mean qwen3\?", template="qwen33"),
-    bad("rope-scaling", r"rope_scaling: expected one of .*yarn.*, got 'yarm'", rope_scaling="yarm"),
+    bad(
+        "rope-scaling",
+        r"rope_scaling: expected one of .*yarn.*, got 'yarm'",
+        rope_scaling="yarm",
+    ),
     # negative or zero where that cannot be
     *(
         bad(f"{key}-{value}", rf"{key}: expected .*, got {value}", **{key: value})
@@ -304,7 +326,13 @@ BAD_VALUES = [
         max_steps=5,
         max_samples=10,
     ),
-    bad("streaming-and-share", r"val_size: .*streaming", streaming=True, max_steps=5, val_size=0.1),
+    bad(
+        "streaming-and-share",
+        r"val_size: .*streaming",
+        streaming=True,
+        max_steps=5,
+        val_size=0.1,
+    ),
     bad(
         "deepspeed-and-fsdp",
         r"deepspeed: cannot be combined with fsdp; keep one",
@@ -430,7 +458,9 @@ def test_each_message_names_file_and_line_of_its_key(refused, write_config):
     lines = config.read_text().splitlines()
     done = refused(config)
     for key in ("learning_rat", "num_train_epochs"):
-        line = 1 + next(number for number, text in enumerate(lines) if text.startswith(f"{key}:"))
+        line = 1 + next(
+            number for number, text in enumerate(lines) if text.startswith(f"{key}:")
+        )
         assert f"{config}:{line}: {key}: " in done.stderr
 
 
@@ -442,7 +472,8 @@ def test_dry_run_refuses_as_a_launch_does(launcher, write_config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "key", ["model_name_or_path", "output_dir", "dataset", "stage", "finetuning_type", "template"]
+    "key",
+    ["model_name_or_path", "output_dir", "dataset", "stage", "finetuning_type", "template"],
 )
 def test_dry_run_of_an_unfinished_file_shows_the_plan_all_the_same(here, write_config, key):
     done = here(write_config(**{key: None}), "--dry-run")
@@ -524,7 +555,10 @@ def make_file(name: str, **changes: object) -> Callable[[Path], dict]:
 
 
 INDEX = {
-    "weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    "weight_map": {
+        "a": "model-00001-of-00002.safetensors",
+        "b": "model-00002-of-00002.safetensors",
+    }
 }
 
 
@@ -726,7 +760,9 @@ BAD_FILES = [
         id="data-comma-at-the-end",
     ),
     pytest.param(
-        change_data("x.json", b'\xef\xbb\xbf[{"instruction": "a", "input": "b", "output": "c"}]'),
+        change_data(
+            "x.json", b'\xef\xbb\xbf[{"instruction": "a", "input": "b", "output": "c"}]'
+        ),
         r"x\.json: begins with a byte order mark",
         id="data-with-a-mark",
     ),
@@ -741,7 +777,9 @@ BAD_FILES = [
         id="tokenized-by-half",
     ),
     pytest.param(
-        change_data("x.xlsx", "PK"), r"dataset: tiny: .*x\.xlsx.*json", id="data-of-unknown-kind"
+        change_data("x.xlsx", "PK"),
+        r"dataset: tiny: .*x\.xlsx.*json",
+        id="data-of-unknown-kind",
     ),
     pytest.param(
         change_data("x.json", '[{"chosen": "a"}]', {"file_name": "x.json", "ranking": True}),
@@ -801,7 +839,8 @@ def test_resume_takes_a_yaml_behind_it_as_the_config(refused, write_config):
 
 def test_resume_of_a_run_that_is_not_there_is_refused(refused):
     assert re.search(
-        r"--resume nowhere: .*config\.yaml does not exist", refused("--resume", "nowhere").stderr
+        r"--resume nowhere: .*config\.yaml does not exist",
+        refused("--resume", "nowhere").stderr,
     )
 
 
@@ -880,7 +919,9 @@ def launch_without(launcher: Callable, tmp_path: Path) -> Callable[..., SimpleNa
             r"flash_attn: needs the package flash-attn",
             id="flash-attn",
         ),
-        pytest.param("torch", {}, r"package torch is not installed.*requirements\.txt", id="torch"),
+        pytest.param(
+            "torch", {}, r"package torch is not installed.*requirements\.txt", id="torch"
+        ),
         pytest.param(
             "torch,transformers,llamafactory",
             {},
@@ -917,7 +958,9 @@ def test_version_that_does_not_work_is_refused(
 ):
     info = tmp_path / "site" / f"{package}-{version}.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n"
+    )
     done = launch_without(write_config(deepspeed=ZERO3))
     assert done.returncode == 2
     assert re.search(
@@ -973,7 +1016,9 @@ def tools(tmp_path: Path) -> Callable[..., dict[str, str]]:
     return path
 
 
-OFFLOAD = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}, **GATHERED}}
+OFFLOAD = {
+    "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}, **GATHERED}
+}
 
 
 def test_deepspeed_on_a_cpu_needs_a_compiler(launcher, write_config, tools):
@@ -1009,7 +1054,9 @@ def nvcc_of(release: str) -> str:
     return f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.88'\n"
 
 
-@pytest.mark.parametrize("home", [True, False], ids=["cuda-home-without-nvcc", "no-cuda-at-all"])
+@pytest.mark.parametrize(
+    "home", [True, False], ids=["cuda-home-without-nvcc", "no-cuda-at-all"]
+)
 def test_offloaded_optimizer_on_a_gpu_needs_nvcc(launcher, write_config, tools, tmp_path, home):
     if not home and Path("/usr/local/cuda").exists():
         pytest.skip("torch finds the nvcc of /usr/local/cuda without PATH and CUDA_HOME")
@@ -1146,7 +1193,9 @@ def test_right_configuration_is_accepted(accepted, write_config, changes):
     accepted(write_config(**changes))
 
 
-def test_a_run_name_that_looks_like_a_number_is_kept_as_it_is_written(here, write_config, tmp_path):
+def test_a_run_name_that_looks_like_a_number_is_kept_as_it_is_written(
+    here, write_config, tmp_path
+):
     config = write_config()
     config.write_text(config.read_text() + "run_name: 2024_11_24\n")
     assert f"{tmp_path}/out/2024_11_24" in here(config, "--dry-run").stdout
@@ -1182,7 +1231,9 @@ PAIR = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
             "dpo",
             id="preferences",
         ),
-        pytest.param("x.txt", "some text", {"columns": {"prompt": "text"}}, "pt", id="plain-text"),
+        pytest.param(
+            "x.txt", "some text", {"columns": {"prompt": "text"}}, "pt", id="plain-text"
+        ),
     ],
 )
 def test_data_of_another_shape_is_accepted(
@@ -1221,7 +1272,8 @@ def test_hub_model_is_noted_as_a_download_with_its_size(here):
 
 def test_hub_model_of_unknown_size_is_noted_as_a_download(here, write_config):
     done = here(
-        write_config(model_name_or_path="someone/some-model", train_from_scratch=None), "--dry-run"
+        write_config(model_name_or_path="someone/some-model", train_from_scratch=None),
+        "--dry-run",
     )
     assert done.returncode == 0
     assert re.search(r"someone/some-model.*download", done.stdout)
@@ -1265,7 +1317,9 @@ def test_every_key_of_an_example_of_llamafactory_is_accepted(here, tmp_path, exa
     inference/, merge_lora/ and nlg_eval (they do not train), multi_tokens/tokens_cfg.yaml (a list
     of tokens).
     """
-    values = {key: value for key, value in EXAMPLES[example].items() if key != GONE.get(example)}
+    values = {
+        key: value for key, value in EXAMPLES[example].items() if key != GONE.get(example)
+    }
     (tmp_path / "example.yaml").write_text(yaml.safe_dump(values))
     done = here(tmp_path / "example.yaml", "--dry-run", "--json", gpus=fake_gpus(8, 1000))
     problems = json.loads(done.stdout)["problems"]

@@ -44,7 +44,9 @@ def failed(scratch: Path) -> SimpleNamespace:
     folder = scratch / "failed"
     shutil.copytree(CONFIGS / "data", folder / "data")
     config = write_config(folder, max_restarts=1, dataset_dir=str(folder / "data"))
-    faults = [{"point": "kill", "step": 4, "rank": 1, "name": name} for name in ("first", "second")]
+    faults = [
+        {"point": "kill", "step": 4, "rank": 1, "name": name} for name in ("first", "second")
+    ]
     with Run(folder, config, faults=faults) as live:
         until(lambda: committed(live.run_dir), "the first checkpoint")
         run_dir = live.run_dir
@@ -68,9 +70,9 @@ def refusal(
 
 
 def test_kills_after_progress_restart_as_often_as_max_restarts_says(failed: SimpleNamespace):
-    assert re.findall(r"restart \d of \d: resuming from checkpoint-\d+", failed.run.console) == [
-        "restart 1 of 1: resuming from checkpoint-2"
-    ]
+    assert re.findall(
+        r"restart \d of \d: resuming from checkpoint-\d+", failed.run.console
+    ) == ["restart 1 of 1: resuming from checkpoint-2"]
     assert failed.run.returncode == 1
 
 
@@ -130,12 +132,16 @@ def test_resuming_with_changed_data_is_refused(failed: SimpleNamespace):
     content = path.read_bytes()
     path.write_bytes(content.replace(b"SELECT", b"select", 1))
     try:
-        assert re.search("code2sql_demo.json.* has changed since the run started", refusal(failed))
+        assert re.search(
+            "code2sql_demo.json.* has changed since the run started", refusal(failed)
+        )
     finally:
         path.write_bytes(content)
 
 
-def test_resuming_where_there_never_was_a_run_is_refused(failed: SimpleNamespace, tmp_path: Path):
+def test_resuming_where_there_never_was_a_run_is_refused(
+    failed: SimpleNamespace, tmp_path: Path
+):
     assert re.search("expected the (run )?directory", refusal(failed, run_dir=tmp_path))
 
 
@@ -234,7 +240,9 @@ def test_a_failed_run_has_its_curve_of_training_and_of_evaluation(raised: Run):
     picture = raised.run_dir / "training_loss.png"
     assert line_of(raised.console, "curve") == str(picture)
     colours = {
-        tuple(round(255 * part) for part in pixel[:3]) for row in imread(picture) for pixel in row
+        tuple(round(255 * part) for part in pixel[:3])
+        for row in imread(picture)
+        for pixel in row
     }
     assert {(31, 119, 180), (255, 127, 14)} <= colours, "matplotlib's first two line colours"
 
@@ -312,7 +320,9 @@ def alone(scratch: Path) -> SimpleNamespace:
     lock.parent.mkdir(parents=True)
     lock.touch()
     config = write_config(folder, deepspeed=None, max_samples=12, save_total_limit=None)
-    whole = train(folder, config, ranks=1, env={"TORCH_EXTENSIONS_DIR": str(folder / "extensions")})
+    whole = train(
+        folder, config, ranks=1, env={"TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
+    )
     faults = [
         {"point": "trainer state", "step": 6},
         {"point": "final save", "step": 12},
@@ -352,7 +362,9 @@ def interrupted_copy(done: Run, folder: Path, step: int) -> Path:
 
 
 def test_two_ranks_without_deepspeed_resume_to_identical_weights(tmp_path: Path):
-    config = write_config(tmp_path / "whole", deepspeed=None, save_steps=5, save_total_limit=None)
+    config = write_config(
+        tmp_path / "whole", deepspeed=None, save_steps=5, save_total_limit=None
+    )
     whole = train(tmp_path / "whole", config)
     resumed = train(tmp_path, "--resume", interrupted_copy(whole, tmp_path, 5))
     assert weights(resumed.run_dir) == weights(whole.run_dir)

@@ -211,7 +211,10 @@ def impatient(scratch: Path) -> SimpleNamespace:
         os.kill(live.process.pid, signal.SIGINT)
         status = live.wait(30)
         return SimpleNamespace(
-            status=status, left=live.left_after(10), live_at_two=live_at_two, console=live.console
+            status=status,
+            left=live.left_after(10),
+            live_at_two=live_at_two,
+            console=live.console,
         )
 
 
@@ -254,7 +257,11 @@ def test_a_kill_in_training_leaves_no_process(tmp_path: Path, victim: str):
         assert [len(live.children(rank)) for rank in range(ranks)] == [1] * ranks, (
             "no DataLoader workers"
         )
-        until(lambda: any("--tracker" in command_of(pid) for pid in live.pids()), "the tracker", 10)
+        until(
+            lambda: any("--tracker" in command_of(pid) for pid in live.pids()),
+            "the tracker",
+            10,
+        )
         assert kill_and_look(live, victim) == []
 
 

@@ -91,7 +91,9 @@ def waiting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]
 
 
 @pytest.fixture(scope="module")
-def failures(waiting: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+def failures(
+    waiting: dict[str, Run], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Run]:
     """A run under each of the failures, ended."""
     with ExitStack() as stack:
         prompt = [name for name in FAILURES if name not in WAITING]
@@ -184,7 +186,10 @@ def test_each_evaluated_data_set_has_its_own_loss(tmp_path: Path) -> None:
     )
     [folder] = swanlog(done)
     for name in ("code2sql_demo", "code2sql_heldout"):
-        assert [step for step, _ in read_record(folder)["points"][f"eval/{name}_loss"]] == [6, 12]
+        assert [step for step, _ in read_record(folder)["points"][f"eval/{name}_loss"]] == [
+            6,
+            12,
+        ]
         shown = rf"step \d+/12  evaluation loss \d.* on {name}$"
         assert len(re.findall(shown, done.console, re.MULTILINE)) == 2
 
@@ -271,7 +276,9 @@ def test_a_service_that_cannot_be_used_costs_one_warning(
 ) -> None:
     done = failures[mode]
     assert done.returncode == 0
-    [warning] = [line for line in done.console.splitlines() if "SwanLab cannot be reached" in line]
+    [warning] = [
+        line for line in done.console.splitlines() if "SwanLab cannot be reached" in line
+    ]
     assert cause in warning
     local = [
         folder

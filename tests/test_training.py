@@ -225,7 +225,9 @@ def test_swanlab_shows_the_resolved_configuration_and_the_plan(sharded: Run) -> 
 # --- where and how it is started
 
 
-def test_it_works_from_another_directory_in_a_path_with_spaces_and_umlauts(tmp_path: Path) -> None:
+def test_it_works_from_another_directory_in_a_path_with_spaces_and_umlauts(
+    tmp_path: Path,
+) -> None:
     home = tmp_path / "mein Ordner ü 模型"
     home.mkdir()
     shutil.copy(SCRIPT, home)
@@ -282,7 +284,9 @@ def test_tensorboard_wandb_offline_and_mlflow_pass_through_at_once(tmp_path: Pat
     backends = ["tensorboard", "wandb", "mlflow"]
     for package in backends:
         pytest.importorskip(package, reason=f"{package} is in tests/requirements.txt")
-    config = write_config(tmp_path, max_steps=2, report_to=backends, deepspeed=None, project="mine")
+    config = write_config(
+        tmp_path, max_steps=2, report_to=backends, deepspeed=None, project="mine"
+    )
     done = train(tmp_path, config, ranks=1, env={"WANDB_MODE": "offline"})
     assert list(done.run_dir.glob("tensorboard/events*"))
     [record] = done.run_dir.glob("wandb/offline-run-*/*.wandb")
@@ -336,7 +340,9 @@ def test_a_runs_config_with_a_global_batch_size_fits_another_number_of_processes
 
 
 def test_streamed_data_trains_for_max_steps(tmp_path: Path) -> None:
-    config = write_config(tmp_path, streaming=True, max_samples=None, max_steps=3, deepspeed=None)
+    config = write_config(
+        tmp_path, streaming=True, max_samples=None, max_steps=3, deepspeed=None
+    )
     done = train(tmp_path, config)
     assert "3 in all (the data is streamed)" in done.console
     assert read_summary(done)["steps"] == 3
@@ -347,7 +353,8 @@ def test_a_million_streamed_rows_take_hardly_more_memory_than_a_hundred(tmp_path
     for name, count in (("few", 100), ("many", 1_000_000)):
         with open(tmp_path / f"{name}.jsonl", "w", encoding="utf-8") as file:
             file.writelines(
-                f'{{"instruction": "get(id={n})", "output": "SELECT {n}"}}\n' for n in range(count)
+                f'{{"instruction": "get(id={n})", "output": "SELECT {n}"}}\n'
+                for n in range(count)
             )
         columns = {"prompt": "instruction", "response": "output"}
         write_json(
@@ -413,7 +420,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "dataset_info.json",
         {
             **{
-                file[0]: {"file_name": file} for file in ("a.json", "b.jsonl", "c.csv", "d.parquet")
+                file[0]: {"file_name": file}
+                for file in ("a.json", "b.jsonl", "c.csv", "d.parquet")
             },
             "e": {"file_name": "e.json", "formatting": "sharegpt"},
             "drawn": {"file_name": "a.json", "num_samples": 31},
@@ -484,7 +492,10 @@ def trainer_steps(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
     """The trainer's total for each combination, all of them worked out in one process."""
     folder = tmp_path_factory.mktemp("combinations")
     cases = [
-        (ranks, yaml.safe_load(planned_config(folder, data, changes).read_text(encoding="utf-8")))
+        (
+            ranks,
+            yaml.safe_load(planned_config(folder, data, changes).read_text(encoding="utf-8")),
+        )
         for ranks, changes in COMBINATIONS
     ]
     return ask_python(TRAINER_STEPS, cases)
@@ -501,7 +512,9 @@ def test_the_planned_steps_are_the_trainers_total(
 
 
 @pytest.mark.parametrize("number", [3, 8, 12])
-def test_the_planned_steps_are_those_of_a_real_run(number: int, data: Path, tmp_path: Path) -> None:
+def test_the_planned_steps_are_those_of_a_real_run(
+    number: int, data: Path, tmp_path: Path
+) -> None:
     ranks, changes = COMBINATIONS[number]
     done = train(tmp_path, planned_config(tmp_path, data, changes), ranks=ranks)
     planned = json.loads((done.run_dir / "plan.json").read_text())["total_steps"]
@@ -523,12 +536,15 @@ def test_the_planned_checkpoint_has_the_real_size(tmp_path: Path) -> None:
         head_dim=64,
     )
     done = train(
-        tmp_path, write_config(tmp_path, model_name_or_path=str(model), max_steps=1, save_steps=1)
+        tmp_path,
+        write_config(tmp_path, model_name_or_path=str(model), max_steps=1, save_steps=1),
     )
     plan = json.loads((done.run_dir / "plan.json").read_text())
     assert plan["parameters"] > 30_000_000
     real = sum(
-        path.stat().st_size for path in (done.run_dir / "checkpoint-1").rglob("*") if path.is_file()
+        path.stat().st_size
+        for path in (done.run_dir / "checkpoint-1").rglob("*")
+        if path.is_file()
     )
     assert math.isclose(plan["checkpoint_bytes"], real, rel_tol=0.03)
 
@@ -547,7 +563,12 @@ def with_secrets(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run with a secret in every place that takes one."""
     folder = tmp_path_factory.mktemp("secrets")
     config = write_config(
-        folder, max_steps=2, report_to="swanlab", swanlab_mode="local", deepspeed=None, **SECRETS
+        folder,
+        max_steps=2,
+        report_to="swanlab",
+        swanlab_mode="local",
+        deepspeed=None,
+        **SECRETS,
     )
     return train(
         folder,
@@ -555,7 +576,10 @@ def with_secrets(tmp_path_factory: pytest.TempPathFactory) -> Run:
         "hub_token=override-secret-4",
         "om_hub_token=override-secret-5",
         ranks=1,
-        env={"SWANLAB_API_KEY": "environment-secret-6", "WANDB_API_KEY": "environment-secret-7"},
+        env={
+            "SWANLAB_API_KEY": "environment-secret-6",
+            "WANDB_API_KEY": "environment-secret-7",
+        },
     )
 
 

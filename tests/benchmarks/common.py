@@ -64,7 +64,9 @@ class Watched:
             output.seek(0)
             self.console = output.read()
         if process.returncode:
-            raise SystemExit(f"{command}: exit code {process.returncode}\n{self.console[-3000:]}")
+            raise SystemExit(
+                f"{command}: exit code {process.returncode}\n{self.console[-3000:]}"
+            )
 
     def look(self, pid: int, out: Path, begun: float) -> None:
         now = time.perf_counter() - begun
@@ -76,7 +78,9 @@ class Watched:
                     self.losses[line["current_steps"]] = line["loss"]
         try:
             with open(f"/proc/{pid}/status", encoding="ascii") as status:
-                peaks = [int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM")]
+                peaks = [
+                    int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM")
+                ]
                 self.peak = max([self.peak, *peaks])
         except OSError:
             pass
@@ -110,6 +114,9 @@ def describe_machine() -> str:
         )
     packages = ("torch", "transformers", "llamafactory", "deepspeed")
     versions = ", ".join(
-        [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)]
+        [
+            f"Python {platform.python_version()}",
+            *(f"{name} {version(name)}" for name in packages),
+        ]
     )
     return f"{model}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}, {versions}"

@@ -40,9 +40,9 @@ def resident(tag: str) -> dict[str, int]:
                 if "=" in item
             )
             if env.get("MEMORY_TAG") == tag and "RANK" in env:
-                found[env["RANK"]] = int((process / "statm").read_text().split()[1]) * os.sysconf(
-                    "SC_PAGE_SIZE"
-                )
+                found[env["RANK"]] = int(
+                    (process / "statm").read_text().split()[1]
+                ) * os.sysconf("SC_PAGE_SIZE")
     return found
 
 

@@ -79,14 +79,18 @@ def write_config(
     values = {**base, "output_dir": str(folder / "out"), **changes}
     values = {key: value for key, value in values.items() if value is not None}
     path = folder / name
-    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    path.write_text(
+        yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8"
+    )
     return path
 
 
 def write_small_config(folder: Path, name: str = "config.yaml", **changes: object) -> Path:
     """SMALL with `changes`, and its model and data in folder/model and folder/data."""
     write_json(folder / "model" / "config.json", TINY_MODEL)
-    rows = [{"instruction": f"row {n}", "input": "", "output": f"SELECT {n};"} for n in range(20)]
+    rows = [
+        {"instruction": f"row {n}", "input": "", "output": f"SELECT {n};"} for n in range(20)
+    ]
     write_json(folder / "data" / "tiny.json", rows)
     if not (folder / "data" / "dataset_info.json").exists():
         write_json(folder / "data" / "dataset_info.json", {"tiny": {"file_name": "tiny.json"}})

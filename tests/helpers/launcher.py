@@ -30,7 +30,8 @@ TAG = "FAULT_TEST_TAG"
 FOREIGN = re.compile(
     r"CUDA_|NVIDIA_|SWANLAB_|WANDB_|HF_|HUGGING|TRANSFORMERS_|DS_|MASTER_|TORCHELASTIC_|QWEN3_FT_|"
     r"FAKE_GPUS|PYTHON|(NPROC_PER_NODE|NNODES|NODE_RANK|RANK|LOCAL_RANK|WORLD_SIZE|"
-    r"LOCAL_WORLD_SIZE|FORCE_TORCHRUN|USE_RAY|USE_V1|USE_MCA|CC|CXX)$"
+    r"LOCAL_WORLD_SIZE|FORCE_TORCHRUN|USE_RAY|USE_V1|USE_MCA|CC|CXX|NETRC|"
+    r"USE_MODELSCOPE_HUB|USE_OPENMIND_HUB|DISABLE_VERSION_CHECK)$"
 )
 
 
@@ -72,7 +73,10 @@ def command_of(pid: int) -> str:
     """A process's command line."""
     with contextlib.suppress(OSError):
         return (
-            Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            Path(f"/proc/{pid}/cmdline")
+            .read_bytes()
+            .replace(b"\0", b" ")
+            .decode(errors="replace")
         )
     return ""
 
@@ -217,7 +221,9 @@ class Run:
 
     def reach(self, step: int) -> "Run":
         """Wait until `step` has been logged; fail where the launcher ends before."""
-        until(lambda: self.last_step() >= step or self.process.poll() is not None, f"step {step}")
+        until(
+            lambda: self.last_step() >= step or self.process.poll() is not None, f"step {step}"
+        )
         assert self.last_step() >= step, self.console
         return self
 

@@ -49,13 +49,17 @@ def read_record(folder: Path) -> dict:
         elif kind == "log":
             found["console"].append(record.log.line)
     reader.close()
-    config = yaml.safe_load((folder / "files" / "config.yaml").read_text(encoding="utf-8")) or {}
+    config = (
+        yaml.safe_load((folder / "files" / "config.yaml").read_text(encoding="utf-8")) or {}
+    )
     return {**found, "config": {key: entry["value"] for key, entry in config.items()}}
 
 
 def read_dashboard(folder: Path) -> dict:
     """The name and status that `swanlab watch` shows for a run of local mode."""
-    with sqlite3.connect(f"file:{folder.parent / 'runs.swanlab'}?mode=ro", uri=True) as database:
+    with sqlite3.connect(
+        f"file:{folder.parent / 'runs.swanlab'}?mode=ro", uri=True
+    ) as database:
         [(name, status)] = database.execute(
             "select name, status from experiment where run_id = ?", (folder.name,)
         )
@@ -64,7 +68,9 @@ def read_dashboard(folder: Path) -> dict:
 
 def dashboard_points(folder: Path, key: str) -> list[tuple[int, float]]:
     """The (step, value) points that `swanlab watch` draws for `key`."""
-    with sqlite3.connect(f"file:{folder.parent / 'runs.swanlab'}?mode=ro", uri=True) as database:
+    with sqlite3.connect(
+        f"file:{folder.parent / 'runs.swanlab'}?mode=ro", uri=True
+    ) as database:
         [(number,)] = database.execute(
             "select t.folder from tag t join experiment e on e.id = t.experiment_id "
             "where e.run_id = ? and t.name = ?",

@@ -61,7 +61,9 @@ class SwanLabService:
         raw = gzip.decompress(raw) if handler.headers.get("Content-Encoding") == "gzip" else raw
         path = handler.path.split("?")[0].removeprefix("/api")
         self.requests.append((handler.command, path))
-        if self.mode == "hang" or (isinstance(self.mode, int) and len(self.requests) > self.mode):
+        if self.mode == "hang" or (
+            isinstance(self.mode, int) and len(self.requests) > self.mode
+        ):
             self.server.socket.close() if self.dies else self.released.wait()
             handler.close_connection = True
             return

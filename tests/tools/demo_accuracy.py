@@ -43,7 +43,9 @@ def answers(run_dir, pairs):
         with torch.inference_mode():
             output = model.generate(**batch, do_sample=False, max_new_tokens=LONGEST_ANSWER)
         new = output[:, batch["input_ids"].shape[1] :]
-        found += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+        found += [
+            text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)
+        ]
     return found
 
 

@@ -208,7 +208,9 @@ def data_condition(rng, table):
 def plain_columns(table, without=()):
     """The columns that are no keys, less those that the given conditions already name."""
     used = {condition.column.name for condition in without}
-    return [name for name in columns_of(table, str) + columns_of(table, int) if name not in used]
+    return [
+        name for name in columns_of(table, str) + columns_of(table, int) if name not in used
+    ]
 
 
 def make_filter(rng):
@@ -231,7 +233,9 @@ def make_list(rng):
 def make_range(rng):
     table = rng.choice(list(TABLES))
     column = rng.choice(columns_of(table, int))
-    condition = Condition(Column(table, column), "BETWEEN", in_order(rng, TABLES[table][column]))
+    condition = Condition(
+        Column(table, column), "BETWEEN", in_order(rng, TABLES[table][column])
+    )
     return Query(table, where=(condition,))
 
 
@@ -368,7 +372,11 @@ def sql_column(query, column):
 
 
 def sql_condition(query, condition):
-    name, operator, value = sql_column(query, condition.column), condition.operator, condition.value
+    name, operator, value = (
+        sql_column(query, condition.column),
+        condition.operator,
+        condition.value,
+    )
     if operator == "IN":
         return f"{name} IN ({', '.join(map(sql_literal, value))})"
     if operator == "BETWEEN":
@@ -461,7 +469,11 @@ PYTHON_OPERATORS = {"=": "==", "<>": "!="}
 
 
 def alchemy_condition(condition):
-    name, operator, value = alchemy_column(condition.column), condition.operator, condition.value
+    name, operator, value = (
+        alchemy_column(condition.column),
+        condition.operator,
+        condition.value,
+    )
     if operator == "IN":
         return f"{name}.in_([{code_list(value)}])"
     if operator == "BETWEEN":
@@ -478,9 +490,7 @@ def alchemy_selection(query):
         return f"select(func.count()).select_from({MODELS[query.table]})"
     if query.group:
         label = LABELS[query.aggregate.function]
-        selection = (
-            f'select({alchemy_column(query.group)}, {alchemy_aggregate(query)}.label("{label}"))'
-        )
+        selection = f'select({alchemy_column(query.group)}, {alchemy_aggregate(query)}.label("{label}"))'
         return selection + f".select_from({MODELS[query.table]})" * bool(query.key)
     if query.aggregate:
         return f"select({alchemy_aggregate(query)})"
@@ -608,7 +618,11 @@ def go_name(column):
 
 
 def gorm_condition(query, condition):
-    name, operator, value = sql_column(query, condition.column), condition.operator, condition.value
+    name, operator, value = (
+        sql_column(query, condition.column),
+        condition.operator,
+        condition.value,
+    )
     if operator == "IN":
         return f"{name} IN ?", f"[]string{{{code_list(value)}}}"
     if operator == "BETWEEN":
@@ -727,7 +741,10 @@ def sql_definition(column, pool):
 
 
 def create_table(name):
-    lines = ["id INTEGER PRIMARY KEY", *(sql_definition(*item) for item in TABLES[name].items())]
+    lines = [
+        "id INTEGER PRIMARY KEY",
+        *(sql_definition(*item) for item in TABLES[name].items()),
+    ]
     return f"CREATE TABLE {name} (\n    " + ",\n    ".join(lines) + "\n);\n"
 
 
@@ -777,7 +794,15 @@ def training_texts(pairs):
 
 
 def make_tokenizer(pairs):
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        pre_tokenizers,
+        trainers,
+    )
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -52,7 +52,9 @@ def best(strategy: Zero, sizes: tuple[str, ...], count: int, room: int) -> str:
 
 def main() -> None:
     """Print the table."""
-    print("| GPUs | " + " | ".join(f"{card}, {name}" for card in CARDS for name in COLUMNS) + " |")
+    print(
+        "| GPUs | " + " | ".join(f"{card}, {name}" for card in CARDS for name in COLUMNS) + " |"
+    )
     print("|---" * (1 + len(CARDS) * len(COLUMNS)) + "|")
     for count in (1, 2, 4, 8):
         cells = [

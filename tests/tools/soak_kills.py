@@ -48,9 +48,9 @@ def soak(folder: Path, kills: int, seed: int, changes: dict) -> Run:
             before = max(committed(live.run_dir), default=0) if restarts else 0
             done = kill_once(live, before, chance)
             restarts += 1
-            resumed = live.see(rf"^restart {restarts} of {kills}: resuming from (checkpoint-\d+)$")[
-                1
-            ]
+            resumed = live.see(
+                rf"^restart {restarts} of {kills}: resuming from (checkpoint-\d+)$"
+            )[1]
             print(f"kill {restarts}: {done}, resumed from {resumed}", flush=True)
         live.wait(1200)
     return live

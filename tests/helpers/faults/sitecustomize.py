@@ -1,9 +1,7 @@
-"""Faults planted into the workers of a run: on PYTHONPATH, Python imports this module before
-anything else.
+"""Faults planted into the workers of a run: on PYTHONPATH, Python imports this module before anything else.
 
-FAULTS is a JSON list of {"point", "step", "rank" (0), "name"}; each strikes once, which a file in
-FAULT_MARKERS remembers, so that the run that is restarted goes through. It acts in workers of
-torchrun only.
+FAULTS is a JSON list of {"point", "step", "rank" (0), "name"}; each strikes once, which a file in FAULT_MARKERS
+remembers, so that the run that is restarted goes through. It acts in workers of torchrun only.
 """
 
 import importlib.abc
@@ -20,7 +18,9 @@ def strike_once(fault):
     """Whether this fault has not struck yet; it has from now on."""
     name = fault.get("name", f"{fault['point']}-{fault['step']}")
     try:
-        os.close(os.open(os.path.join(os.environ["FAULT_MARKERS"], name), os.O_CREAT | os.O_EXCL))
+        os.close(
+            os.open(os.path.join(os.environ["FAULT_MARKERS"], name), os.O_CREAT | os.O_EXCL)
+        )
     except FileExistsError:
         return False
     return True
@@ -33,9 +33,7 @@ def die(fault):
 
 
 def at_event(fault, wanted, pattern):
-    """Die just before a file of this checkpoint is opened for writing ("open") or renamed
-    ("os.rename").
-    """
+    """Die just before a file of this checkpoint is opened for writing ("open") or renamed ("os.rename")."""
     expression = re.compile(rf"checkpoint-{fault['step']}/{pattern}")
 
     def hook(event, arguments):
@@ -111,9 +109,7 @@ def after_weights(fault):
 
 
 def after_one_shard(fault):
-    """Rank 1 dies before it writes its shard, once rank 0 has written its own (and the script that
-    lies beside it).
-    """
+    """Rank 1 dies before it writes its shard, once rank 0 has written its own (and the script that lies beside it)."""
 
     def action(engine, folder, tag):
         if folder.endswith(f"checkpoint-{fault['step']}"):
@@ -135,7 +131,60 @@ def in_step(fault, act):
         if calls[0] == fault["step"] and strike_once(fault):
             act()
 
-    Patch("transformers.trainer", lambda module: before(module.Trainer, "training_step", action))
+    Patch(
+        "transformers.trainer", lambda module: before(module.Trainer, "training_step", action)
+    )
+
+
+def in_each_step(fault, act):
+    """Call `act(model, inputs)` before every training step from this one on, in every start."""
+    calls = [0]
+
+    def action(trainer, model, inputs, *args):
+        calls[0] += 1
+        if calls[0] >= fault.get("step", 1):
+            act(model, inputs)
+
+    Patch(
+        "transformers.trainer", lambda module: before(module.Trainer, "training_step", action)
+    )
+
+
+def nan_loss(fault):
+    """From this step on the loss is NaN, while the weights stay what they are."""
+
+    def change(module):
+        original, calls = module.Trainer.training_step, [0]
+
+        def wrapped(*args, **kwargs):
+            calls[0] += 1
+            loss = original(*args, **kwargs)
+            return loss * float("nan") if calls[0] >= fault["step"] else loss
+
+        module.Trainer.training_step = wrapped
+
+    Patch("transformers.trainer", change)
+
+
+def nan_weights(model, inputs):
+    parameter = next(model.parameters())
+    getattr(parameter, "ds_tensor", parameter).data[:1] = float("nan")
+
+
+def out_of_memory(fault):
+    """A GPU that holds so many samples at once and no more."""
+
+    def act(model, inputs):
+        import torch
+
+        if len(inputs["input_ids"]) > fault["samples"]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    in_each_step(fault, act)
+
+
+def stop_here():
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def fail():
@@ -206,6 +255,11 @@ POINTS = {
     "rotation": in_rotation,
     "raise": lambda fault: in_step(fault, fail),
     "kill": lambda fault: in_step(fault, kill),
+    "nan loss": nan_loss,
+    "nan weights": lambda fault: in_each_step(fault, nan_weights),
+    "out of memory": out_of_memory,
+    "SIGSTOP": lambda fault: in_step(fault, stop_here),
+    "sleep": lambda fault: in_step(fault, lambda: time.sleep(600)),
     "slow": slow_down,
     "clock": clock,
     "hold tokenization": hold_tokenization,

@@ -1,0 +1,254 @@
+"""Checkpoints beside what other callbacks, a stop, a restart and a smaller batch do: nothing of them is lost."""
+
+import json
+import re
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from helpers.config import STEPS, make_model, write_config, write_json
+from helpers.launcher import Run, ask_python, committed, losses, metrics, run, train, weights
+from helpers.rare import rare_faults
+from train_qwen3_ft import checkpoint_problem
+
+
+def differing_files(checkpoint: Path) -> list[str]:
+    """The files that are not there as the manifest says, or that it does not list."""
+    manifest = checkpoint / "manifest.json"
+    if not manifest.exists():
+        return ["manifest.json"]
+    listed = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+    paths = [path for path in checkpoint.rglob("*") if path.is_file() and path != manifest]
+    there = {str(path.relative_to(checkpoint)): path.stat().st_size for path in paths}
+    names = sorted(there.keys() | listed.keys())
+    return [name for name in names if there.get(name) != listed.get(name)]
+
+
+def logged_steps(run_dir: Path) -> list[int]:
+    """The steps whose loss LLaMA-Factory's own log has."""
+    lines = (run_dir / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [line["current_steps"] for line in map(json.loads, lines) if "loss" in line]
+
+
+# --- a reward model, whose checkpoints LLaMA-Factory rewrites in a callback of its own
+
+UNRESUMABLE = "LLaMA-Factory cannot resume stage: rm with full or freeze"
+
+
+def reward_config(folder: Path, **changes: object) -> Path:
+    """A reward model of full parameters on 12 pairs, saved at every second step."""
+    pairs = [
+        {"instruction": f"row {n}", "chosen": f"SELECT {n};", "rejected": f"no {n}"}
+        for n in range(12)
+    ]
+    columns = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
+    entry = {"file_name": "pairs.json", "ranking": True, "columns": columns}
+    write_json(folder / "data" / "pairs.json", pairs)
+    write_json(folder / "data" / "dataset_info.json", {"pairs": entry})
+    data = {"dataset": "pairs", "dataset_dir": str(folder / "data")}
+    return write_config(folder, stage="rm", save_total_limit=None, **data, **changes)
+
+
+@pytest.fixture(scope="module")
+def reward(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A reward model that is trained for three steps, to its end, without DeepSpeed.
+
+    LLaMA-Factory cannot save one with tied embeddings then.
+    """
+    folder = tmp_path_factory.mktemp("reward")
+    model = str(make_model(folder / "model", tie_word_embeddings=False))
+    changes = {"model_name_or_path": model, "deepspeed": None, "max_steps": 3}
+    return train(folder, reward_config(folder, **changes), ranks=1)
+
+
+@pytest.fixture(scope="module")
+def killed_reward(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A reward model under ZeRO-3 whose second rank is killed in step 5 of 6."""
+    folder = tmp_path_factory.mktemp("killed")
+    fault = {"point": "kill", "step": 5, "rank": 1}
+    return run(folder, reward_config(folder), faults=[fault])
+
+
+def test_every_checkpoint_of_a_reward_model_is_complete(reward: Run, killed_reward: Run):
+    assert (committed(reward.run_dir), committed(killed_reward.run_dir)) == ([2, 3], [2, 4])
+    for done in (reward, killed_reward):
+        for checkpoint in done.run_dir.glob("checkpoint-*"):
+            assert differing_files(checkpoint) == [], checkpoint
+            assert checkpoint_problem(checkpoint) in ("", UNRESUMABLE)
+
+
+def test_the_value_head_of_a_reward_model_is_in_its_checkpoints(
+    reward: Run, killed_reward: Run
+):
+    for done in (reward, killed_reward):
+        for checkpoint in done.run_dir.glob("checkpoint-*"):
+            assert (checkpoint / "value_head.safetensors").exists(), checkpoint
+
+
+def test_a_killed_reward_model_is_not_restarted_from_its_first_step(killed_reward: Run):
+    assert killed_reward.returncode == 1
+    assert not re.search(r"^restart", killed_reward.console, re.MULTILINE), (
+        killed_reward.console
+    )
+    assert len(losses(killed_reward.run_dir)[1]) == 1
+
+
+def test_resuming_a_reward_model_is_refused_with_what_to_do(killed_reward: Run, tmp_path: Path):
+    done = run(tmp_path, "--resume", killed_reward.run_dir)
+    assert done.returncode == 2, done.console
+    assert UNRESUMABLE in done.console and "start a new run" in done.console
+    assert committed(killed_reward.run_dir) == [2, 4]
+
+
+@pytest.mark.parametrize("method", ["full", "freeze"])
+def test_a_reward_model_that_could_not_be_saved_is_refused_before_the_start(
+    here, tmp_path: Path, method: str
+):
+    """The demo model's embeddings are tied."""
+    done = here(reward_config(tmp_path, deepspeed=None, finetuning_type=method), "--dry-run")
+    assert done.returncode == 2
+    assert "cannot save a reward model whose embeddings are tied" in done.stderr
+    allowed = here(reward_config(tmp_path, finetuning_type=method), "--dry-run")
+    assert "tied" not in allowed.stderr
+
+
+# --- overwrite_output_dir, which LLaMA-Factory takes for an order to delete the log
+
+
+def test_overwrite_output_dir_loses_no_history_at_a_restart(tmp_path: Path):
+    config = write_config(tmp_path, deepspeed=None, max_samples=6, overwrite_output_dir=True)
+    done = train(tmp_path, config, ranks=1, faults=[{"point": "kill", "step": 4}])
+    assert "restart 1 of 3: resuming from checkpoint-2" in done.console
+    assert sorted(losses(done.run_dir)) == list(range(1, 7))
+    assert set(logged_steps(done.run_dir)) == set(range(1, 7))
+
+
+# --- a stop where the configuration saves and evaluates something else
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that evaluates after each step, saves the best model only, and is stopped after step 3.
+
+    TensorBoard and MLflow follow it; LLaMA-Factory writes its log slowly.
+    """
+    folder = tmp_path_factory.mktemp("stopped")
+    config = write_config(
+        folder,
+        eval_dataset="code2sql_heldout",
+        eval_strategy="steps",
+        eval_steps=1,
+        per_device_eval_batch_size=8,
+        save_strategy="best",
+        metric_for_best_model="loss",
+        greater_is_better=True,  # no evaluation after the first is better
+        save_only_model=True,
+        report_to=["tensorboard", "mlflow"],
+    )
+    env = rare_faults(folder, {"point": "slow log", "seconds": 0.8}, usual=({"point": "slow"},))
+    with Run(folder, config, env=env) as alive:
+        alive.reach(3)
+        alive.process.terminate()
+        alive.wait()
+    assert alive.returncode == 143, alive.console
+    return alive
+
+
+@pytest.fixture(scope="module")
+def resumed(stopped: Run) -> Run:
+    """The same run, resumed to its end."""
+    return train(stopped.folder, "--resume", stopped.run_dir, "report_to=none")
+
+
+@pytest.fixture(scope="module")
+def at_the_stop(stopped: Run) -> SimpleNamespace:
+    """What the run directory held at the stop, before it is resumed."""
+    lines = metrics(stopped.run_dir)
+    step = max(
+        int(path.name.rpartition("-")[2]) for path in stopped.run_dir.glob("checkpoint-*")
+    )
+    newest = stopped.run_dir / f"checkpoint-{step}"
+    return SimpleNamespace(
+        step=step,
+        evaluated={line["step"] for line in lines if "eval_loss" in line},
+        problem=checkpoint_problem(newest),
+        files=differing_files(newest),
+        model=(stopped.run_dir / "model.safetensors").exists(),
+        logged=logged_steps(stopped.run_dir),
+        console=stopped.console,
+    )
+
+
+def test_a_stop_at_an_evaluation_step_does_not_evaluate_first(at_the_stop: SimpleNamespace):
+    assert at_the_stop.evaluated == set(range(1, at_the_stop.step))
+
+
+def test_a_stop_saves_resumably_whatever_the_configuration_saves(at_the_stop: SimpleNamespace):
+    assert (at_the_stop.problem, at_the_stop.files, at_the_stop.model) == ("", [], False)
+
+
+def test_a_run_that_saves_only_the_model_continues_after_a_stop_to_identical_weights(
+    at_the_stop: SimpleNamespace, resumed: Run, reference: Run
+):
+    assert weights(resumed.run_dir) == weights(reference.run_dir)
+    assert sorted(losses(resumed.run_dir)) == list(range(1, STEPS + 1))
+
+
+def test_a_stop_closes_llama_factorys_log(at_the_stop: SimpleNamespace):
+    assert at_the_stop.logged == list(range(1, at_the_stop.step + 1))
+
+
+def test_a_stop_ends_the_mlflow_run(stopped: Run, at_the_stop: SimpleNamespace):
+    with closing(sqlite3.connect(stopped.run_dir.parent / "mlflow.db")) as database:
+        assert database.execute("select status from runs").fetchall() == [("FINISHED",)]
+
+
+READ_TENSORBOARD = """
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+events = EventAccumulator(data)
+events.Reload()
+result = [point.step for point in events.Scalars("train/loss")]
+"""
+
+
+def test_a_stop_loses_no_point_of_tensorboard(stopped: Run, at_the_stop: SimpleNamespace):
+    [file] = stopped.run_dir.rglob("events.out.tfevents.*")
+    assert ask_python(READ_TENSORBOARD, str(file.parent)) == list(
+        range(1, at_the_stop.step + 1)
+    )
+
+
+# --- a batch that does not fit
+
+
+@pytest.fixture(scope="module")
+def shrunk(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that finds its micro-batch of 4 too large in its second step, and saves at each step."""
+    folder = tmp_path_factory.mktemp("shrunk")
+    env = rare_faults(folder, {"point": "out of memory", "step": 2})
+    config = write_config(
+        folder,
+        deepspeed=None,
+        auto_find_batch_size=True,
+        per_device_train_batch_size=4,
+        save_steps=1,
+        save_total_limit=2,
+        max_steps=5,
+    )
+    return train(folder, config, ranks=1, env=env)
+
+
+def test_a_batch_that_does_not_fit_is_tried_again_with_a_smaller_one(shrunk: Run):
+    assert (shrunk.folder / "markers" / "out of memory-2").exists()
+    assert sorted(losses(shrunk.run_dir)) == [1, 2, 3, 4, 5]
+
+
+def test_a_smaller_batch_keeps_the_number_of_checkpoints(shrunk: Run):
+    assert committed(shrunk.run_dir) == [4, 5]
+    assert sorted(path.name for path in shrunk.run_dir.glob("checkpoint-*")) == [
+        "checkpoint-4",
+        "checkpoint-5",
+    ]

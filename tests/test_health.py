@@ -1,0 +1,163 @@
+"""A sick run: divergence, weights that are not finite, ranks that make no progress."""
+
+import json
+import math
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from helpers.config import write_config
+from helpers.launcher import Run, committed, losses, metrics, run, train, weights
+from train_qwen3_ft import LossWatch
+
+ALONE = {"deepspeed": None, "bf16": None}
+
+
+def summary(done: Run) -> dict:
+    return json.loads((done.run_dir / "summary.json").read_text(encoding="utf-8"))
+
+
+# --- what counts as a divergence
+
+
+def first_problem(
+    losses: list[float], fp16: bool = False, warm: bool = True, norms=None
+) -> tuple:
+    """(the log at which a divergence is noticed, from 1, and what is said); (0, '') for none."""
+    watch = LossWatch()
+    for number, loss in enumerate(losses, 1):
+        norm = norms[number - 1] if norms else 1.0
+        text = watch.problem(10 * number, {"loss": loss, "grad_norm": norm}, fp16, warm)
+        if text:
+            return number, text
+    return 0, ""
+
+
+def test_a_loss_that_is_nan_twice_in_a_row_is_a_divergence() -> None:
+    assert first_problem([3.0, math.nan, math.nan]) == (3, "loss nan since step 20")
+
+
+def test_a_gradient_norm_that_is_infinite_twice_in_a_row_is_a_divergence() -> None:
+    number, text = first_problem([3.0] * 4, norms=[1.0, math.inf, math.inf, 1.0])
+    assert (number, text) == (3, "grad_norm inf since step 20")
+
+
+def test_one_log_that_is_not_finite_is_none() -> None:
+    assert first_problem([3.0, math.nan, 3.0, math.nan, 3.0])[0] == 0
+
+
+def test_steps_that_the_loss_scaler_of_fp16_skips_are_none() -> None:
+    assert first_problem([3.0] * 9, fp16=True, norms=[math.inf] * 9)[0] == 0
+
+
+def test_a_loss_that_stays_over_five_times_its_median_is_a_divergence() -> None:
+    number, text = first_problem([2.0] * 25 + [11.0] * 10)
+    assert (number, text) == (30, "loss 11, over 5 times its median of 2 for 5 logs")
+
+
+@pytest.mark.parametrize(
+    ("values", "warm"),
+    [
+        pytest.param([2.0] * 25 + [6.0] * 20, True, id="three-times-the-median"),
+        pytest.param([2.0] * 25 + [11.0] * 4 + [2.0] * 20, True, id="four-logs"),
+        pytest.param([2.0] * 5 + [11.0] * 15 + [2.0] * 9, True, id="in-the-first-twenty-logs"),
+        pytest.param([2.0] * 25 + [11.0] * 10, False, id="in-the-warm-up"),
+        pytest.param([-1.0] * 40, True, id="a-loss-below-zero"),
+    ],
+)
+def test_a_healthy_run_raises_no_alarm(values: list[float], warm: bool) -> None:
+    assert first_problem(values, warm=warm) == (0, "")
+
+
+def test_twenty_noisy_runs_with_a_spike_raise_no_alarm() -> None:
+    for seed in range(20):
+        noise = random.Random(seed)
+        values = [7 * 0.97**n * noise.uniform(0.7, 1.4) for n in range(200)]
+        spike = noise.randrange(30, 190)
+        values[spike : spike + 3] = [3 * value for value in values[spike : spike + 3]]
+        assert first_problem(values) == (0, ""), seed
+
+
+# --- a run that diverges
+
+
+@pytest.fixture(scope="module")
+def diverged(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The loss is NaN from step 7 on; a checkpoint every second step, a restart allowed."""
+    folder = tmp_path_factory.mktemp("diverged")
+    faults = [{"point": "nan loss", "step": 7}]
+    return run(folder, write_config(folder, **ALONE), ranks=1, faults=faults)
+
+
+def test_a_divergence_ends_the_run_at_the_second_log_and_says_so(diverged: Run) -> None:
+    assert diverged.process.returncode == 1, diverged.console
+    assert (summary(diverged)["state"], summary(diverged)["steps"]) == ("diverged", 8)
+    assert "diverged at step 8: loss nan since step 7" in diverged.console
+    assert "usual causes" in diverged.console and "restart" not in diverged.console
+
+
+def test_a_divergence_keeps_the_good_checkpoints_and_saves_none_after_it(diverged: Run) -> None:
+    assert committed(diverged.run_dir) == [4, 6]
+    assert not (diverged.run_dir / "checkpoint-8").exists()
+    assert not (diverged.run_dir / "model.safetensors").exists()
+
+
+def test_a_diverged_run_resumes_with_another_learning_rate(diverged: Run) -> None:
+    done = train(diverged.folder, "--resume", diverged.run_dir, "learning_rate=1e-3", ranks=1)
+    rates = {
+        line["step"]: line["learning_rate"] for line in metrics(done.run_dir) if "loss" in line
+    }
+    assert rates[7] == pytest.approx(
+        1e-3 * (24 - 6) / 24, rel=1e-6
+    )  # linear, as at its 7th step
+
+
+def test_weights_that_are_not_finite_on_one_rank_are_never_committed(tmp_path: Path) -> None:
+    faults = [{"point": "nan weights", "step": 5, "rank": 1}]
+    done = run(tmp_path, write_config(tmp_path), faults=faults)
+    assert (done.process.returncode, summary(done)["state"]) == (1, "diverged"), done.console
+    assert set(committed(done.run_dir)) <= {2, 4} and 4 in committed(done.run_dir)
+
+
+# --- ranks that make no progress
+
+
+@pytest.fixture(scope="module")
+def stopped_rank(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Rank 1 is stopped by a signal in its 6th step, after checkpoint-4."""
+    folder = tmp_path_factory.mktemp("hang")
+    faults = [{"point": "SIGSTOP", "step": 6, "rank": 1}]
+    return run(folder, write_config(folder, hang_timeout=20), faults=faults, seconds=400)
+
+
+def test_a_rank_that_is_stopped_is_named_and_the_run_restarts(stopped_rank: Run) -> None:
+    assert re.search(
+        r"no progress for 2\d s: .*rank 1 is stopped by a signal \(SIGSTOP\)",
+        stopped_rank.console,
+    ), stopped_rank.console
+    assert "restart 1 of 3: resuming from checkpoint-4" in stopped_rank.console
+
+
+def test_a_rank_that_waits_is_said_where_and_its_stack_is_in_its_log(stopped_rank: Run) -> None:
+    assert re.search(r"rank 0 in \w+ \(\w+\.py:\d+\)", stopped_rank.console)
+    log = (stopped_rank.run_dir / "logs" / "rank0.log").read_text(encoding="utf-8")
+    assert "most recent call first" in log
+
+
+def test_a_run_that_hung_ends_with_the_weights_of_one_that_did_not(
+    stopped_rank: Run, tmp_path: Path
+) -> None:
+    assert stopped_rank.process.returncode == 0, stopped_rank.console
+    whole = train(tmp_path, write_config(tmp_path))
+    assert weights(stopped_rank.run_dir) == weights(whole.run_dir)
+    assert losses(stopped_rank.run_dir) == losses(whole.run_dir)
+
+
+def test_a_sleeping_rank_ends_a_run_that_may_not_restart_as_hung(tmp_path: Path) -> None:
+    config = write_config(tmp_path, **ALONE, hang_timeout=15, max_restarts=0)
+    done = run(tmp_path, config, ranks=1, faults=[{"point": "sleep", "step": 4}])
+    assert (done.process.returncode, summary(done)["state"]) == (1, "hung"), done.console
+    assert re.search(r"no progress for 1\d s: rank 0 in ", summary(done)["cause"])
+    assert summary(done)["resume"]

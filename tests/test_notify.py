@@ -1,0 +1,292 @@
+"""Messages at the end of a run: JSON to any webhook, a text to Lark; a dead server costs seconds only."""
+
+import base64
+import hashlib
+import hmac
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from helpers import SCRIPT
+from helpers.config import write_config
+from helpers.launcher import Run, free_port, run
+from train_qwen3_ft import Config, send_notifications
+
+SECRET = "T0KEN-OF-A-HOOK"
+LARK_SECRET = "the-secret-of-lark"
+SUMMARY = {
+    "run": "/out/run",
+    "state": "finished",
+    "steps": 2,
+    "model": "/out/run",
+    "resume": None,
+    "cause": "",
+}
+
+
+class Hook:
+    """A webhook on 127.0.0.1 that keeps what it is sent, as (path, JSON); a silent one never answers."""
+
+    def __init__(self, silent: bool = False):
+        self.posts, self.released = [], threading.Event()
+        hook = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:  # noqa: N802
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                assert self.headers["Content-Type"] == "application/json"
+                hook.posts.append((self.path, json.loads(body)))
+                if silent:
+                    hook.released.wait()
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads, self.server.block_on_close = True, False
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def __enter__(self) -> "Hook":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.released.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+    def url(self, name: str = "notify") -> str:
+        """An address of the hook, with a secret in it."""
+        return f"http://127.0.0.1:{self.server.server_address[1]}/{name}/{SECRET}"
+
+    def message(self, name: str = "notify") -> dict:
+        """The one message that an address got."""
+        [found] = [content for path, content in self.posts if path == f"/{name}/{SECRET}"]
+        return found
+
+
+def dead_url() -> str:
+    """An address where nobody listens."""
+    return f"http://127.0.0.1:{free_port()}/{SECRET}"
+
+
+@contextmanager
+def babbler() -> Iterator[str]:
+    """The address of a server that does not speak HTTP."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection = server.accept()[0]
+            connection.recv(4096)
+            connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+            connection.close()
+
+        threading.Thread(target=answer, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/{SECRET}"
+
+
+def files_with(folder: Path, *secrets: str) -> list[str]:
+    """The files of a run that hold a secret."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return [
+        str(path)
+        for path in paths
+        if any(text.encode() in path.read_bytes() for text in secrets)
+    ]
+
+
+# --- real runs: one process, a few steps
+
+
+def small_run(folder: Path, **changes: object) -> Path:
+    """Four steps on one process, saved at each step."""
+    return write_config(folder, deepspeed=None, max_samples=4, save_steps=1, **changes)
+
+
+@pytest.fixture(scope="module")
+def hook() -> Iterator[Hook]:
+    """A webhook that answers."""
+    with Hook() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, hook: Hook) -> Run:
+    """A run that ends well and tells both a webhook and Lark."""
+    folder = tmp_path_factory.mktemp("finished")
+    lark = {"swanlab_lark_webhook_url": hook.url("lark"), "swanlab_lark_secret": LARK_SECRET}
+    return run(folder, small_run(folder, notify=hook.url(), **lark), ranks=1)
+
+
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Hook, float]:
+    """A run that fails in its third step and tells a webhook that never answers.
+
+    Returns the run, the webhook, and the seconds from the summary to the launcher's end.
+    """
+    folder = tmp_path_factory.mktemp("failed")
+    with Hook(silent=True) as silent:
+        config = small_run(folder, notify=silent.url(), max_restarts=0)
+        with Run(folder, config, ranks=1, faults=[{"point": "raise", "step": 3}]) as alive:
+            alive.see("^state ")
+            shown = time.monotonic()
+            alive.wait()
+            return alive, silent, time.monotonic() - shown
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Hook]:
+    """A run that is stopped after a step; its webhook answers, its Lark is gone."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with Hook() as server:
+        config = small_run(folder, notify=server.url(), swanlab_lark_webhook_url=dead_url())
+        with Run(folder, config, ranks=1, faults=[{"point": "slow"}]) as alive:
+            alive.reach(1)
+            alive.process.terminate()
+            alive.wait()
+            return alive, server
+
+
+def test_a_finished_run_posts_its_summary(finished: Run, hook: Hook):
+    assert finished.returncode == 0, finished.console
+    message = hook.message()
+    assert message == json.loads(
+        (finished.run_dir / "summary.json").read_text(encoding="utf-8")
+    )
+    assert (message["state"], message["steps"]) == ("finished", 4)
+    assert (message["model"], message["resume"]) == (str(finished.run_dir), None)
+
+
+def test_a_failed_run_posts_its_cause_and_how_to_resume(failed: tuple[Run, Hook, float]):
+    done, silent, _ = failed
+    message = silent.message()
+    assert message["state"] == "failed"
+    assert "planted fault: the third sample is bad" in message["cause"]
+    assert message["resume"] == f"python {SCRIPT} --resume {done.run_dir}"
+
+
+def test_a_stopped_run_posts_how_to_resume(stopped: tuple[Run, Hook]):
+    done, server = stopped
+    message = server.message()
+    assert (message["state"], message["cause"], message["model"]) == ("stopped", "", None)
+    assert message["resume"] == f"python {SCRIPT} --resume {done.run_dir}"
+
+
+def test_a_webhook_that_never_answers_costs_ten_seconds_and_no_exit_code(
+    failed: tuple[Run, Hook, float],
+):
+    done, _, seconds = failed
+    assert done.returncode == 1, done.console
+    assert 5 < seconds < 13
+    assert done.left_after() == []
+
+
+def test_a_webhook_that_is_gone_costs_a_line_and_no_exit_code(stopped: tuple[Run, Hook]):
+    done, _ = stopped
+    assert done.returncode == 143
+    assert re.search(
+        "^swanlab_lark_webhook_url: .* not delivered: ", done.console, re.MULTILINE
+    )
+
+
+def test_the_address_of_a_webhook_is_in_no_file_of_a_run(finished, failed, stopped):
+    for done in (finished, failed[0], stopped[0]):
+        assert files_with(done.run_dir.parent, SECRET, LARK_SECRET) == []
+        assert SECRET not in done.console
+
+
+def test_lark_gets_a_text_that_names_the_state_and_the_model(finished: Run, hook: Hook):
+    message = hook.message("lark")
+    assert message["msg_type"] == "text"
+    text = message["content"]["text"]
+    assert "finished" in text and str(finished.run_dir) in text
+
+
+def test_lark_gets_a_signature_that_its_secret_proves(finished: Run, hook: Hook):
+    message = hook.message("lark")
+    key = f"{message['timestamp']}\n{LARK_SECRET}".encode()
+    wanted = base64.b64encode(hmac.new(key, b"", hashlib.sha256).digest()).decode()
+    assert message["sign"] == wanted
+    assert abs(int(message["timestamp"]) - time.time()) < 3600
+
+
+# --- what can be wrong with an address
+
+
+def notify(capfd: pytest.CaptureFixture, summary: dict = SUMMARY, **secrets: str) -> str:
+    """What sending the notifications shows."""
+    send_notifications(Config("c.yaml", {}, secrets=secrets), summary)
+    shown = capfd.readouterr()
+    return shown.out + shown.err
+
+
+def test_without_a_webhook_nothing_is_sent(capfd: pytest.CaptureFixture):
+    assert notify(capfd) == ""
+
+
+def test_a_webhook_that_refuses_costs_no_time(capfd: pytest.CaptureFixture):
+    begun = time.monotonic()
+    assert "notify: the message was not delivered" in notify(capfd, notify=dead_url())
+    assert time.monotonic() - begun < 5
+
+
+def test_a_server_that_does_not_speak_http_costs_a_line(capfd: pytest.CaptureFixture):
+    with babbler() as url:
+        shown = notify(capfd, notify=url)
+    assert re.fullmatch("notify: the message was not delivered: [^\n]*\n", shown), shown
+
+
+@pytest.mark.parametrize("url", ["hooks.example/KEY", "ftp//KEY", "http://127.0.0.1:1/a KEY"])
+def test_an_address_that_is_none_costs_a_line_that_does_not_repeat_it(capfd, url: str):
+    shown = notify(capfd, notify=url)
+    assert re.fullmatch("notify: the message was not delivered: [^\n]*\n", shown), shown
+    assert "KEY" not in shown
+
+
+@pytest.mark.parametrize("key", ["notify", "swanlab_lark_webhook_url"])
+def test_an_address_that_is_none_is_refused_before_the_start(here, write_config, key: str):
+    done = here(write_config(**{key: "hooks.example/KEY"}), "--dry-run")
+    assert done.returncode == 2
+    assert re.search(f"config.yaml:[0-9]+: {key}: expected a URL", done.stderr), done.stderr
+    assert "KEY" not in done.stdout + done.stderr
+
+
+def test_two_silent_webhooks_cost_ten_seconds_together(capfd: pytest.CaptureFixture):
+    begun = time.monotonic()
+    with Hook(silent=True) as server:
+        lark = {"swanlab_lark_webhook_url": server.url("lark")}
+        notify(capfd, notify=server.url(), **lark)
+    assert len(server.posts) == 2
+    assert time.monotonic() - begun < 13
+
+
+def test_lark_hears_of_a_failure_its_cause_and_how_to_resume(capfd: pytest.CaptureFixture):
+    summary = {
+        **SUMMARY,
+        "state": "failed",
+        "model": None,
+        "resume": "python x --resume /out/run",
+    }
+    with Hook() as server:
+        lark = {"swanlab_lark_webhook_url": server.url("lark")}
+        notify(capfd, {**summary, "cause": "OSError: the third sample is bad"}, **lark)
+        text = server.message("lark")["content"]["text"]
+    assert all(
+        part in text for part in ("failed", "the third sample is bad", "--resume /out/run")
+    )
+
+
+def test_lark_hears_nothing_of_none(capfd: pytest.CaptureFixture):
+    with Hook() as server:
+        lark = {"swanlab_lark_webhook_url": server.url("lark")}
+        notify(capfd, {**SUMMARY, "state": "failed", "model": None, "cause": "killed"}, **lark)
+        assert "None" not in server.message("lark")["content"]["text"]

@@ -1,0 +1,134 @@
+"""A run that continues on another number of ranks, or with a smaller micro-batch, exactly."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from helpers.config import ZERO3_FILE, write_config
+from helpers.launcher import Run, losses, run, train
+
+# Two ranks x 1 x 2 = 4 samples per step, 48 samples: 12 steps. Single precision, since it is exact.
+SETTINGS = {
+    "bf16": None,
+    "max_samples": 48,
+    "gradient_accumulation_steps": 2,
+    "weight_decay": 0.1,
+    "warmup_steps": 3,
+    "save_steps": 4,
+    "save_total_limit": None,
+}
+ZERO2 = json.loads(Path(ZERO3_FILE).read_text(encoding="utf-8"))
+ZERO2["zero_optimization"] = {"stage": 2}
+
+
+def fork(source: Path, name: str, step: int) -> Path:
+    """A copy of a run directory as it was when only this checkpoint was there."""
+    copy = source.parent / name
+    copy.mkdir()
+    for path in source.iterdir():
+        if path.name in ("config.yaml", "plan.json", f"checkpoint-{step}"):
+            copier = shutil.copytree if path.is_dir() else shutil.copy
+            copier(path, copy / path.name)
+    return copy
+
+
+def difference(done: Run, reference: Run) -> float:
+    """The largest relative difference of a logged loss."""
+    ours, theirs = losses(done.run_dir), losses(reference.run_dir)
+    assert max(ours) == max(theirs) == 12
+    return max(abs(ours[step][0] / theirs[step][0] - 1) for step in ours)
+
+
+@pytest.fixture(scope="module", params=["ZeRO-3", "ZeRO-2", "none"])
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The uninterrupted run on two ranks."""
+    folder = tmp_path_factory.mktemp(request.param)
+    kinds = {"ZeRO-3": {}, "ZeRO-2": {"deepspeed": ZERO2}, "none": {"deepspeed": None}}
+    done = train(folder, write_config(folder, **SETTINGS, **kinds[request.param]))
+    done.kind = request.param
+    return done
+
+
+@pytest.fixture(scope="module")
+def on_one(whole: Run) -> Run:
+    """Resumed on one rank from checkpoint-4, which two ranks have saved."""
+    return train(whole.folder, "--resume", fork(whole.run_dir, "one", 4), ranks=1)
+
+
+def test_two_ranks_continue_as_one_with_the_same_losses(whole: Run, on_one: Run) -> None:
+    assert "1 per device x 1 process x 4 accumulation = 4 samples per step" in on_one.console
+    assert "resharded   checkpoint-4: 2 ranks -> 1 rank" in on_one.console
+    assert min(losses(on_one.run_dir)) == 5
+    assert difference(on_one, whole) < 1e-5
+
+
+def test_one_rank_continues_as_two_with_the_same_losses(whole: Run, on_one: Run) -> None:
+    done = train(whole.folder, "--resume", fork(on_one.run_dir, "two again", 8), ranks=2)
+    assert "resharded   checkpoint-8: 1 rank -> 2 ranks" in done.console
+    assert difference(done, whole) < 1e-5
+
+
+def test_two_ranks_continue_as_four_with_the_same_losses(whole: Run) -> None:
+    if whole.kind != "ZeRO-3":
+        pytest.skip("four processes on two cores are slow: once is enough")
+    done = train(whole.folder, "--resume", fork(whole.run_dir, "four", 8), ranks=4)
+    assert difference(done, whole) < 1e-5
+
+
+def test_a_number_of_ranks_that_cannot_keep_the_samples_of_a_step_is_refused(
+    whole: Run,
+) -> None:
+    run_dir = fork(whole.run_dir, "three", 4)
+    done = run(whole.folder, "--resume", run_dir, "--dry-run", ranks=3)
+    assert done.process.returncode == 2
+    assert re.search(
+        r"global_batch_size: 4 cannot be split .*use 1 or 2 or 4 processes", done.console
+    )
+
+
+def test_a_kill_in_the_first_step_after_resharding_loses_nothing(whole: Run) -> None:
+    if whole.kind != "ZeRO-3":
+        pytest.skip("the same code: once is enough")
+    run_dir, faults = fork(whole.run_dir, "killed", 8), [{"point": "kill", "step": 1}]
+    killed = run(whole.folder, "--resume", run_dir, ranks=1, faults=faults)
+    assert killed.process.returncode == 1, killed.console
+    done = train(whole.folder, "--resume", run_dir, ranks=1)
+    assert difference(done, whole) < 1e-5
+
+
+# --- out of memory
+
+
+def memory_for(samples: int) -> list[dict]:
+    return [{"point": "out of memory", "samples": samples}]
+
+
+ALONE = {**SETTINGS, "deepspeed": None, "gradient_accumulation_steps": 1}
+
+
+def test_a_gpu_that_is_out_of_memory_gets_half_the_micro_batch_until_it_fits(
+    tmp_path: Path,
+) -> None:
+    small = write_config(
+        tmp_path, name="small.yaml", **ALONE | {"gradient_accumulation_steps": 4}
+    )
+    large = write_config(tmp_path, **ALONE | {"per_device_train_batch_size": 4})
+    wanted = train(tmp_path, small, ranks=1)
+    done = train(tmp_path, large, ranks=1, faults=memory_for(1))
+    asked = re.findall(r"starting again with per_device_train_batch_size=(\d)", done.console)
+    assert asked == ["2", "1"]
+    assert difference(done, wanted) < 1e-5
+    text = (done.run_dir / "config.yaml").read_text(encoding="utf-8")
+    assert "per_device_train_batch_size: 1" in text and "gradient_accumulation_steps: 4" in text
+
+
+def test_a_micro_batch_of_one_that_does_not_fit_ends_the_run_with_advice(
+    tmp_path: Path,
+) -> None:
+    done = run(tmp_path, write_config(tmp_path, **ALONE), ranks=1, faults=memory_for(0))
+    assert done.process.returncode == 1
+    assert "starting again" not in done.console
+    assert "likely cause: a GPU is out of memory" in done.console
