@@ -4171,9 +4171,11 @@ def run_rank(run: Run, env: dict[str, str]) -> int:
 def refuse_torchrun(env: dict[str, str]) -> None:
     """Raises LaunchError: somebody else's torchrun would lose the checkpoint at SIGTERM and Ctrl-C.
 
-    Its first process tells, the others only end.
+    Its first process tells; the others leave it the time, since torchrun ends all with the first
+    that ends.
     """
     if env.get("LOCAL_RANK") != "0":
+        time.sleep(10)
         raise LaunchError
     raise LaunchError(
         "this script starts torchrun itself; type "
