@@ -57,7 +57,8 @@ STOPS = {
 def stop(live: Run, kind: str) -> SimpleNamespace:
     """Ask for a stop in the first step of a start; returns all that the tests look at."""
     _, number, whom, code = STOPS[kind]
-    loaders = until(lambda: len(live.children(0)), "a DataLoader worker")
+    live.see_training()
+    loaders = len(live.children(0))
     kept = committed(live.run_dir)
     if number is None:
         (live.run_dir / "STOP").touch()
@@ -97,7 +98,7 @@ def stopped(scratch: Path) -> SimpleNamespace:
             stops[kind] = stop(live, kind)
             arguments[ranks] = ("--resume", live.run_dir)
     with Run(scratch / "2", *arguments[2], nohup=True, faults=slow) as last:
-        until(lambda: last.children(0), "a DataLoader worker")
+        last.see_training()
         os.kill(last.process.pid, signal.SIGHUP)
         os.kill(last.worker(1), signal.SIGTERM)
         last.wait()

@@ -219,6 +219,13 @@ class Run:
         """The last step in the run's log."""
         return max(losses(self.run_dir), default=0)
 
+    def see_training(self) -> None:
+        """Wait until rank 0 of this start is in a step; its first batch is there by then."""
+        progress = self.run_dir / "logs" / "rank0.progress"
+        until(
+            lambda: progress.exists() and progress.read_text().endswith("training"), "a first step"
+        )
+
     def reach(self, step: int) -> "Run":
         """Wait until `step` has been logged; fail where the launcher ends before."""
         until(
