@@ -85,22 +85,24 @@ def test_twenty_noisy_runs_with_a_spike_raise_no_alarm() -> None:
 
 @pytest.fixture(scope="module")
 def diverged(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The loss is NaN from step 7 on; a checkpoint every second step, a restart allowed."""
+    """From its 5th step on the loss of rank 1 of two is NaN; a checkpoint every second step, a
+    restart allowed.
+    """
     folder = tmp_path_factory.mktemp("diverged")
-    faults = [{"point": "nan loss", "step": 7}]
-    return run(folder, write_config(folder, **ALONE), ranks=1, faults=faults)
+    faults = [{"point": "nan loss", "step": 5, "rank": 1}]
+    return run(folder, write_config(folder, **ALONE, max_samples=48), faults=faults)
 
 
 def test_a_divergence_ends_the_run_at_the_second_log_and_says_so(diverged: Run) -> None:
     assert diverged.process.returncode == 1, diverged.console
-    assert (summary(diverged)["state"], summary(diverged)["steps"]) == ("diverged", 8)
-    assert "diverged at step 8: loss nan since step 7" in diverged.console
+    assert (summary(diverged)["state"], summary(diverged)["steps"]) == ("diverged", 6)
+    assert "diverged at step 6: loss nan since step 5" in diverged.console
     assert "usual causes" in diverged.console and "restart" not in diverged.console
 
 
 def test_a_divergence_keeps_the_good_checkpoints_and_saves_none_after_it(diverged: Run) -> None:
-    assert committed(diverged.run_dir) == [4, 6]
-    assert not (diverged.run_dir / "checkpoint-8").exists()
+    assert committed(diverged.run_dir) == [2, 4]
+    assert not (diverged.run_dir / "checkpoint-6").exists()
     assert not (diverged.run_dir / "model.safetensors").exists()
 
 
@@ -125,39 +127,54 @@ def test_weights_that_are_not_finite_on_one_rank_are_never_committed(tmp_path: P
 
 
 @pytest.fixture(scope="module")
-def stopped_rank(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Rank 1 is stopped by a signal in its 6th step, after checkpoint-4."""
+def hung(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Rank 1 leaves a collective out in its 3rd step, and after the restart from checkpoint-2 it is
+    stopped by a signal in step 6.
+    """
     folder = tmp_path_factory.mktemp("hang")
-    faults = [{"point": "SIGSTOP", "step": 6, "rank": 1}]
-    return run(folder, write_config(folder, hang_timeout=20), faults=faults, seconds=400)
+    faults = [
+        {"point": "collective left out", "step": 3, "rank": 1},
+        {"point": "SIGSTOP", "step": 4, "rank": 1},
+    ]
+    return run(folder, write_config(folder, hang_timeout=10), faults=faults, seconds=400)
 
 
-def test_a_rank_that_is_stopped_is_named_and_the_run_restarts(stopped_rank: Run) -> None:
+def test_a_rank_that_leaves_a_collective_out_is_said_where_it_is(hung: Run) -> None:
     assert re.search(
-        r"no progress for 2\d s: .*rank 1 is stopped by a signal \(SIGSTOP\)",
-        stopped_rank.console,
-    ), stopped_rank.console
-    assert "restart 1 of 3: resuming from checkpoint-4" in stopped_rank.console
-
-
-def test_a_rank_that_waits_is_said_where_and_its_stack_is_in_its_log(stopped_rank: Run) -> None:
-    assert re.search(r"rank 0 in \w+ \(\w+\.py:\d+\)", stopped_rank.console)
-    log = (stopped_rank.run_dir / "logs" / "rank0.log").read_text(encoding="utf-8")
+        r"no progress for 1\d s: rank 0 in \w+ \(\w+\.py:\d+\); rank 1 in barrier \(\w+\.py:\d+\)\n"
+        "restart 1 of 3: resuming from checkpoint-2",
+        hung.console,
+    ), hung.console
+    log = (hung.run_dir / "logs" / "rank0.log").read_text(encoding="utf-8")
     assert "most recent call first" in log
 
 
+def test_a_rank_that_is_stopped_is_named_and_the_run_restarts(hung: Run) -> None:
+    assert re.search(
+        r"no progress for 1\d s: .*rank 1 is stopped by a signal \(SIGSTOP\)\n"
+        "restart . of 3: resuming from checkpoint-4",
+        hung.console,
+    ), hung.console
+
+
 def test_a_run_that_hung_ends_with_the_weights_of_one_that_did_not(
-    stopped_rank: Run, tmp_path: Path
+    hung: Run, reference: Run
 ) -> None:
-    assert stopped_rank.process.returncode == 0, stopped_rank.console
-    whole = train(tmp_path, write_config(tmp_path))
-    assert weights(stopped_rank.run_dir) == weights(whole.run_dir)
-    assert losses(stopped_rank.run_dir) == losses(whole.run_dir)
+    assert hung.process.returncode == 0, hung.console
+    assert weights(hung.run_dir) == weights(reference.run_dir)
+    assert losses(hung.run_dir) == losses(reference.run_dir)
 
 
-def test_a_sleeping_rank_ends_a_run_that_may_not_restart_as_hung(tmp_path: Path) -> None:
-    config = write_config(tmp_path, **ALONE, hang_timeout=15, max_restarts=0)
-    done = run(tmp_path, config, ranks=1, faults=[{"point": "sleep", "step": 4}])
+def test_a_slow_save_is_waited_for_and_a_batch_that_never_comes_is_not(tmp_path: Path) -> None:
+    config = write_config(tmp_path, **ALONE, hang_timeout=8, max_restarts=0, save_steps=3)
+    faults = [
+        {"point": "save slowly", "step": 3, "seconds": 24},
+        {"point": "sleep in collator", "step": 6},
+    ]
+    done = run(tmp_path, config, ranks=1, faults=faults)
+    assert committed(done.run_dir) == [3]
     assert (done.process.returncode, summary(done)["state"]) == (1, "hung"), done.console
-    assert re.search(r"no progress for 1\d s: rank 0 in ", summary(done)["cause"])
+    assert re.search(
+        r"no progress for \d+ s: rank 0 in action \(sitecustomize.py", summary(done)["cause"]
+    )
     assert summary(done)["resume"]

@@ -15,7 +15,7 @@ import pytest
 
 from helpers import SCRIPT
 from helpers.config import STEPS, write_config
-from helpers.launcher import Run, committed, free_port, losses, run, weights
+from helpers.launcher import Run, committed, fork, free_port, losses, run, train, weights
 
 ALL_STEPS = f"step {STEPS}/{STEPS}"
 
@@ -68,6 +68,17 @@ def test_two_nodes_make_one_run_directory_and_one_swanlab_record(two_nodes: tupl
     output = two_nodes[0].run_dir.parent
     assert sorted(path.name for path in output.iterdir()) == ["swanlog", "two"]
     assert len(list((output / "swanlog").glob("run-*"))) == 1
+
+
+def test_a_run_of_two_nodes_continues_on_one_when_the_other_is_gone(
+    two_nodes: tuple[Run, Run], reference: Run
+):
+    copy = fork(two_nodes[0].run_dir, "one", 10)
+    done = train(copy.parent, "--resume", copy, "report_to=none", ranks=1)
+    assert "resharded   checkpoint-10: 2 ranks -> 1 rank" in done.console
+    wanted = losses(reference.run_dir)
+    for step, (loss,) in losses(done.run_dir).items():
+        assert loss == pytest.approx(wanted[step][0], rel=5e-3), step  # bf16
 
 
 def test_a_stop_on_node_1_stops_both_after_a_checkpoint(tmp_path: Path):

@@ -2,13 +2,12 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 
 from helpers.config import ZERO3_FILE, write_config
-from helpers.launcher import Run, losses, run, train
+from helpers.launcher import Run, fork, losses, run, train
 
 # Two ranks x 1 x 2 = 4 samples per step, 48 samples: 12 steps. Single precision, since it is exact.
 SETTINGS = {
@@ -16,23 +15,12 @@ SETTINGS = {
     "max_samples": 48,
     "gradient_accumulation_steps": 2,
     "weight_decay": 0.1,
-    "warmup_steps": 3,
+    "warmup_steps": 6,
     "save_steps": 4,
     "save_total_limit": None,
 }
 ZERO2 = json.loads(Path(ZERO3_FILE).read_text(encoding="utf-8"))
 ZERO2["zero_optimization"] = {"stage": 2}
-
-
-def fork(source: Path, name: str, step: int) -> Path:
-    """A copy of a run directory as it was when only this checkpoint was there."""
-    copy = source.parent / name
-    copy.mkdir()
-    for path in source.iterdir():
-        if path.name in ("config.yaml", "plan.json", f"checkpoint-{step}"):
-            copier = shutil.copytree if path.is_dir() else shutil.copy
-            copier(path, copy / path.name)
-    return copy
 
 
 def difference(done: Run, reference: Run) -> float:
@@ -89,13 +77,17 @@ def test_a_number_of_ranks_that_cannot_keep_the_samples_of_a_step_is_refused(
     )
 
 
-def test_a_kill_in_the_first_step_after_resharding_loses_nothing(whole: Run) -> None:
+def test_kills_in_the_first_step_and_the_first_save_after_resharding_lose_nothing(
+    whole: Run,
+) -> None:
     if whole.kind != "ZeRO-3":
         pytest.skip("the same code: once is enough")
-    run_dir, faults = fork(whole.run_dir, "killed", 8), [{"point": "kill", "step": 1}]
-    killed = run(whole.folder, "--resume", run_dir, ranks=1, faults=faults)
-    assert killed.process.returncode == 1, killed.console
+    run_dir = fork(whole.run_dir, "killed", 8)
+    for fault in ({"point": "kill", "step": 1}, {"point": "manifest", "step": 12}):
+        killed = run(whole.folder, "--resume", run_dir, ranks=1, faults=[fault])
+        assert killed.process.returncode == 1, killed.console
     done = train(whole.folder, "--resume", run_dir, ranks=1)
+    assert "resharded   checkpoint-8: 2 ranks -> 1 rank" in done.console
     assert difference(done, whole) < 1e-5
 
 
@@ -106,23 +98,23 @@ def memory_for(samples: int) -> list[dict]:
     return [{"point": "out of memory", "samples": samples}]
 
 
-ALONE = {**SETTINGS, "deepspeed": None, "gradient_accumulation_steps": 1}
+ALONE = {**SETTINGS, "deepspeed": None, "gradient_accumulation_steps": 1, "max_samples": 96}
 
 
 def test_a_gpu_that_is_out_of_memory_gets_half_the_micro_batch_until_it_fits(
     tmp_path: Path,
 ) -> None:
     small = write_config(
-        tmp_path, name="small.yaml", **ALONE | {"gradient_accumulation_steps": 4}
+        tmp_path, name="small.yaml", **ALONE | {"gradient_accumulation_steps": 8}
     )
-    large = write_config(tmp_path, **ALONE | {"per_device_train_batch_size": 4})
+    large = write_config(tmp_path, **ALONE | {"per_device_train_batch_size": 8})
     wanted = train(tmp_path, small, ranks=1)
     done = train(tmp_path, large, ranks=1, faults=memory_for(1))
     asked = re.findall(r"starting again with per_device_train_batch_size=(\d)", done.console)
-    assert asked == ["2", "1"]
+    assert asked == ["4", "2", "1"]
     assert difference(done, wanted) < 1e-5
     text = (done.run_dir / "config.yaml").read_text(encoding="utf-8")
-    assert "per_device_train_batch_size: 1" in text and "gradient_accumulation_steps: 4" in text
+    assert "per_device_train_batch_size: 1" in text and "gradient_accumulation_steps: 8" in text
 
 
 def test_a_micro_batch_of_one_that_does_not_fit_ends_the_run_with_advice(

@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -223,7 +224,8 @@ class Run:
         """Wait until rank 0 of this start is in a step; its first batch is there by then."""
         progress = self.run_dir / "logs" / "rank0.progress"
         until(
-            lambda: progress.exists() and progress.read_text().endswith("training"), "a first step"
+            lambda: progress.exists() and progress.read_text().endswith("training"),
+            "a first step",
         )
 
     def reach(self, step: int) -> "Run":
@@ -296,6 +298,17 @@ def train(folder: Path, *arguments: object, **options: object) -> Run:
     done = run(folder, *arguments, **options)
     assert done.process.returncode == 0, done.console
     return done
+
+
+def fork(source: Path, name: str, step: int) -> Path:
+    """A copy of a run directory as it was when only this checkpoint was there."""
+    copy = source.parent / name
+    copy.mkdir()
+    for path in source.iterdir():
+        if path.name in ("config.yaml", "plan.json", f"checkpoint-{step}"):
+            copier = shutil.copytree if path.is_dir() else shutil.copy
+            copier(path, copy / path.name)
+    return copy
 
 
 def weights(run_dir: Path) -> str:

@@ -183,6 +183,38 @@ def out_of_memory(fault):
     in_each_step(fault, act)
 
 
+def sleep_in_collator(fault):
+    """The batch of this step is never made."""
+    batches = [0]
+
+    def action(*args):
+        batches[0] += 1
+        if batches[0] == fault["step"] and strike_once(fault):
+            time.sleep(600)
+
+    Patch(
+        "llamafactory.data.collator",
+        lambda module: before(module.SFTDataCollatorWith4DAttentionMask, "__call__", action),
+    )
+
+
+def save_slowly(fault):
+    """Each checkpoint takes so many seconds longer."""
+    Patch(
+        "transformers.trainer",
+        lambda module: before(
+            module.Trainer, "_save_checkpoint", lambda *args: time.sleep(fault["seconds"])
+        ),
+    )
+
+
+def leave_out_a_collective():
+    """The other ranks wait in a collective that this rank never enters."""
+    import torch
+
+    torch.distributed.barrier()
+
+
 def stop_here():
     os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -259,7 +291,9 @@ POINTS = {
     "nan weights": lambda fault: in_each_step(fault, nan_weights),
     "out of memory": out_of_memory,
     "SIGSTOP": lambda fault: in_step(fault, stop_here),
-    "sleep": lambda fault: in_step(fault, lambda: time.sleep(600)),
+    "sleep in collator": sleep_in_collator,
+    "save slowly": save_slowly,
+    "collective left out": lambda fault: in_step(fault, leave_out_a_collective),
     "slow": slow_down,
     "clock": clock,
     "hold tokenization": hold_tokenization,
