@@ -360,11 +360,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         options = parse_arguments(sys.argv[1:] if argv is None else argv)
         env = dict(os.environ)
-        if not options.tracker and UNDER_TORCHRUN not in env:
-            found = preflight_or_stop(options, env)
-            return launch(found, env) if found else 0
-        if not options.tracker:
+        if not (options.previewer or options.tracker or UNDER_TORCHRUN in env):
+            return check_and_launch(options, env)
+        if UNDER_TORCHRUN in env:
             return run_rank(Run(options.config.parent), env)
+        if options.previewer:
+            return run_preview(Run(Path(options.previewer)), int(options.preview))
         return run_tracker(Run(Path(options.tracker)))
     except LaunchError as error:
         for problem in error.problems:
@@ -428,11 +429,14 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--dry-run", action="store_true", help="print plan, problems and command; start nothing"
     )
     add("--json", action="store_true", help="with --dry-run: the plan as one JSON object")
+    preview_help = "N samples (default 2) as the model will see them, and the data's figures"
+    add("--preview", nargs="?", const="2", metavar="N", help=preview_help)
     resume_help = "continue RUN_DIR, or the newest unfinished run under output_dir"
     add("--resume", nargs="?", const="", metavar="RUN_DIR", help=resume_help)
     force_help = "start anyway: an estimate, a busy GPU or an untested version stops nothing"
     add("--force", action="store_true", help=force_help)
     add("--tracker", help=argparse.SUPPRESS)
+    add("--previewer", help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args(argv)
     if options.json and not options.dry_run:
         raise LaunchError("--json goes with --dry-run")
@@ -443,6 +447,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def split_words(options: argparse.Namespace) -> None:
     """Set `config` and `overrides` from the words of the command line."""
     words = options.words
+    if options.preview and not options.preview.isdecimal():
+        words = [options.preview, *words]  # --preview CONFIG.yaml: no N was given
+        options.preview = "2"
     if options.resume and (OVERRIDE.match(options.resume) or os.path.isfile(options.resume)):
         words = [options.resume, *words]  # --resume CONFIG.yaml key=value: no RUN_DIR was given
         options.resume = ""
@@ -468,6 +475,16 @@ def hide_values(text: str) -> str:
 # --- preflight ----------------------------------------------------------------------------------
 
 
+def check_and_launch(options: argparse.Namespace, env: dict[str, str]) -> int:
+    """The launcher from the preflight to the end of the run; returns the exit code."""
+    found = preflight_or_stop(options, env)
+    if not found:
+        return 0
+    if options.preview:
+        return preview(found, options.preview, env)
+    return launch(found, env)
+
+
 def preflight_or_stop(options: argparse.Namespace, env: dict[str, str]) -> Preflight | None:
     """The preflight of a run to start; None after a dry run, and where there is nothing to do.
 
@@ -487,7 +504,8 @@ def preflight_or_stop(options: argparse.Namespace, env: dict[str, str]) -> Prefl
         raise LaunchError(describe_os_error(error)) from None
     if options.dry_run:
         dry_run(found, options.json, env)
-    stopping = [item for item in found.problems if not (item.can_force and options.force)]
+    forced = options.force or options.preview
+    stopping = [item for item in found.problems if not (item.can_force and forced)]
     if stopping:
         raise LaunchError(*stopping)
     return None if options.dry_run else found
@@ -501,6 +519,8 @@ def preflight(options: argparse.Namespace, env: dict[str, str], run: Run | None)
     config = load_config(run.config_file if run else options.config, options.overrides)
     if run:
         config = resumed_config(config, run)
+    if options.preview:
+        config = preview_config(config)
     problems = Problems()
     config = check_keys(config, known_fields(), problems)
     before_devices = len(problems)
@@ -528,6 +548,23 @@ def preflight(options: argparse.Namespace, env: dict[str, str], run: Run | None)
     else:
         problems.attempt(run_name, config, time.time())
     return Preflight(config, plan, problems, run)
+
+
+PREVIEW_ROWS = 10_000  # a preview tokenizes the first rows of each data set
+# What says how to train, not on which data.
+NOT_PREVIEWED = (
+    "deepspeed fsdp fsdp_config bf16 fp16 pure_bf16 flash_attn quantization_bit report_to run_name "
+    "tokenized_path preprocessing_num_workers cuda_visible_devices"
+).split()
+
+
+def preview_config(config: Config) -> Config:
+    """What a preview needs of a configuration: data, template and tokenizer, on the CPU."""
+    values = without(config.values, *NOT_PREVIEWED)
+    values |= {"use_cpu": True, "train_from_scratch": True, "report_to": "none"}  # no weights
+    if not values.get("streaming"):
+        values["max_samples"] = min(values.get("max_samples") or PREVIEW_ROWS, PREVIEW_ROWS)
+    return replace(config, values=values)
 
 
 def resumed_config(config: Config, run: Run) -> Config:
@@ -2745,6 +2782,7 @@ def print_plan(found: Preflight, run: Run, env: dict[str, str]) -> None:
         {
             **plan_lines(found.plan),
             "resharded": describe_resharding(found),
+            "padding": describe_padding(found),
             "tracking": ", ".join(names) or "none",
             "run": str(run.path),
             "follow": f"tail -F {shlex.quote(str(run.logs / 'rank0.log'))}",
@@ -2765,11 +2803,48 @@ def describe_resharding(found: Preflight) -> str:
     return text + plural(now, "rank")
 
 
-def print_lines(lines: dict[str, object]) -> None:
+def describe_padding(found: Preflight) -> str:
+    """What an earlier run on the same data says of its padding."""
+    figures, plan = earlier_figures(found.config), found.plan
+    return padding_advice(figures, plan.values, plan.global_batch) if figures else ""
+
+
+def padding_advice(figures: dict, values: Values, global_batch: int) -> str:
+    """What another order would save on data of these figures; '' where little is padding.
+
+    The steps of packed data are a lower bound: packs are not full to the last token.
+    """
+    grouped = values.train_sampling_strategy == "group_by_length"
+    if values.packing or grouped or figures["padding"] < 0.3:
+        return ""
+    total = figures["tokens"]["all"]
+    now, grouped = (total / (1 - figures[name]) for name in ("padding", "grouped"))
+    steps = math.ceil(figures["kept"] / global_batch)
+    packed = math.ceil(total / figures["cutoff_len"] / global_batch)
+    return (
+        f"{figures['padding']:.0%} of the tokens were; train_sampling_strategy=group_by_length "
+        f"saves {now - grouped:,.0f} of {now:,.0f} per epoch, neat_packing=true "
+        f"{now - total:,.0f} and takes {packed} steps instead of {steps}"
+    )
+
+
+def earlier_figures(config: Config) -> dict:
+    """data.json of the newest run under output_dir on the same data; {} where there is none."""
+    values = DEFAULTS | config.values
+    files = Path(values["output_dir"]).glob("*/data.json")
+    for path in sorted(files, key=modified, reverse=True):
+        run, figures = Run(path.parent), read_json_or_empty(path)
+        if figures.get("cutoff_len") == values["cutoff_len"]:
+            if run.read("plan.json").get("data") == data_fingerprints(values):
+                return figures
+    return {}
+
+
+def print_lines(lines: dict[str, object], stream: TextIO | None = None) -> None:
     """Print `label       text` lines; an empty text is left out."""
     for label, text in lines.items():
         if text:
-            say(f"{label:<12}{text}")
+            say(f"{label:<12}{text}", stream)
 
 
 def plan_lines(plan: Plan) -> dict[str, str]:
@@ -2973,6 +3048,17 @@ def tracking_project(values: Values) -> str:
 
 
 # --- launch: run directory, torchrun's command and environment ----------------------------------
+
+
+def preview(found: Preflight, count: str, env: dict[str, str]) -> int:
+    """Show samples and figures of the data, in a process of its own; returns its exit code."""
+    with TemporaryDirectory() as folder:
+        run = Run(Path(folder))
+        run.logs.mkdir()
+        run.config_file.write_text(launchable_config(found.config, found.plan.devices))
+        command = [sys.executable, str(SCRIPT), "--previewer", folder, "--preview", count]
+        rank_env = build_rank_environment(found.plan, run, found.config, env)
+        return subprocess.run(command, env=rank_env).returncode
 
 
 def launch(found: Preflight, env: dict[str, str]) -> int:
@@ -3283,7 +3369,7 @@ class Supervisor:
             say(f"restart {restarts} of {limit}: resuming from {good.name}")
         if self.leads:
             self.close(state, cause)
-        return {"finished": 0, "stopped": self.stop.exit_code()}.get(state, 1)
+        return {"finished": 0, "refused": 2, "stopped": self.stop.exit_code()}.get(state, 1)
 
     def halve_micro_batch(self) -> bool:
         """After a GPU was out of memory: the same optimizer step in smaller parts, where
@@ -3306,11 +3392,16 @@ class Supervisor:
         return True
 
     def outcome(self, status: int | None) -> tuple[str, str]:
-        """(finished, stopped or failed, why) after torchrun ended with `status`; None: stopped
-        early.
+        """(state, cause) after torchrun ended with `status`; None: stopped early.
+
+        The state is finished, stopped, diverged, hung, failed, or refused: nothing can be learned
+        from the data.
         """
         if status is None:
             return "stopped", ""
+        problem = self.run.read("data.json").get("problem")
+        if status and problem:
+            return "refused", problem
         if status:
             return ("hung", self.hang_watch.cause) if self.hang_watch.cause else ("failed", "")
         end = {"state": "finished"}
@@ -3379,6 +3470,7 @@ class Supervisor:
         """Show what rank 0 has logged since the last time, and let the tracker follow."""
         if not self.leads:
             return
+        self.console.show_data(self.run)
         for line in self.metrics.new_lines():
             self.console.show(line)
             self.hang_watch.learn(line)
@@ -3416,6 +3508,7 @@ def roll_back_to_checkpoint(run: Run) -> None:
     old = [
         run.path / "summary.json",
         run.path / "training_loss.png",
+        run.path / "data.json",
         *run.logs.glob("rank*.error"),
     ]
     for path in old:
@@ -3629,6 +3722,14 @@ class Console:
 
     def __init__(self):
         self.bar, self.begin, self.shown, self.spoke = None, {}, set(), 0.0
+        self.knows_data = False
+
+    def show_data(self, run: Run) -> None:
+        """The figures of the tokenized data, once."""
+        figures = not self.knows_data and run.read("data.json")
+        if figures:
+            self.knows_data = True
+            print_lines(data_lines(figures, run))
 
     def show(self, line: dict) -> None:
         """Show one line of metrics.jsonl."""
@@ -3701,6 +3802,35 @@ class Console:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+
+def data_lines(figures: dict, run: Run) -> dict[str, str]:
+    """What data.json says, for people: {label: text}, '' where there is nothing to say."""
+    dropped, cut, unended = (figures[name] for name in ("dropped", "cut", "unended"))
+    shown = figures | {"percent": round(100 * figures["padding"])}
+    lines = {
+        "data": "{kept} of {rows} rows, {tokens[min]}-{tokens[max]} tokens (median "
+        "{tokens[median]}, 99 %: {tokens[p99]}), {cut} cut at {cutoff_len}, {dropped} dropped, "
+        "{percent} % padding".format_map(shown),
+        "template": figures["template"],
+    }
+    if dropped:
+        reason = re.search(
+            r">> ((Invalid|Dropped) .{0,150})", read_from(run.logs / "rank0.log", 0)
+        )
+        lines["dropped"] = plural(dropped, "row") + (
+            f"; the first: {reason[1]}" if reason else ""
+        )
+    if cut > 0.01 * figures["kept"]:
+        enough, rest = figures["enough"]
+        lines["cut"] = f"{plural(cut, 'sample')}; cutoff_len={enough} would cut {rest}"
+    if figures["unlearned"]:
+        lines["unlearned"] = f"{plural(figures['unlearned'], 'sample')} with no answer left"
+    if unended:
+        lines["unended"] = (
+            f"{plural(unended, 'answer')} cut before the end, which teach not to stop"
+        )
+    return lines
 
 
 # --- SwanLab's process --------------------------------------------------------------------------
@@ -3965,12 +4095,12 @@ def summarize(run: Run, state: str, cause: str, started: float) -> dict:
     if state == "finished":
         model = str(run.path)
     elif good:
-        resume = resume_command(run)
+        resume, model = resume_command(run), has_weights(good) and str(good)
     return {
         "run": str(run.path),
         "state": state,
         "cause": cause,
-        "model": model,
+        "model": model or None,
         "steps": max(steps),
         "total_steps": max(totals, default=run.read("plan.json").get("total_steps")),
         "first_loss": next(iter(losses), None),
@@ -4040,7 +4170,11 @@ def print_summary(run: Run, config: Config, summary: dict) -> None:
     for key, when in (("first_loss", "first"), ("last_loss", "last")):
         if summary[key] is not None:
             losses.append(f"{summary[key]:.4f} at {when}")
-    chat = summary["model"] and chat_command(run.path, DEFAULTS | config.values)
+    chat, serve = "", ""
+    if summary["model"]:
+        values = Values(DEFAULTS | config.values)
+        model = Path(summary["model"])
+        chat, serve = chat_command(model, values), serve_command(model, values)
     resume = summary["resume"]
     if not resume and summary["state"] != "finished":
         resume = "there is no checkpoint to resume from"
@@ -4059,6 +4193,7 @@ def print_summary(run: Run, config: Config, summary: dict) -> None:
             "dashboard": summary["dashboard"],
             "model": summary["model"],
             "chat": chat,
+            "serve": serve,
             "resume": resume,
         }
     )
@@ -4090,6 +4225,21 @@ def chat_command(run_dir: Path, values: dict) -> str:
     thinking = " --enable_thinking false" if values.get("enable_thinking") is False else ""
     template = values.get("template", "default")
     return f"llamafactory-cli chat {model} --template {template}{thinking}"
+
+
+def serve_command(model: Path, values: Values) -> str:
+    """vLLM with the thinking that the model was trained with; '' for a reward model."""
+    if values.stage == "rm":
+        return ""
+    words = ["vllm", "serve", str(model)]
+    if values.finetuning_type in ("lora", "oft"):
+        words = ["vllm", "serve", values.model_name_or_path, "--enable-lora", "--lora-modules"]
+        words.append(f"{model.name}={model}")
+    if values.get("enable_thinking") is False:
+        words += ["--default-chat-template-kwargs", '{"enable_thinking": false}']
+    elif values.template in ("qwen3", "qwen3_vl"):
+        words += ["--reasoning-parser", "qwen3"]
+    return shlex.join(words)
 
 
 WEBHOOKS = ("notify", "swanlab_lark_webhook_url")
@@ -4231,6 +4381,7 @@ def train(run: Run, env: dict[str, str]) -> None:
     callback = callback_class(run, config)
     if run.checkpoint_ranks() not in (None, ranks):
         reshard_on_load()
+    measure_data(config.values, partial(record_data, run, config.values))
     state = "finished"
     try:
         run_exp(build_training_args(config, run), [callback])
@@ -4584,6 +4735,276 @@ def exit_now(code: int) -> None:
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
+
+
+# --- the data as the model sees it --------------------------------------------------------------
+#
+# LLaMA-Factory's own template and processor are measured while they tokenize. The measures travel
+# in two columns that nothing after this sees, so they are exact with several tokenizing processes,
+# and where the tokenized data comes from the cache.
+
+STREAMED_ROWS = 1000  # streamed data is measured by its first rows
+PADDED_TO = 8  # LLaMA-Factory pads a batch to a multiple of it
+IGNORED = -100  # the label of a token that is not learned
+
+
+def measure_data(values: Values, tell: Callable) -> None:
+    """Call `tell(figures, samples, template, tokenizer, is_eval)` for each data set as soon as it
+    is tokenized, which is before there is a model.
+    """
+    from datasets import Dataset
+    from llamafactory.data import loader
+
+    new_processor = loader._get_dataset_processor
+    tokenize = loader._get_preprocessed_dataset
+
+    def new_measured_processor(*args, **options):
+        return measured(new_processor(*args, **options))
+
+    def tokenize_and_tell(rows, data_args, args, stage, template, tokenizer, *rest, is_eval):
+        more = (data_args, args, stage, template, tokenizer, *rest)
+        tokenized = tokenize(rows, *more, is_eval=is_eval)
+        if rows is None:
+            return None
+        counted, samples = rows, tokenized
+        if stage == "pt":  # its samples are blocks of text, not rows
+            counted = samples
+        if data_args.streaming:
+            first = itertools.islice(tokenized, STREAMED_ROWS)
+            counted = samples = Dataset.from_list(list(first))
+        try:
+            figures = data_figures(samples, len(counted), data_args, args, values)
+            figures["template"] = template_difference(template, tokenizer, rows)
+        except Exception:  # data that nobody has foreseen may have no figures, but it may train
+            traceback.print_exc()
+        else:
+            tell(figures, samples, template, tokenizer, is_eval)
+        return tokenized.remove_columns(["measured", "lost"])
+
+    loader._get_dataset_processor = new_measured_processor
+    loader._get_preprocessed_dataset = tokenize_and_tell
+
+
+def measured(processor):
+    """The same LLaMA-Factory processor, whose batches have two columns more.
+
+    `measured` holds, in the first row of each batch, the tokens of each of its samples before
+    cutoff_len; `lost` is lost_part of each sample. The class stands in the function, so that
+    datasets makes its code part of the cache's key.
+    """
+    kind = type(processor)
+
+    class Measured(kind):
+        def preprocess_dataset(self, examples):
+            whole, cutoff = [], self.data_args.cutoff_len
+            encode, end = self.template.encode_multiturn, int(self.template.efficient_eos)
+
+            def encode_and_count(*args):
+                pairs = encode(*args)
+                whole.append(end + sum(len(prompt) + len(answer) for prompt, answer in pairs))
+                return pairs
+
+            self.template.encode_multiturn = encode_and_count  # per batch: per row costs 5 %
+            batch = kind.preprocess_dataset(self, examples)
+            del self.template.encode_multiturn
+            if not batch:  # every row was dropped; datasets fails at a batch without a column
+                return {"input_ids": []}
+            if not whole:  # other stages than sft: measured as they were cut
+                whole = [
+                    len(ids) for ids in batch.get("input_ids", batch.get("chosen_input_ids"))
+                ]
+            rows = len(next(iter(batch.values())))
+            batch["measured"] = [whole] + [[]] * (rows - 1)
+            batch["lost"] = [0] * rows
+            ends = set(self.template.get_stop_token_ids(self.tokenizer))
+            for row, tokens in enumerate(whole):
+                if tokens > cutoff and not self.data_args.packing:
+                    batch["lost"][row] = lost_part(batch["labels"][row], ends)
+            return batch
+
+    processor.__class__ = Measured
+    return processor
+
+
+def lost_part(labels: list[int], ends: set[int]) -> int:
+    """What of the answer a sample that was cut has lost: 0 nothing, 1 its end, 2 all of it."""
+    if set(labels) == {IGNORED}:
+        return 2
+    return int(not ends.intersection(labels[-4:]))
+
+
+def data_figures(samples, rows: int, data_args, args, values: Values) -> dict:
+    """What data.json holds of `rows` rows of which measure_data has made these samples.
+
+    Preferences are measured by their chosen answer. `enough`: a cutoff_len that keeps 99.9 % of the
+    samples whole, and how many it would still cut. `grouped`: the padding with group_by_length.
+    """
+    import numpy
+
+    cutoff, lost = data_args.cutoff_len, samples.data.column("lost").to_numpy()
+    # Not through datasets, which takes a minute for a million rows.
+    whole = samples.data.column("measured").combine_chunks().flatten().to_numpy()
+    tokens = numpy.minimum(whole, cutoff)
+    least, median, p99, most = numpy.quantile(
+        tokens, [0, 0.5, 0.99, 1], method="nearest"
+    ).tolist()
+    enough = 64 * math.ceil(numpy.quantile(whole, 0.999, method="higher") / 64)
+    lengths, total, order = tokens, int(tokens.sum()), args.train_sampling_strategy
+    if data_args.packing and values.stage != "pt":
+        lengths = numpy.full(len(samples), cutoff + 1)
+    if values.disable_shuffling:
+        order = "sequential"
+    return {
+        "rows": rows,
+        "kept": len(tokens),
+        "dropped": rows - len(tokens),
+        "cutoff_len": cutoff,
+        "cut": int((whole > cutoff).sum()),
+        "unlearned": int((lost == 2).sum()),
+        "unended": int((lost > 0).sum()),
+        "tokens": {"min": least, "median": median, "p99": p99, "max": most, "all": total},
+        "padding": 1 - total / drawn_tokens(lengths, args, order),
+        "grouped": 1 - total / drawn_tokens(lengths, args, "group_by_length"),
+        "enough": [enough, int((whole > enough).sum())],
+    }
+
+
+def drawn_tokens(lengths, args, order: str) -> int:
+    """Tokens, padding included, of the first epoch's batches of samples of these lengths.
+
+    `random` is the order of accelerate's seeded sampler; that of group_by_length depends on a
+    generator's state that nobody knows before there is a model, so it is another shuffle's.
+    """
+    import numpy
+    import torch
+    from transformers.trainer_pt_utils import get_length_grouped_indices
+
+    batch, drawn = args.per_device_train_batch_size, range(len(lengths))
+    shuffle = torch.Generator().manual_seed(args.data_seed or args.seed)
+    if order == "group_by_length":
+        group = batch * args.gradient_accumulation_steps
+        drawn = get_length_grouped_indices(lengths.tolist(), group, generator=shuffle)
+    elif order == "random":
+        drawn = torch.randperm(len(lengths), generator=shuffle)
+    starts = numpy.arange(0, len(lengths), batch)
+    longest = numpy.maximum.reduceat(lengths[numpy.asarray(drawn)], starts)
+    sizes = numpy.diff(starts, append=len(lengths))
+    return int((numpy.ceil(longest / PADDED_TO) * PADDED_TO * sizes).sum())
+
+
+def template_difference(template, tokenizer, rows) -> str:
+    """Where the prompt that is trained on differs from what the tokenizer's chat template makes of
+    it, with which the model is served; '' where it does not.
+    """
+    row = next((row for row in rows if row["_prompt"] and row["_response"]), None)
+    if not row:  # pre-training
+        return ""
+    turns, system = row["_prompt"][:1] + row["_response"][:1], row["_system"]
+    trained = template.encode_multiturn(tokenizer, turns, system)[0][0]
+    if system:
+        turns.insert(0, {"role": "system", "content": system})
+    thinking = bool(template.enable_thinking)
+    try:
+        text = tokenizer.apply_chat_template(
+            turns[:-1], add_generation_prompt=True, tokenize=False, enable_thinking=thinking
+        )
+    except Exception as error:  # jinja2's or the template's own, or there is none
+        return f"cannot be compared with the tokenizer's chat template: {error}"
+    served = tokenizer.encode(text, add_special_tokens=False)
+    if trained == served:
+        return ""
+    at = len(os.path.commonprefix([trained, served]))
+    ours, theirs = (tokenizer.decode(ids[at : at + 8]) for ids in (trained, served))
+    return (
+        f"differs from the tokenizer's chat template at token {at}: {ours!r} is trained, "
+        f"{theirs!r} would be served"
+    )
+
+
+def data_problem(figures: dict, samples, tokenizer, values: Values) -> str:
+    """Why this data cannot train this model; '' where it can."""
+    from transformers import AutoConfig
+
+    if figures["unlearned"] == figures["kept"]:
+        return f"nothing to learn from: cutoff_len={figures['cutoff_len']} leaves no answer"
+    trust = values.trust_remote_code
+    model = AutoConfig.from_pretrained(values.model_name_or_path, trust_remote_code=trust)
+    size = model.get_text_config().vocab_size
+    # The first sample has all the tokens that the template adds to the tokenizer.
+    largest = max(samples[0].get("input_ids") or samples[0]["chosen_input_ids"])
+    if largest < size or values.resize_vocab:
+        return ""
+    token = tokenizer.convert_ids_to_tokens(largest)
+    return f"{token} is token {largest}, the model embeds {size} only; set resize_vocab: true"
+
+
+def record_data(
+    run: Run, values: Values, figures, samples, template, tokenizer, is_eval
+) -> None:
+    """In a rank: write data.json and the Modelfile for Ollama; end where nothing can be learned."""
+    figures["problem"] = data_problem(figures, samples, tokenizer, values)
+    if os.environ["RANK"] == "0" and not is_eval:
+        write_atomically(run.path / "data.json", json.dumps(figures))
+        with contextlib.suppress(Exception):  # a template that Ollama's form cannot hold
+            modelfile = template.get_ollama_modelfile(tokenizer)
+            if not template.enable_thinking:  # trained prompts end with an empty thought
+                thought = template.add_thought()
+                modelfile = modelfile.replace("{{ else if eq", thought + "{{ else if eq")
+            write_atomically(run.path / "Modelfile", modelfile)
+    if figures["problem"]:
+        raise RuntimeError(figures["problem"])
+
+
+def run_preview(run: Run, count: int) -> int:
+    """Tokenize as a run would, without a model, and show `count` samples and the figures of each
+    data set; returns the exit code.
+    """
+    console = redirect_output(run.logs / "rank0.log")
+    try:
+        from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
+        from llamafactory.hparams import get_train_args
+        from llamafactory.model import load_tokenizer
+
+        config = load_config(run.config_file, {})
+        values = config.values
+        measure_data(values, partial(show_samples, run, values, count, console))
+        model_args, data_args, args, method, _ = get_train_args(
+            build_training_args(config, run)
+        )
+        tools = load_tokenizer(model_args)
+        template = get_template_and_fix_tokenizer(tools["tokenizer"], data_args)
+        get_dataset(template, model_args, data_args, args, method.stage, **tools)
+    except Exception as error:
+        traceback.print_exc()
+        say(f"error: {error}", console)
+        return 2
+    return 0
+
+
+def show_samples(run, values, count, console, figures, samples, template, tokenizer, is_eval):
+    """In a preview: samples as the model sees them, the learned part marked, and the figures."""
+    name, marks = "evaluation" if is_eval else "training", ("[[", "]]")
+    if console.isatty():
+        marks = ("\033[32m", "\033[0m")
+    for sample in itertools.islice(samples, count):
+        prefix = "" if "input_ids" in sample else "chosen_"
+        ids, labels = sample[f"{prefix}input_ids"], sample.get(f"{prefix}labels")
+        labels = labels or ids  # pre-training learns all of it
+        learned = len(ids) - labels.count(IGNORED)
+        say(f"{name} sample: {len(ids)} tokens, {learned} of them learned", console)
+        say(mark_learned(ids, labels, tokenizer, marks), console)
+    figures["problem"] = data_problem(figures, samples, tokenizer, values)
+    figures["template"] = figures["template"] or "the same as the tokenizer's chat template"
+    print_lines(data_lines(figures, run), console)
+
+
+def mark_learned(ids: list[int], labels: list[int], tokenizer, marks: tuple[str, str]) -> str:
+    """The text of a sample, with the parts that are learned between the two marks."""
+    text, pairs = "", zip(ids, labels, strict=True)
+    for is_learned, part in itertools.groupby(pairs, lambda pair: pair[1] != IGNORED):
+        piece = tokenizer.decode([token for token, _ in part])
+        text += piece.join(marks) if is_learned else piece
+    return text
 
 
 # --- resume on another number of ranks
