@@ -2719,17 +2719,24 @@ def refuse_change(
 def data_fingerprints(values: dict) -> dict[str, str]:
     """{path: size and, up to 64 MiB, hash} of the data files, to notice data that has changed."""
     files = {}
+    for path in data_files(values):
+        size = path.stat().st_size
+        files[str(path)] = str(size)
+        if size <= COUNTED_ARRAY:
+            files[str(path)] += f" {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+    return files
+
+
+def data_files(values: dict) -> list[Path]:
+    """The files of the data sets, where they are files on this node."""
+    paths = []
     info = Problems().attempt(read_dataset_info, values) or {}
     for key in ("dataset", "eval_dataset"):
         for name in name_list(values.get(key)):
             path = Problems().attempt(find_data, name, info, values)
             if path and path.is_file():
-                size = path.stat().st_size
-                files[str(path)] = str(size)
-                if size <= COUNTED_ARRAY:
-                    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-                    files[str(path)] += f" {digest[:16]}"
-    return files
+                paths.append(path)
+    return paths
 
 
 def check_checkpoint(plan: Plan, run: Run, problems: Problems) -> None:
@@ -2783,6 +2790,7 @@ def print_plan(found: Preflight, run: Run, env: dict[str, str]) -> None:
             **plan_lines(found.plan),
             "resharded": describe_resharding(found),
             "padding": describe_padding(found),
+            "thinking": thinking_advice(found.config.values),
             "tracking": ", ".join(names) or "none",
             "run": str(run.path),
             "follow": f"tail -F {shlex.quote(str(run.logs / 'rank0.log'))}",
@@ -2809,6 +2817,24 @@ def describe_padding(found: Preflight) -> str:
     return padding_advice(figures, plan.values, plan.global_batch) if figures else ""
 
 
+def thinking_advice(values: Values) -> str:
+    """That an empty thought is learned with each answer; '' where none is."""
+    source = source_of("llamafactory/data/template.py")
+    _, _, template = source.partition(f'    name="{values.template}",')
+    thinks = "ReasoningTemplate" in template.partition("\nregister_template(")[0]
+    paths = [path for path in data_files(values) if path.suffix in (".json", ".jsonl", ".csv")]
+    if not (thinks and paths) or "enable_thinking" in values:
+        return ""
+    for path in paths:
+        with open(path, "rb") as file:
+            if b"<think>" in file.read(1 << 20):
+                return ""
+    return (
+        f"template {values.template} puts an empty <think></think> before each answer, which is "
+        "learned as part of it; with enable_thinking: false it belongs to the prompt"
+    )
+
+
 def padding_advice(figures: dict, values: Values, global_batch: int) -> str:
     """What another order would save on data of these figures; '' where little is padding.
 
@@ -2822,8 +2848,8 @@ def padding_advice(figures: dict, values: Values, global_batch: int) -> str:
     steps = math.ceil(figures["kept"] / global_batch)
     packed = math.ceil(total / figures["cutoff_len"] / global_batch)
     return (
-        f"{figures['padding']:.0%} of the tokens were; train_sampling_strategy=group_by_length "
-        f"saves {now - grouped:,.0f} of {now:,.0f} per epoch, neat_packing=true "
+        f"{100 * figures['padding']:.0f} % of the tokens were padding; "
+        f"train_sampling_strategy=group_by_length saves {now - grouped:,.0f} of {now:,.0f} per epoch, neat_packing=true "
         f"{now - total:,.0f} and takes {packed} steps instead of {steps}"
     )
 
@@ -3823,12 +3849,14 @@ def data_lines(figures: dict, run: Run) -> dict[str, str]:
         )
     if cut > 0.01 * figures["kept"]:
         enough, rest = figures["enough"]
-        lines["cut"] = f"{plural(cut, 'sample')}; cutoff_len={enough} would cut {rest}"
+        lines["cut"] = (
+            f"{plural(cut, 'sample')}; cutoff_len={enough} would cut {rest or 'none'}"
+        )
     if figures["unlearned"]:
         lines["unlearned"] = f"{plural(figures['unlearned'], 'sample')} with no answer left"
     if unended:
         lines["unended"] = (
-            f"{plural(unended, 'answer')} cut before the end, which teach not to stop"
+            f"{plural(unended, 'answer')} lost the end token: the model learns not to stop"
         )
     return lines
 

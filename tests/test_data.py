@@ -16,7 +16,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from helpers import HELPERS
-from helpers.config import CONFIGS, write_config, write_json
+from helpers import config as configs
+from helpers.config import CONFIGS, write_json
 from helpers.launcher import Run, run, train
 from train_qwen3_ft import (
     Run as RunDirectory,
@@ -372,8 +373,8 @@ def test_the_line_and_the_warnings(measured, tmp_path):
     assert lines["dropped"].startswith(
         "1 row; the first: Dropped invalid example: [{'role': 'user'"
     )
-    assert lines["cut"] == "3 samples; cutoff_len=192 would cut 0"
-    assert lines["unended"] == "2 answers cut before the end, which teach not to stop"
+    assert lines["cut"] == "3 samples; cutoff_len=192 would cut none"
+    assert lines["unended"] == "2 answers lost the end token: the model learns not to stop"
 
 
 def test_the_first_reason_of_dropped_rows_is_told(measured, tmp_path):
@@ -395,7 +396,7 @@ FIGURES = {
 
 def test_advice_where_much_is_padding():
     assert padding_advice(FIGURES, Values(), 8) == (
-        "34% of the tokens were; train_sampling_strategy=group_by_length saves 41,923 of 145,117 "
+        "34 % of the tokens were padding; train_sampling_strategy=group_by_length saves 41,923 of 145,117 "
         "per epoch, neat_packing=true 48,672 and takes 63 steps instead of 196"
     )
 
@@ -460,11 +461,45 @@ def test_without_anything_to_learn_the_rank_ends_and_says_why(measured):
 # --- what the user sees
 
 
+def plan(launcher, config, **options):
+    return launcher(config, "--dry-run", **options).stdout
+
+
+def test_the_plan_says_that_an_empty_thought_is_learned(write_config, launcher):
+    said = plan(launcher, write_config())
+    assert "thinking    template qwen3 puts an empty <think></think> before each answer" in said
+
+
+@pytest.mark.parametrize("values", [{"enable_thinking": False}, {"template": "llama3"}])
+def test_the_plan_is_silent_where_none_is_learned(write_config, launcher, values):
+    assert "thinking " not in plan(launcher, write_config(**values))
+
+
+def test_the_plan_is_silent_where_the_data_thinks(write_config, launcher, tmp_path):
+    config = write_config()
+    row = {"instruction": "a", "input": "", "output": "<think>hm</think>SELECT 1;"}
+    write_json(tmp_path / "data" / "tiny.json", [row] * 20)
+    assert "thinking " not in plan(launcher, config)
+
+
+@pytest.mark.parametrize(("padding", "advises"), [(0.4, True), (0.1, False)])
+def test_the_plan_of_the_next_run_says_what_less_padding_would_save(
+    write_config, launcher, tmp_path, padding, advises
+):
+    config = write_config(output_dir=str(tmp_path / "out"))
+    earlier = json.loads(launcher(config, "--dry-run", "--json").stdout)
+    figures = FIGURES | {"padding": padding, "cutoff_len": 64}
+    write_json(tmp_path / "out" / "earlier" / "plan.json", earlier)
+    write_json(tmp_path / "out" / "earlier" / "data.json", figures)
+    said = plan(launcher, config)
+    assert ("padding     40 % of the tokens were padding" in said) == advises
+
+
 def test_the_figures_are_shown_before_the_first_step_and_advise_the_next_run(tmp_path):
     rows = [pair(20, 10), *[pair(20, 170)] * 3] * 3
     write_json(tmp_path / "data" / "rows.json", rows)
     write_json(tmp_path / "data" / "dataset_info.json", {"rows": {"file_name": "rows.json"}})
-    config = write_config(
+    config = configs.write_config(
         tmp_path,
         deepspeed=None,
         per_device_train_batch_size=4,
@@ -484,8 +519,12 @@ def test_the_figures_are_shown_before_the_first_step_and_advise_the_next_run(tmp
 def test_data_without_anything_to_learn_ends_before_the_model_is_loaded(tmp_path):
     write_json(tmp_path / "data" / "rows.json", [pair(140, 8)])
     write_json(tmp_path / "data" / "dataset_info.json", {"rows": {"file_name": "rows.json"}})
-    config = write_config(
-        tmp_path, dataset="rows", dataset_dir=str(tmp_path / "data"), cutoff_len=16
+    config = configs.write_config(
+        tmp_path,
+        dataset="rows",
+        dataset_dir=str(tmp_path / "data"),
+        cutoff_len=16,
+        enable_thinking=False,
     )
     done = run(tmp_path, config)
     assert done.process.returncode == 2, done.console
