@@ -2848,9 +2848,9 @@ def padding_advice(figures: dict, values: Values, global_batch: int) -> str:
     steps = math.ceil(figures["kept"] / global_batch)
     packed = math.ceil(total / figures["cutoff_len"] / global_batch)
     return (
-        f"{100 * figures['padding']:.0f} % of the tokens were padding; "
-        f"train_sampling_strategy=group_by_length saves {now - grouped:,.0f} of {now:,.0f} per epoch, neat_packing=true "
-        f"{now - total:,.0f} and takes {packed} steps instead of {steps}"
+        f"{100 * figures['padding']:.0f} % of the tokens were padding; per epoch "
+        f"train_sampling_strategy=group_by_length saves {now - grouped:,.0f} of {now:,.0f}, "
+        f"neat_packing=true {now - total:,.0f} and takes {packed} steps instead of {steps}"
     )
 
 

@@ -396,8 +396,8 @@ FIGURES = {
 
 def test_advice_where_much_is_padding():
     assert padding_advice(FIGURES, Values(), 8) == (
-        "34 % of the tokens were padding; train_sampling_strategy=group_by_length saves 41,923 of 145,117 "
-        "per epoch, neat_packing=true 48,672 and takes 63 steps instead of 196"
+        "34 % of the tokens were padding; per epoch train_sampling_strategy=group_by_length saves "
+        "41,923 of 145,117, neat_packing=true 48,672 and takes 63 steps instead of 196"
     )
 
 
