@@ -1657,7 +1657,8 @@ def read_json(path: Path, hint: str = "copy it again") -> dict:
 
 # --- data ---------------------------------------------------------------------------------------
 
-DATA_FILES = ("json", "jsonl", "csv", "txt", "parquet", "arrow")
+TEXT_FILES = ("json", "jsonl", "csv", "txt")
+DATA_FILES = (*TEXT_FILES, "parquet", "arrow")
 COUNTED_ARRAY = 64 << 20  # bytes: a larger JSON array is not counted without a limit
 
 
@@ -1671,14 +1672,12 @@ def inspect_data(config: Config, key: str, problems: Problems) -> list[int | Non
         return [None] * len(names)
     rows = []
     for name in names:
-        path = problems.attempt(find_data, name, info, config.values, where=where)
-        count = None
+        path, count = problems.attempt(find_data, name, info, config.values, where=where), None
         if path:
+            entry, place = info[name], f"{where}: {name}"
             limit = config.values.max_samples
-            count = problems.attempt(
-                count_data, path, info[name], limit, where=f"{where}: {name}"
-            )
-            problems.attempt(check_columns, path, info[name], where=f"{where}: {name}")
+            count = problems.attempt(count_data, path, entry, limit, where=place)
+            problems.attempt(check_columns, path, entry, where=place)
         rows.append(count)
     return rows
 
@@ -1688,7 +1687,7 @@ def read_dataset_info(values: dict) -> dict | None:
 
     Raises LaunchError.
     """
-    folder = values.get("dataset_dir", DEFAULTS["dataset_dir"])
+    folder = (DEFAULTS | values)["dataset_dir"]
     if isinstance(folder, dict):
         return folder
     if folder.startswith(("ONLINE", "REMOTE:")):
@@ -1699,11 +1698,12 @@ def read_dataset_info(values: dict) -> dict | None:
 
 def find_data(name: str, info: dict, values: dict) -> Path | None:
     """The file or folder of a data set; None: on a hub. Raises LaunchError."""
-    folder, entry = values.get("dataset_dir", DEFAULTS["dataset_dir"]), info.get(name)
+    values, entry = Values(DEFAULTS | values), info.get(name)
+    folder = values.dataset_dir
     if not isinstance(entry, dict):
         hint = did_you_mean(name, info) or f"; it has {', '.join(info)}"
         raise LaunchError(f"{name} is not in {folder}/dataset_info.json{hint}")
-    check_preferences(name, entry, values.get("stage", DEFAULTS["stage"]))
+    check_preferences(name, entry, values.stage)
     if {"hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name"} & set(entry):
         return None
     if "file_name" not in entry:
@@ -1764,76 +1764,64 @@ def count_rows(path: Path, limit: int | None) -> int | None:
         counts = [count_rows(file, limit) for file in sorted(path.iterdir())]
         return None if None in counts else at_most(limit, sum(counts))
     kind = path.suffix[1:]
-    if kind == "txt":
-        return count_lines(path, limit, blank=True)
-    if kind == "csv":
-        csv.field_size_limit(sys.maxsize)
-        with open(path, encoding="utf-8", newline="") as file:
-            rows = sum(1 for record in csv.reader(file) if record) - 1
-            return at_most(limit, max(rows, 0))
     if kind == "parquet":
         return at_most(limit, count_parquet(path))
-    return count_json(path, limit) if kind in ("json", "jsonl") else None
+    too_long = kind == "json" and limit is None and path.stat().st_size > COUNTED_ARRAY
+    if too_long or kind not in TEXT_FILES:
+        return None
+    return sum(1 for _ in itertools.islice(read_rows(path), limit))
 
 
-def count_json(path: Path, limit: int | None) -> int | None:
-    """Rows of a JSON array or of JSON lines, whichever a .json or .jsonl file holds."""
-    with open(path, "rb") as file:
-        head = file.read(4096)
-    start = head.lstrip(b"\xef\xbb\xbf \t\r\n")
-    if start[:1] == b"[":
-        if head.startswith(b"\xef\xbb\xbf"):
+def read_rows(path: Path) -> Iterator[object]:
+    """The rows of a text file by its name; of JSON lines the text. Raises ValueError, csv.Error."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        if path.suffix == ".txt":
+            yield from ({"text": line} for line in file)
+        elif path.suffix == ".csv":
+            csv.field_size_limit(sys.maxsize)
+            yield from csv.DictReader(file)
+        else:
+            yield from read_json_rows(file)
+
+
+def read_json_rows(file: TextIO) -> Iterator[object]:
+    """The rows of a JSON array or of JSON lines, whichever a .json or .jsonl file holds."""
+    start = file.read(4096).lstrip()[:1]
+    file.seek(0)
+    if start == "[":
+        if file.buffer.peek(3).startswith(b"\xef\xbb\xbf"):
             raise ValueError(
                 "begins with a byte order mark, which cannot be loaded; save it as UTF-8 "
                 "without one"
             )
-        if limit is None and path.stat().st_size > COUNTED_ARRAY:
-            return None
-        return sum(1 for _ in itertools.islice(json_elements(path), limit))
-    if start[:1] == b"{":
-        try:
-            if b"\n" in start:
-                json.loads(start.split(b"\n")[0])
-        except ValueError:
-            return None  # an object over several lines holds columns, not rows
-        return count_lines(path, limit)
-    if start:
+        yield from json_elements(file)
+    elif start in ("{", ""):
+        yield from filter(str.strip, file)
+    else:
         raise ValueError("expected a JSON array, or one JSON object per line")
-    return 0
 
 
-def count_lines(path: Path, limit: int | None, blank: bool = False) -> int:
-    """Lines of a file; blank ones only where they are rows too."""
-    with open(path, "rb") as file:
-        rows = (line for line in file if blank or not line.isspace())
-        return sum(1 for _ in itertools.islice(rows, limit))
-
-
-def json_elements(path: Path, chunk: int = 1 << 20) -> Iterator[object]:
+def json_elements(file: TextIO, chunk: int = 1 << 20) -> Iterator[object]:
     """The elements of a top-level JSON array, decoded one by one so that memory stays small."""
     decoder, between, count, at = json.JSONDecoder(), re.compile(r"[\s,]*"), 0, 0
-    with open(path, encoding="utf-8-sig") as file:
-        text = file.read(chunk).lstrip()[1:]
-        while True:
-            gap = between.match(text, at)
-            at = gap.end()
-            if text.startswith("]", at):
-                if "," in gap[0]:
-                    raise ValueError(
-                        f"not valid JSON after element {count}: a comma before the end"
-                    )
-                return
-            try:
-                element, at = decoder.raw_decode(text, at)
-            except ValueError as error:
-                more = file.read(max(chunk, len(text)))
-                if not more:
-                    message = f"not valid JSON after element {count}: {error.msg}"
-                    raise ValueError(message) from None
-                text, at = text[at:] + more, 0
-            else:
-                count += 1
-                yield element
+    text = file.read(chunk).lstrip()[1:]
+    while True:
+        gap = between.match(text, at)
+        at = gap.end()
+        ends = text.startswith("]", at)
+        if ends and "," not in gap[0]:
+            return
+        try:
+            element, at = decoder.raw_decode(text, at)
+        except ValueError as error:
+            more = file.read(max(chunk, len(text)))
+            if ends or not more:
+                reason = "a comma before the end" if ends else error.msg
+                raise ValueError(f"not valid JSON after element {count}: {reason}") from None
+            text, at = text[at:] + more, 0
+        else:
+            count += 1
+            yield element
 
 
 def count_parquet(path: Path) -> int | None:
@@ -1848,14 +1836,10 @@ def count_parquet(path: Path) -> int | None:
     return int(answer.stdout) if answer.returncode == 0 else None
 
 
-# What LLaMA-Factory reads of a row: role -> column, by its converters' defaults.
-ROLES = {
+# What LLaMA-Factory reads of a row where `columns` is not given: role -> column.
+EXAMPLE_COLUMNS = {
     "alpaca": {"prompt": "instruction", "query": "input", "response": "output"},
     "sharegpt": {"messages": "conversations"},
-}
-OPTIONAL_ROLES = {
-    "alpaca": ("system", "tools", "history", "images", "chosen", "rejected", "kto_tag"),
-    "sharegpt": ("images", "chosen", "rejected", "kto_tag"),
 }
 
 
@@ -1865,22 +1849,22 @@ def check_columns(path: Path, entry: dict) -> None:
     It reads what `columns` of dataset_info.json names or, without it, those of the format's
     example.
     """
-    style = entry.get("formatting", "alpaca")
-    if style not in ROLES:
-        return
-    roles, found = {*ROLES[style], *OPTIONAL_ROLES[style]}, first_columns(path)
+    style, found = entry.get("formatting", "alpaca"), first_columns(path)
+    columns, unread = entry.get("columns", EXAMPLE_COLUMNS.get(style, {})), set()
+    if style != "alpaca":
+        unread.add("system")  # only where the messages begin with none
     if entry.get("ranking"):
-        roles.discard("response")
-    columns = entry.get("columns", ROLES[style])
-    wanted = {role: name for role, name in columns.items() if name and role in roles}
+        unread.add("response")
+    wanted = {role: name for role, name in columns.items() if name and role not in unread}
     missing = [name for name in wanted.values() if name not in found]
     if not found or not missing:
         return
     hint = '"formatting": "sharegpt"'
     if style != "alpaca" or "conversations" not in found:
-        shown = {role: name for role, name in wanted.items() if name in found}
-        blanks = {role: "..." for role in ("prompt", "response", "messages") if role in wanted}
-        hint = '"columns": ' + json.dumps(blanks | shown)
+        shown = {role: name if name in found else "..." for role, name in wanted.items()}
+        if shown.get("query") == "...":
+            shown.pop("query")  # it is optional
+        hint = f'"columns": {json.dumps(shown)}'
     raise LaunchError(
         Problem(
             f"{path} has no column {', '.join(missing)}, only {', '.join(sorted(found))}; "
@@ -1892,21 +1876,13 @@ def check_columns(path: Path, entry: dict) -> None:
 
 def first_columns(path: Path) -> set[str]:
     """The columns of a data file by its first 1,000 rows; none where they cannot be told."""
-    kind, columns = path.suffix[1:], set()
-    if kind == "txt":
-        return {"text"}
-    if path.is_dir() or kind not in ("csv", "json", "jsonl"):
-        return columns
-    with open(path, encoding="utf-8-sig", newline="") as file, contextlib.suppress(ValueError):
-        if kind == "csv":
-            return set(next(csv.reader(file), ()))
-        rows = map(json.loads, filter(str.strip, file))
-        if file.read(4096).lstrip().startswith("["):
-            rows = json_elements(path)
-        file.seek(0)
-        for row in itertools.islice(rows, 1000):
-            columns |= set(row if isinstance(row, dict) else ())
-    return columns
+    columns = set()
+    if path.suffix[1:] in TEXT_FILES and path.is_file():
+        with contextlib.suppress(ValueError, csv.Error):
+            for row in itertools.islice(read_rows(path), 1000):
+                names = json.loads(row) if isinstance(row, str) else row
+                columns.update(names if isinstance(names, dict) else ())
+    return columns - {None}  # under which csv puts fields without a name
 
 
 # --- plan ---------------------------------------------------------------------------------------
