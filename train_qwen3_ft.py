@@ -331,6 +331,11 @@ class Plan:
         return per_rank * self.world_size
 
     @property
+    def needed(self) -> int:
+        """Bytes that the run takes on each device; 0 where that is unknown."""
+        return sum((self.memory or {}).values())
+
+    @property
     def unit(self) -> str:
         """What a rank runs on."""
         return "GPU" if self.devices.ids else "process"
@@ -1897,8 +1902,8 @@ def derive_accumulation(config: Config, ranks: int) -> Config:
     What the command line says wins over the file, also between these two. Raises LaunchError.
     """
     wanted, given = config.values.global_batch_size, config.values.get(ACCUMULATION)
-    newer = config.overridden
-    if wanted is None or (ACCUMULATION in newer and "global_batch_size" not in newer):
+    newer = config.overridden & {"global_batch_size", ACCUMULATION}
+    if wanted is None or newer == {ACCUMULATION}:
         return replace(config, values=without(config.values, "global_batch_size"))
     micro = (DEFAULTS | config.values)["per_device_train_batch_size"]
     at_once, where = micro * ranks, config.where("global_batch_size")
@@ -1912,8 +1917,7 @@ def derive_accumulation(config: Config, ranks: int) -> Config:
             f"{where}: {wanted} cannot be split into micro-batches of {arithmetic}; the "
             f"nearest that can: {near}{others}"
         )
-    replaces = "global_batch_size" in newer and ACCUMULATION not in newer
-    if given not in (None, steps) and not replaces:
+    if given not in (None, steps) and newer != {"global_batch_size"}:
         raise LaunchError(
             f"{where}: {wanted} means gradient_accumulation_steps {steps} ({arithmetic}), but "
             f"{config.where(ACCUMULATION)} is {given}; remove one of the two"
@@ -1939,50 +1943,50 @@ def make_plan(
     else:
         room = host_bytes() // max(devices.processes, 1)
     steps, free = plan_steps(rows, values, world_size), free_bytes(Path(values.output_dir))
-    plan = Plan(devices, gpus, world_size, zero, values, steps, model, room, free)
-    # The formulas are those of full fine-tuning.
-    if not model.parameters or values.finetuning_type != "full" or values.fsdp:
-        return plan
-    memory = estimate_memory(model, zero, values, world_size, devices.processes)
-    host = memory.pop("host")
-    return replace(
-        plan,
-        memory=memory,
-        host_memory=host or None,
-        checkpoint_bytes=estimate_checkpoint(model, zero, values)[0],
-        disk_bytes=estimate_disk(model, zero, values, steps),
-    )
+    return estimate(Plan(devices, gpus, world_size, zero, values, steps, model, room, free))
 
 
 def plan_steps(rows: list[int | None], values: dict, world_size: int) -> Steps:
     """Optimizer steps as transformers' Trainer.set_initial_training_values counts them.
 
-    `rows` are the data sets' rows after max_samples. Each rank gets ceil(ceil(samples /
-    micro-batch) / ranks) batches (accelerate's BatchSamplerShard with even_batches); gradient
-    accumulation groups them, the last group of an epoch may be short.
+    `rows` are the data sets' rows after max_samples, of which LLaMA-Factory's split_dataset takes
+    val_size for evaluation: a number, or a share. Each rank gets ceil(ceil(samples / micro-batch)
+    / ranks) batches (accelerate's BatchSamplerShard with even_batches); gradient accumulation
+    groups them, the last group of an epoch may be short.
     """
     values = Values(DEFAULTS | values)
     fixed = values.max_steps if values.max_steps > 0 else None
     reason = uncountable_reason(rows, values)
     if reason:
         return Steps(None, None, fixed, reason)
-    samples = sum(rows) - held_out(sum(rows), values.val_size)
-    divide = ceil_divide
-    if values.dataloader_drop_last:
-        divide = int.__floordiv__
-    batches = divide(divide(samples, values.per_device_train_batch_size), world_size)
-    per_epoch = max(ceil_divide(batches, values.gradient_accumulation_steps), 1)
+    samples, held_out = sum(rows), values.val_size
+    if held_out < 1:
+        held_out = math.ceil(samples * held_out)
+    samples -= int(held_out)
+    whole = math.floor if values.dataloader_drop_last else math.ceil
+    batches = whole(whole(samples / values.per_device_train_batch_size) / world_size)
+    per_epoch = max(math.ceil(batches / values.gradient_accumulation_steps), 1)
     return Steps(samples, per_epoch, fixed or math.ceil(values.num_train_epochs * per_epoch))
 
 
-def ceil_divide(a: int, b: int) -> int:
-    """a / b, rounded up."""
-    return -(-a // b)
+def estimate(plan: Plan) -> Plan:
+    """The plan with the bytes that it takes, where the model's size is known.
 
-
-def held_out(rows: int, share: float) -> int:
-    """Samples that LLaMA-Factory's split_dataset takes for evaluation: a number, or a share."""
-    return int(share) if share > 1 else math.ceil(rows * share)
+    The formulas are those of full fine-tuning.
+    """
+    values = plan.values
+    if not plan.model.parameters or values.finetuning_type != "full" or values.fsdp:
+        return plan
+    memory = estimate_memory(plan)
+    host = memory.pop("host") or None
+    checkpoint, at_once = estimate_disk(plan)
+    return replace(
+        plan,
+        memory=memory,
+        host_memory=host,
+        checkpoint_bytes=checkpoint,
+        disk_bytes=at_once,
+    )
 
 
 def uncountable_reason(rows: list[int | None], values: Values) -> str:
@@ -2001,9 +2005,7 @@ def uncountable_reason(rows: list[int | None], values: Values) -> str:
     return ""
 
 
-def estimate_memory(
-    model: Model, zero: Zero, values: dict, world_size: int, local_size: int
-) -> dict[str, int]:
+def estimate_memory(plan: Plan) -> dict[str, int]:
     """Bytes on each device by part, and `host` bytes on each node (of the offloaded states).
 
     Model states: DeepSpeed's estimate_zero3_model_states_mem_needs counts 18 bytes per
@@ -2014,26 +2016,25 @@ def estimate_memory(
     buffers. Without DeepSpeed LLaMA-Factory keeps 32-bit weights. Buffers: prefetched weights
     or DDP's buckets, and 1 GiB for CUDA.
     """
-    values = Values(DEFAULTS | values)
-    width = 4 if precision(values) == "fp32" else 2
-    count, gib = model.parameters, 1 << 30
-    share = [1 / world_size if zero.stage >= stage else 1 for stage in (3, 2, 1)]
+    zero, count = plan.zero, plan.model.parameters
+    width = 4 if precision(plan.values) == "fp32" else 2
+    share = [1 / plan.world_size if zero.stage >= stage else 1 for stage in (3, 2, 1)]
     weights = count * (width if zero.used else 4) * share[0]
     gradients = count * 4 * share[1]
     optimizer = count * (12 if zero.used else 8) * share[2]
     parts = dict.fromkeys(("parameters", "gradients", "optimizer", "buffers", "host"), 0)
-    parts |= estimate_activations(model, values, width)
+    parts |= estimate_activations(plan.model, plan.values, width)
     parts["host" if zero.offload_parameters else "parameters"] += weights
     for name, size in (("gradients", gradients), ("optimizer", optimizer)):
         parts["host" if zero.offload_optimizer else name] += size
     if zero.stage == 3:
-        parts["parameters"] += 4 * model.largest_layer
+        parts["parameters"] += 4 * plan.model.largest_layer
         parts["buffers"] += width * min(count, 10**9)
     elif not zero.used:
         parts["buffers"] += gradients
-    if not values.use_cpu:
-        parts["buffers"] += gib
-    parts["host"] *= 1.5 * local_size
+    if not plan.values.use_cpu:
+        parts["buffers"] += 1 << 30
+    parts["host"] *= 1.5 * plan.devices.processes
     return {name: int(size) for name, size in parts.items()}
 
 
@@ -2059,42 +2060,37 @@ def precision(values: dict) -> str:
     return next((key for key in ("pure_bf16", "bf16", "fp16") if values.get(key)), "fp32")
 
 
-def estimate_checkpoint(model: Model, zero: Zero, values: Values) -> tuple[int, int]:
-    """Bytes of one checkpoint and of the final model.
+def estimate_disk(plan: Plan) -> tuple[int, int | None]:
+    """Bytes of one checkpoint, and of all that the run may hold at once: the checkpoints it keeps,
+    one being written, and the model.
 
     The weights in the training precision; for resuming, DeepSpeed's 32-bit weights and Adam's two
     moments (12 bytes per parameter), or without DeepSpeed the moments alone (8).
     """
-    half = zero.used and precision(values) != "fp32"
-    weights = model.parameters * (2 if half else 4)
-    if values.save_only_model:
-        return weights, weights
-    return weights + model.parameters * (12 if zero.used else 8), weights
+    count, deepspeed = plan.model.parameters, plan.zero.used
+    half = deepspeed and precision(plan.values) != "fp32"
+    weights = checkpoint = count * (2 if half else 4)
+    if not plan.values.save_only_model:
+        checkpoint += count * (12 if deepspeed else 8)
+    kept = count_saves(plan)
+    if plan.values.save_total_limit:
+        kept = min(kept, plan.values.save_total_limit + 1)
+    if kept == math.inf:
+        return checkpoint, None
+    return checkpoint, kept * checkpoint + weights
 
 
-def estimate_disk(model: Model, zero: Zero, values: Values, steps: Steps) -> int | None:
-    """Bytes the run may hold at once: the checkpoints it keeps, one being written, and the
-    model.
-    """
-    checkpoint, weights = estimate_checkpoint(model, zero, values)
-    kept, limit = count_saves(values, steps), values.save_total_limit
-    if limit:
-        kept = at_most(limit + 1, kept if kept is not None else limit + 1)
-    return None if kept is None else kept * checkpoint + weights
-
-
-def count_saves(values: Values, steps: Steps) -> int | None:
-    """How many checkpoints the run writes; None where the number of steps is unknown."""
+def count_saves(plan: Plan) -> float:
+    """How many checkpoints the run writes; infinite where the number of steps is unknown."""
+    values, total = plan.values, plan.steps.total
     if values.save_strategy == "no":
         return 0
-    if steps.total is None:
-        return None
-    if values.save_strategy == "epoch":
-        return ceil_divide(steps.total, steps.per_epoch) if steps.per_epoch else None
-    every = values.save_steps
+    every = plan.steps.per_epoch if values.save_strategy == "epoch" else values.save_steps
+    if not total or not every:
+        return math.inf
     if every < 1:
-        every = max(math.ceil(steps.total * every), 1)
-    return math.ceil(steps.total / every)
+        every = math.ceil(total * every)
+    return math.ceil(total / every)
 
 
 def host_bytes() -> int:
@@ -2137,14 +2133,15 @@ def check_output(config: Config, problems: Problems) -> None:
     folder = Path(config.values.get("output_dir", "."))
     while not os.path.lexists(folder):
         folder = folder.parent
-    if folder.is_dir() and os.access(folder, os.W_OK):
-        return
     problem = "is a link that leads nowhere"
     if folder.is_dir():
         problem = "cannot be written"
     elif folder.exists():
         problem = "is a file"
-    problems.add(f"{config.where('output_dir')}: {folder} {problem}; choose a folder of yours")
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        problems.add(
+            f"{config.where('output_dir')}: {folder} {problem}; choose a folder of yours"
+        )
 
 
 def check_plan(plan: Plan, config: Config, run: Run | None, problems: Problems) -> None:
@@ -2152,54 +2149,49 @@ def check_plan(plan: Plan, config: Config, run: Run | None, problems: Problems) 
 
     The user may know better than an estimate: all but the samples can be forced.
     """
-    room, need = plan.device_bytes, sum((plan.memory or {}).values())
-    if room and need > room:
+    force = partial(problems.add, can_force=True)
+    if plan.device_bytes and plan.needed > plan.device_bytes:
         kind = "memory" if plan.devices.ids else "host memory"
-        problems.add(
-            f"{kind}: {format_bytes(need)} is needed on each {plan.unit}, {format_bytes(room)} "
-            f"is there{nearest_that_fits(plan)}",
-            can_force=True,
+        force(
+            f"{kind}: {format_bytes(plan.needed)} is needed on each {plan.unit}, "
+            f"{format_bytes(plan.device_bytes)} is there{nearest_that_fits(plan)}"
         )
     if plan.host_memory and plan.host_memory > host_bytes():
-        problems.add(
+        force(
             f"host memory: offloading needs {format_bytes(plan.host_memory)}, this node has "
-            f"{format_bytes(host_bytes())}; use more GPUs without offload, or a smaller model",
-            can_force=True,
+            f"{format_bytes(host_bytes())}; use more GPUs without offload, or a smaller model"
         )
-    check_disk(plan, config, run, problems)
+    check_disk(plan, config, run, force)
     for gpu in plan.gpus:
         if gpu.used and gpu.used > 1 << 30:
             users = f" by {', '.join(gpu.users)}" if gpu.users else ""
-            problems.add(
+            force(
                 f"{plan.devices.where}: GPU {gpu.index} is busy: {format_bytes(gpu.used)} in "
-                f"use{users}; choose another, or wait",
-                can_force=True,
+                f"use{users}; choose another, or wait"
             )
     if plan.steps.samples is not None and plan.steps.samples < 1:
-        share = plan.values.val_size
         problems.add(
-            f"{config.where('val_size')}: {share} leaves no sample to train on; use less"
+            f"{config.where('val_size')}: {plan.values.val_size} leaves no sample to train on; "
+            "use less"
         )
 
 
-def check_disk(plan: Plan, config: Config, run: Run | None, problems: Problems) -> None:
+def check_disk(plan: Plan, config: Config, run: Run | None, force: Callable) -> None:
     """Room for the checkpoints of this run that are still to come, and for a download."""
-    held = 0
+    room = plan.disk_free
     for folder in run.checkpoints() if run else ():
-        held += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    if plan.disk_bytes and plan.disk_bytes > plan.disk_free + held:
-        problems.add(
+        room += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if plan.disk_bytes and plan.disk_bytes > room:
+        force(
             f"{config.where('output_dir')}: disk: {format_bytes(plan.disk_bytes)} is needed, "
             f"{format_bytes(plan.disk_free)} is free; lower save_total_limit or use another "
-            "output_dir",
-            can_force=True,
+            "output_dir"
         )
     cache = hub_cache(plan.values)
     if plan.model.download > free_bytes(cache):
-        problems.add(
+        force(
             f"{cache}: the download of {plan.model.label} does not fit in "
-            f"{format_bytes(free_bytes(cache))}; set HF_HOME to a larger disk",
-            can_force=True,
+            f"{format_bytes(free_bytes(cache))}; set HF_HOME to a larger disk"
         )
 
 
@@ -2207,32 +2199,27 @@ def nearest_that_fits(plan: Plan) -> str:
     """The smallest change that fits: a smaller micro-batch, offload, more devices; '' if none."""
     micro = plan.values.per_device_train_batch_size
     sizes = [size for size in range(micro, 0, -1) if micro % size == 0]
-    offload = "deepspeed=configs/deepspeed/ds_z3_offload_config.json"
-    tries = [(size, plan.zero, plan.world_size, "") for size in sizes]
-    tries += [(size, Zero(3, True, True, True), plan.world_size, offload) for size in sizes]
-    tries += [(micro, plan.zero, 2**n, f"{2**n} devices") for n in range(1, 7)]
-    for size, zero, world_size, words in tries:
-        need, host = memory_with(plan, zero, world_size, per_device_train_batch_size=size)
-        if world_size < plan.world_size or need > plan.device_bytes or host > host_bytes():
-            continue
-        if size != micro:
-            words = f"{words} {describe_split(plan, size)}".strip()
-        return f"; it fits with {words} ({format_bytes(need)})"
+    offloaded = replace(plan, zero=Zero(3, True, True, used=True))
+    offload = "deepspeed=configs/deepspeed/ds_z3_offload_config.json "
+    tries = [split_step(plan, size) for size in sizes]
+    for words, other in [split_step(offloaded, size) for size in sizes]:
+        tries.append((offload + words, other))
+    for count in (2, 4, 8, 16, 32, 64):
+        if count > plan.world_size:
+            tries.append((f"{count} devices", estimate(replace(plan, world_size=count))))
+    for words, other in tries:
+        if other.needed <= plan.device_bytes and (other.host_memory or 0) <= host_bytes():
+            return f"; it fits with {words.strip()} ({format_bytes(other.needed)})"
     return ""
 
 
-def memory_with(plan: Plan, zero: Zero, world_size: int, **changes: object) -> tuple[int, int]:
-    """(bytes per device, bytes on the host) that the run would need with other settings."""
-    values = Values(plan.values | changes)
-    memory = estimate_memory(plan.model, zero, values, world_size, plan.devices.processes)
-    host = memory.pop("host")
-    return sum(memory.values()), host
-
-
-def describe_split(plan: Plan, size: int) -> str:
-    """The keys that make the same optimizer step with micro-batches of `size`."""
-    samples = plan.values.per_device_train_batch_size * plan.values.gradient_accumulation_steps
-    return f"per_device_train_batch_size={size} gradient_accumulation_steps={samples // size}"
+def split_step(plan: Plan, size: int) -> tuple[str, Plan]:
+    """The same optimizer step in micro-batches of `size`: the keys to change, and the plan."""
+    values = plan.values
+    samples = values.per_device_train_batch_size * values.gradient_accumulation_steps
+    keys = {"per_device_train_batch_size": size, ACCUMULATION: samples // size}
+    words = [f"{key}={value}" for key, value in keys.items() if value != values[key]]
+    return " ".join(words), estimate(replace(plan, values=Values(values | keys)))
 
 
 def suggest_split(plan: Plan) -> str:
@@ -2245,14 +2232,10 @@ def suggest_split(plan: Plan) -> str:
     if plan.zero.stage != 3 or not plan.memory or not plan.device_bytes:
         return ""
     for factor in range(steps, 1, -1):
-        size = plan.values.per_device_train_batch_size * factor
-        if steps % factor == 0:
-            need = memory_with(
-                plan, plan.zero, plan.world_size, per_device_train_batch_size=size
-            )[0]
-            if need <= 0.9 * plan.device_bytes:
-                split = describe_split(plan, size)
-                return f"{split} is the same step with fewer gathers, in {format_bytes(need)}"
+        words, other = split_step(plan, plan.values.per_device_train_batch_size * factor)
+        if steps % factor == 0 and other.needed <= 0.9 * plan.device_bytes:
+            need = format_bytes(other.needed)
+            return f"{words} is the same step with fewer gathers, in {need}"
     return ""
 
 
