@@ -115,7 +115,9 @@ DEFAULTS = {
     "val_size": 0.0,
     "mix_strategy": "concat",
     "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 8,
     "gradient_accumulation_steps": 1,
+    "optim": "adamw_torch",
     "num_train_epochs": 3.0,
     "max_steps": -1,
     "logging_strategy": "steps",
@@ -2246,8 +2248,8 @@ def suggest_split(plan: Plan) -> str:
 class Rule:
     """Keys that LLaMA-Factory or transformers would refuse after minutes, or that lose the model.
 
-    `breaks` gets the configuration's Values, to which check_rules adds what the DeepSpeed file
-    says.
+    `breaks` is asked where the key is on: given, and neither false, 0 nor `no`. It gets the
+    configuration's Values and in them, from the plan, `zero`, `model` and `ranks`.
     """
 
     key: str
@@ -2257,101 +2259,68 @@ class Rule:
 
 def keep_one(key: str, other: str) -> Rule:
     """Two keys that cannot both be on."""
-    return Rule(
-        key, lambda v: v[key] and v[other], f"cannot be combined with {other}; keep one"
-    )
+    return Rule(key, lambda v: v[other], f"cannot be combined with {other}; keep one")
 
 
 def needs(key: str, other: str, *values: str) -> Rule:
     """A key that works where another has one of these values."""
     text = f"needs {other}: {' or '.join(values)}; set that, or remove {key}"
-    return Rule(key, lambda v: v[key] and v[other] not in values, text)
+    return Rule(key, lambda v: v[other] not in values, text)
 
 
 def not_with_zero3(key: str, advice: str) -> Rule:
     """A key that ZeRO-3 cannot do."""
-    return Rule(key, lambda v: v[key] and v.zero == 3, f"cannot be used with ZeRO-3; {advice}")
-
-
-def evaluates(v: Values) -> bool:
-    """Whether the run evaluates."""
-    return bool(v.do_eval) or v.eval_strategy != "no"
-
-
-def lacks_eval_data(v: Values) -> bool:
-    """Whether there is nothing to evaluate on."""
-    return not v.eval_dataset and not v.val_size
+    return Rule(key, lambda v: v.zero.stage == 3, f"cannot be used with ZeRO-3; {advice}")
 
 
 def saves_between_evaluations(v: Values) -> bool:
     """Whether a checkpoint falls between two evaluations (TrainingArguments._validate_args)."""
-    if not v.save_strategy == v.eval_strategy == "steps":
-        return False
-    every = v.eval_steps or v.logging_steps
-    if v.save_steps < 1 and every < 1:
-        return v.save_steps * 10**6 % (every * 10**6) != 0
-    return v.save_steps % every != 0
+    every = (
+        v.eval_steps or v.logging_steps
+    ) * 10**6  # shares of all steps are compared as well
+    return v.save_strategy == v.eval_strategy == "steps" and v.save_steps * 10**6 % every != 0
 
 
-def best_metric(v: Values) -> str:
-    """The metric that decides which checkpoint is the best; '' for none."""
-    return v.metric_for_best_model or ("loss" if v.load_best_model_at_end else "")
+def lacks_metric(v: Values) -> bool:
+    """Whether nothing decides which checkpoint is the best."""
+    return v.eval_strategy == "no" or not (v.metric_for_best_model or v.load_best_model_at_end)
 
 
 def loses_weights(v: Values) -> bool:
     """Whether ZeRO-3 leaves the final model in shards; LoRA adapters are always gathered."""
     adapter = v.finetuning_type in ("lora", "oft") and v.stage not in ("rm", "ppo")
-    return not v.saves_weights and not adapter
+    return not v.zero.saves_weights and not adapter
 
 
 def differing_settings(v: Values) -> str:
     """The settings of the DeepSpeed file that should equal a key and do not: `bf16.enabled`."""
-    per_rank = v.per_device_train_batch_size * v.gradient_accumulation_steps
+    micro, steps = v.per_device_train_batch_size, v.gradient_accumulation_steps
     wanted = {
-        "train_micro_batch_size_per_gpu": v.per_device_train_batch_size,
-        "gradient_accumulation_steps": v.gradient_accumulation_steps,
-        "train_batch_size": per_rank * v.ranks,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": steps,
+        "train_batch_size": micro * steps * v.ranks,
         "bf16.enabled": bool(v.bf16),
         "fp16.enabled": bool(v.fp16),
     }
-    found = []
-    for name, value in wanted.items():
-        first, _, second = name.partition(".")
-        setting = v.deepspeed_settings.get(first)
-        if second and isinstance(setting, dict):
-            setting = setting.get(second)
-        if setting not in (None, "auto", value):
-            found.append(name)
-    return ", ".join(found)
+    given = dict(v.zero.settings)
+    for name in ("bf16", "fp16"):
+        if isinstance(given.get(name), dict):
+            given[f"{name}.enabled"] = given[name].get("enabled")
+    names = [name for name in wanted if given.get(name) not in (None, "auto", wanted[name])]
+    return ", ".join(names)
 
 
-def is_incomplete_data(folder: str | None) -> bool:
+def is_incomplete_data(folder: str) -> bool:
     """Whether a folder holds something, but no tokenized data that was written to its end."""
-    files = []
-    if folder and os.path.isdir(folder):
-        files = [path.name for path in Path(folder).rglob("*")]
+    if not os.path.isdir(folder):
+        return False
+    files = {path.name for path in Path(folder).rglob("*")}
     return bool(files) and "state.json" not in files
-
-
-def unpads(v: Values) -> bool:
-    """Whether packed sequences are cut apart for FlashAttention-2, which takes one at a time."""
-    return v.neat_packing and v.flash_attn == "fa2"
-
-
-def preference_stage(v: Values) -> bool:
-    """Whether the data are pairs."""
-    return v.stage in ("dpo", "rm")
 
 
 # {} in a text stands for what `breaks` returned. The conditions are those of LLaMA-Factory 0.9.5's
 # hparams/parser.py, transformers 5.5.4's TrainingArguments and Trainer, and accelerate's DeepSpeed.
 RULES = (
-    Rule("do_train", lambda v: not v.do_train, "nothing would be trained; set do_train: true"),
-    Rule(
-        "dataset",
-        lambda v: v.do_train and not v.dataset,
-        "no data to train on; name a data set of dataset_info.json",
-    ),
     Rule(
         "tokenized_path",
         lambda v: is_incomplete_data(v.tokenized_path) and v.tokenized_path,
@@ -2361,37 +2330,28 @@ RULES = (
     keep_one("mask_history", "train_on_prompt"),
     Rule(
         "streaming",
-        lambda v: v.streaming and v.max_steps <= 0,
+        lambda v: v.max_steps <= 0,
         "streamed data has no length; set max_steps",
     ),
     Rule(
         "max_samples",
-        lambda v: v.streaming and v.max_samples,
+        lambda v: v.streaming,
         "cannot be combined with streaming: true; use max_steps",
     ),
     Rule(
         "val_size",
-        lambda v: v.streaming and 0 < v.val_size < 1,
+        lambda v: v.streaming and v.val_size < 1,
         "cannot be a share with streaming: true; give a number of samples",
     ),
     Rule(
-        "reward_model",
-        lambda v: v.stage == "ppo" and not v.reward_model,
-        "is missing; stage: ppo needs one",
-    ),
-    Rule(
         "resume_from_checkpoint",
-        lambda v: (
-            isinstance(v.resume_from_checkpoint, str)
-            and not os.path.isdir(v.resume_from_checkpoint)
-            and v.resume_from_checkpoint
-        ),
+        lambda v: not os.path.isdir(v.resume_from_checkpoint) and v.resume_from_checkpoint,
         "{} does not exist; expected a checkpoint folder",
     ),
     *(needs(key, "stage", "sft") for key in ("predict_with_generate", "neat_packing")),
     Rule(
         "train_sampling_strategy",
-        lambda v: v.train_sampling_strategy == "group_by_length" and preference_stage(v),
+        lambda v: v.train_sampling_strategy == "group_by_length" and v.stage in ("dpo", "rm"),
         "preference pairs cannot be grouped by length; use random",
     ),
     Rule(
@@ -2401,7 +2361,12 @@ RULES = (
     ),
     Rule(
         "stage",
-        lambda v: v.tied and v.stage == "rm" and v.finetuning_type != "lora" and not v.zero,
+        lambda v: (
+            v.stage == "rm"
+            and v.model.shape.get("tie_word_embeddings")
+            and v.finetuning_type != "lora"
+            and not v.zero.stage
+        ),
         "LLaMA-Factory cannot save a reward model whose embeddings are tied without ZeRO-3; "
         "set deepspeed: configs/deepspeed/ds_z3_config.json, or finetuning_type: lora",
     ),
@@ -2410,7 +2375,7 @@ RULES = (
     keep_one("pure_bf16", "bf16"),
     keep_one("pure_bf16", "fp16"),
     *(
-        Rule(key, lambda v, key=key: v[key] and v.use_cpu, "cannot be used on a CPU; use bf16")
+        Rule(key, lambda v: v.use_cpu, "cannot be used on a CPU; use bf16")
         for key in ("fp16", "pure_bf16")
     ),
     Rule(
@@ -2421,22 +2386,22 @@ RULES = (
     not_with_zero3("pure_bf16", "use bf16: true"),
     Rule(
         "flash_attn",
-        lambda v: v.flash_attn == "fa2" and not (v.bf16 or v.fp16 or v.pure_bf16),
+        lambda v: v.flash_attn == "fa2" and precision(v) == "fp32",
         "fa2 computes in 16 bit only; set bf16: true, or use flash_attn: sdpa",
     ),
     *(
         Rule(
-            f"per_device_{name}_batch_size",
-            lambda v, name=name: unpads(v) and (v[f"per_device_{name}_batch_size"] or 8) > 1,
+            key,
+            lambda v, key=key: v.neat_packing and v.flash_attn == "fa2" and v[key] > 1,
             "neat_packing with flash_attn: fa2 takes one sequence at a time; set it to 1",
         )
-        for name in ("train", "eval")
+        for key in ("per_device_train_batch_size", "per_device_eval_batch_size")
     ),
     # evaluation, and which checkpoint is the best
     *(
         Rule(
             key,
-            lambda v, key=key: v[key] not in (None, False, "no") and lacks_eval_data(v),
+            lambda v: not v.eval_dataset and not v.val_size,
             "there is nothing to evaluate on; set eval_dataset or val_size, or turn evaluation off",
         )
         for key in ("eval_strategy", "do_eval", "predict_with_generate")
@@ -2445,33 +2410,33 @@ RULES = (
     keep_one("predict_with_generate", "compute_accuracy"),
     Rule(
         "load_best_model_at_end",
-        lambda v: v.load_best_model_at_end and v.save_strategy not in ("best", v.eval_strategy),
+        lambda v: v.save_strategy not in ("best", v.eval_strategy),
         "needs the same save_strategy and eval_strategy, or save_strategy: best",
     ),
     Rule(
         "load_best_model_at_end",
-        lambda v: v.load_best_model_at_end and saves_between_evaluations(v),
+        saves_between_evaluations,
         "needs an evaluation at each checkpoint; make save_steps a multiple of eval_steps",
     ),
     Rule(
         "save_only_model",
-        lambda v: v.save_only_model and v.load_best_model_at_end and v.deepspeed_used,
+        lambda v: v.load_best_model_at_end and v.zero.used,
         "cannot be combined with load_best_model_at_end under DeepSpeed; keep one",
     ),
     Rule(
         "save_strategy",
-        lambda v: v.save_strategy == "best" and (v.eval_strategy == "no" or not best_metric(v)),
+        lambda v: v.save_strategy == "best" and lacks_metric(v),
         "best needs evaluation and a metric; set eval_strategy and metric_for_best_model: loss",
     ),
     Rule(
         "early_stopping_steps",
-        lambda v: v.early_stopping_steps and (v.eval_strategy == "no" or not best_metric(v)),
+        lacks_metric,
         "needs evaluation and a metric; set eval_strategy and metric_for_best_model: loss",
     ),
     Rule(
         "metric_for_best_model",
         lambda v: (
-            "accuracy" in (v.metric_for_best_model or "")
+            "accuracy" in v.metric_for_best_model
             and v.stage == "sft"
             and not v.compute_accuracy
         ),
@@ -2480,7 +2445,7 @@ RULES = (
     Rule(
         "lr_scheduler_type",
         lambda v: (
-            (v.lr_scheduler_type or "").endswith("_min_lr")
+            v.lr_scheduler_type.endswith("_min_lr")
             and "min_lr" not in str(v.lr_scheduler_kwargs)
         ),
         'needs its lowest rate; set lr_scheduler_kwargs: {"min_lr_rate": 0.1}',
@@ -2498,9 +2463,7 @@ RULES = (
     ),
     Rule(
         "deepspeed",
-        lambda v: (
-            v.offloads_optimizer and not (v.optim or "adamw_torch").startswith("adamw_torch")
-        ),
+        lambda v: v.zero.offload_optimizer and not v.optim.startswith("adamw_torch"),
         "offloading replaces it by Adam; set optim: adamw_torch, or do not offload",
     ),
     not_with_zero3("auto_find_batch_size", "set per_device_train_batch_size, or use ZeRO-2"),
@@ -2510,7 +2473,7 @@ RULES = (
     *(
         Rule(
             key,
-            lambda v, key=key: v[key] and not (v.dataloader_num_workers or v.streaming),
+            lambda v: not v.dataloader_num_workers and not v.streaming,
             "needs dataloader_num_workers: 1 or more",
         )
         for key in ("dataloader_prefetch_factor", "dataloader_persistent_workers")
@@ -2520,25 +2483,21 @@ RULES = (
 
 def check_rules(config: Config, plan: Plan, problems: Problems) -> None:
     """Keys that are missing, or exclude each other."""
+    view = Values(plan.values, zero=plan.zero, model=plan.model, ranks=plan.world_size)
     required = {
-        "model_name_or_path": "name a model, such as Qwen/Qwen3-14B",
-        "output_dir": "name the folder that will hold the runs",
+        "model_name_or_path": "is missing; name a model, such as Qwen/Qwen3-14B",
+        "output_dir": "is missing; name the folder that will hold the runs",
+        "do_train": "nothing would be trained; set do_train: true",
+        "dataset": "no data to train on; name a data set of dataset_info.json",
     }
-    for key, hint in required.items():
+    if view.stage == "ppo":
+        required["reward_model"] = "is missing; stage: ppo needs one"
+    for key, text in required.items():
         if not config.values.get(key) and key not in config.refused:
-            problems.add(f"{config.where(key)}: is missing; {hint}")
-    view = Values(
-        plan.values,
-        zero=plan.zero.stage,
-        deepspeed_used=plan.zero.used,
-        saves_weights=plan.zero.saves_weights,
-        offloads_optimizer=plan.zero.offload_optimizer,
-        tied=plan.model.shape.get("tie_word_embeddings"),
-        deepspeed_settings=plan.zero.settings,
-        ranks=plan.world_size,
-    )
+            problems.add(f"{config.where(key)}: {text}")
     for rule in RULES:
-        found = rule.key not in config.refused and rule.breaks(view)
+        is_on = view[rule.key] not in (None, False, "", "no")
+        found = is_on and rule.key not in config.refused and rule.breaks(view)
         if found:
             problems.add(f"{config.where(rule.key)}: {rule.text.replace('{}', str(found))}")
     names = known_templates()
