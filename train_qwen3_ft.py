@@ -2525,15 +2525,12 @@ FIXED_KEYS = """
     ref_model pref_beta pref_loss bf16 fp16 pure_bf16 dataset dataset_dir max_samples val_size
     cutoff_len packing neat_packing train_on_prompt mask_history mix_strategy interleave_probs
     enable_thinking train_sampling_strategy disable_shuffling seed data_seed optim learning_rate
-    weight_decay adam_beta1 adam_beta2 adam_epsilon
+    weight_decay adam_beta1 adam_beta2 adam_epsilon deepspeed global_batch_size
 """.split()
 
 
 def find_run(options: argparse.Namespace) -> Run | None:
-    """The run that --resume means: RUN_DIR, else the newest unfinished one; None: a new run.
-
-    One with a checkpoint comes before one without; one that is still running does not count.
-    """
+    """The run that --resume means: RUN_DIR, else the one that comes first; None: a new run."""
     if options.resume is None:
         return None
     if options.resume:
@@ -2545,14 +2542,20 @@ def find_run(options: argparse.Namespace) -> Run | None:
             )
         return run
     config = load_config(options.config, options.overrides)
-    output_dir = Path(config.values.get("output_dir", DEFAULTS["output_dir"]))
-    files = sorted(output_dir.glob("*/config.yaml"), key=lambda path: -path.stat().st_mtime)
-    runs = [Run(path.parent) for path in files]
+    output_dir = Path((DEFAULTS | config.values)["output_dir"])
+    runs = [Run(path.parent) for path in output_dir.glob("*/config.yaml")]
     if not runs:
         raise LaunchError(f"--resume: there is no run under {output_dir}; start one first")
-    idle = [run for run in runs if not run.is_running()] or runs
-    unfinished = [run for run in idle if not run.is_finished()] or idle
-    return next((run for run in unfinished if run.newest_checkpoint()), unfinished[0])
+    return max(runs, key=resume_order)
+
+
+def resume_order(run: Run) -> tuple:
+    """Which run is resumed first: one that is idle, then unfinished, then has a checkpoint, then is
+    the newest.
+    """
+    newest = run.config_file.stat().st_mtime
+    has_checkpoint = run.newest_checkpoint() is not None
+    return not run.is_running(), not run.is_finished(), has_checkpoint, newest
 
 
 def check_resume(
@@ -2562,21 +2565,22 @@ def check_resume(
     if node_rank(env) == 0 and run.is_running():
         problems.attempt(run.lock)
         return
-    old, fixed = load_config(run.config_file, {}), set(FIXED_KEYS)
+    old, recorded = load_config(run.config_file, {}), run.read("plan.json")
+    before, now = DEFAULTS | old.values, dict(plan.values)
+    before["deepspeed"] = (Problems().attempt(read_deepspeed, old.values) or Zero()).kind
+    now["deepspeed"] = plan.zero.kind
+    before["global_batch_size"] = recorded.get("global_batch_size") or plan.global_batch
+    now["global_batch_size"] = config.values.global_batch_size or plan.global_batch
+    fixed = [*FIXED_KEYS, *(key for key in before | now if key.startswith("lora_"))]
     if run.read("summary.json").get("state") == "diverged":
         fixed.remove("learning_rate")
-    for key in old.values.keys() | config.values.keys():
-        if key in fixed or key.startswith("lora_"):
-            was, now = (DEFAULTS | old.values).get(key), plan.values[key]
-            if (was or None) != (now or None):  # false is what most are where not given
-                refuse_change(config, key, was, now, problems)
-    old_zero = Problems().attempt(read_deepspeed, old.values) or Zero()
-    if old_zero.kind != plan.zero.kind:
-        refuse_change(config, "deepspeed", old_zero.kind, plan.zero.kind, problems)
-    recorded = run.read("plan.json")
-    batch = recorded.get("global_batch_size")
-    if batch and batch not in (plan.global_batch, config.values.global_batch_size):
-        refuse_change(config, "global_batch_size", batch, plan.global_batch, problems)
+    for key in fixed:
+        was, new = before.get(key), now.get(key)
+        if (was or None) != (new or None):  # false is what most are where not given
+            problems.add(
+                f"{config.where(key)}: was {was} when the run started and is {new} now, but "
+                "cannot change on resume; start a new run instead"
+            )
     for path, content in data_fingerprints(config.values).items():
         if (recorded.get("data") or {}).get(path, content) != content:
             problems.add(
@@ -2587,29 +2591,17 @@ def check_resume(
     check_checkpoint(plan, run, problems)
 
 
-def refuse_change(
-    config: Config, key: str, was: object, now: object, problems: Problems
-) -> None:
-    """A value that the checkpoint depends on."""
-    problems.add(
-        f"{config.where(key)}: was {was} when the run started and is {now} now, but cannot "
-        "change on resume; start a new run instead"
-    )
-
-
-def data_fingerprints(values: dict) -> dict[str, str]:
+def data_fingerprints(values: Values) -> dict[str, str]:
     """{path: size and, up to 64 MiB, hash} of the data files, to notice data that has changed."""
     files = {}
     info = Problems().attempt(read_dataset_info, values) or {}
-    for key in ("dataset", "eval_dataset"):
-        for name in name_list(values.get(key)):
-            path = Problems().attempt(find_data, name, info, values)
-            if path and path.is_file():
-                size = path.stat().st_size
-                files[str(path)] = str(size)
-                if size <= COUNTED_ARRAY:
-                    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-                    files[str(path)] += f" {digest[:16]}"
+    for name in name_list(values.dataset) + name_list(values.eval_dataset):
+        path = Problems().attempt(find_data, name, info, values)
+        if path and path.is_file():
+            size, digest = path.stat().st_size, ""
+            if size <= COUNTED_ARRAY:
+                digest = " " + hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+            files[str(path)] = f"{size}{digest}"
     return files
 
 
@@ -2624,11 +2616,11 @@ def check_checkpoint(plan: Plan, run: Run, problems: Problems) -> None:
             "another run_name or after removing this folder"
         )
         return
-    optimizer = plan.values.optim or "adamw_torch"
-    if run.checkpoint_ranks() != plan.world_size and not optimizer.startswith("adamw_torch"):
+    ranks = run.checkpoint_ranks()
+    if ranks != plan.world_size and not plan.values.optim.startswith("adamw_torch"):
         problems.add(
-            f"{good.name} was saved by {plural(run.checkpoint_ranks(), 'rank')}, this run has "
-            f"{plan.world_size}: only torch's AdamW can be resharded; use as many GPUs as then"
+            f"{good.name} was saved by {plural(ranks, 'rank')}, this run has {plan.world_size}: "
+            "only torch's AdamW can be resharded; use as many GPUs as then"
         )
 
 
