@@ -106,6 +106,8 @@ UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID"  # torchrun sets it for its processes
 NODE_VARIABLES = ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")  # what each of NNODES nodes needs
 RENDEZVOUS_SECONDS = 900  # how long nodes wait for one another
 
+Environment = dict[str, str]  # the environment variables of a process
+
 # The defaults of LLaMA-Factory and transformers for the keys that the plan and the rules read.
 DEFAULTS = {
     "stage": "sft",
@@ -533,7 +535,7 @@ def preflight(options: argparse.Namespace, env: dict[str, str], run: Run | None)
     if run:
         check_resume(config, plan, run, env, problems)
     else:
-        problems.attempt(run_name, config, time.time())
+        problems.attempt(new_run, config)
     return Preflight(config, plan, problems, run)
 
 
@@ -1671,7 +1673,8 @@ COUNTED_ARRAY = 64 << 20  # bytes: a larger JSON array is not counted without a 
 
 def inspect_data(config: Config, key: str, problems: Problems) -> list[int | None]:
     """The rows of each data set that `key` (dataset or eval_dataset) names; None: unknown."""
-    names, where = name_list(config.values.get(key)), config.where(key)
+    names = name_list(config.values.get(key))
+    where = config.where(key)
     info = None
     if names:
         info = problems.attempt(read_dataset_info, config.values, where=where)
@@ -1679,9 +1682,11 @@ def inspect_data(config: Config, key: str, problems: Problems) -> list[int | Non
         return [None] * len(names)
     rows = []
     for name in names:
-        path, count = problems.attempt(find_data, name, info, config.values, where=where), None
+        path = problems.attempt(find_data, name, info, config.values, where=where)
+        count = None
         if path:
-            entry, place = info[name], f"{where}: {name}"
+            entry = info[name]
+            place = f"{where}: {name}"
             limit = config.values.max_samples
             count = problems.attempt(count_data, path, entry, limit, where=place)
             problems.attempt(check_columns, path, entry, where=place)
@@ -1705,7 +1710,8 @@ def read_dataset_info(values: dict) -> dict | None:
 
 def find_data(name: str, info: dict, values: dict) -> Path | None:
     """The file or folder of a data set; None: on a hub. Raises LaunchError."""
-    values, entry = Values(DEFAULTS | values), info.get(name)
+    values = Values(DEFAULTS | values)
+    entry = info.get(name)
     folder = values.dataset_dir
     if not isinstance(entry, dict):
         hint = did_you_mean(name, info) or f"; it has {', '.join(info)}"
@@ -1728,7 +1734,8 @@ def find_data(name: str, info: dict, values: dict) -> Path | None:
 
 def check_preferences(name: str, entry: dict, stage: str) -> None:
     """Raises LaunchError where the data are not of the kind that the stage takes."""
-    wanted, columns = stage in ("rm", "dpo"), entry.get("columns", {})
+    wanted = stage in ("rm", "dpo")
+    columns = entry.get("columns", {})
     if entry.get("ranking") and not wanted:
         raise LaunchError(
             f"{name} holds preferences (ranking: true), which stage: dpo or rm takes"
@@ -1810,7 +1817,10 @@ def read_json_rows(file: TextIO) -> Iterator[object]:
 
 def json_elements(file: TextIO, chunk: int = 1 << 20) -> Iterator[object]:
     """The elements of a top-level JSON array, decoded one by one so that memory stays small."""
-    decoder, between, count, at = json.JSONDecoder(), re.compile(r"[\s,]*"), 0, 0
+    decoder = json.JSONDecoder()
+    between = re.compile(r"[\s,]*")
+    count = 0
+    at = 0
     text = file.read(chunk).lstrip()[1:]
     while True:
         gap = between.match(text, at)
@@ -1856,8 +1866,10 @@ def check_columns(path: Path, entry: dict) -> None:
     It reads what `columns` of dataset_info.json names or, without it, those of the format's
     example.
     """
-    style, found = entry.get("formatting", "alpaca"), first_columns(path)
-    columns, unread = entry.get("columns", EXAMPLE_COLUMNS.get(style, {})), set()
+    style = entry.get("formatting", "alpaca")
+    found = first_columns(path)
+    columns = entry.get("columns", EXAMPLE_COLUMNS.get(style, {}))
+    unread = set()
     if style != "alpaca":
         unread.add("system")  # only where the messages begin with none
     if entry.get("ranking"):
@@ -1903,12 +1915,14 @@ def derive_accumulation(config: Config, ranks: int) -> Config:
 
     What the command line says wins over the file, also between these two. Raises LaunchError.
     """
-    wanted, given = config.values.global_batch_size, config.values.get(ACCUMULATION)
+    wanted = config.values.global_batch_size
+    given = config.values.get(ACCUMULATION)
     newer = config.overridden & {"global_batch_size", ACCUMULATION}
     if wanted is None or newer == {ACCUMULATION}:
         return replace(config, values=without(config.values, "global_batch_size"))
     micro = (DEFAULTS | config.values)["per_device_train_batch_size"]
-    at_once, where = micro * ranks, config.where("global_batch_size")
+    at_once = micro * ranks
+    where = config.where("global_batch_size")
     arithmetic = f"{micro} per device x {plural(ranks, 'process')} = {at_once}"
     steps, rest = divmod(wanted, at_once)
     if rest:
@@ -1944,7 +1958,8 @@ def make_plan(
         room = min((gpu.total for gpu in gpus if gpu.total), default=None)
     else:
         room = host_bytes() // max(devices.processes, 1)
-    steps, free = plan_steps(rows, values, world_size), free_bytes(Path(values.output_dir))
+    steps = plan_steps(rows, values, world_size)
+    free = free_bytes(Path(values.output_dir))
     return estimate(Plan(devices, gpus, world_size, zero, values, steps, model, room, free))
 
 
@@ -1961,7 +1976,8 @@ def plan_steps(rows: list[int | None], values: dict, world_size: int) -> Steps:
     reason = uncountable_reason(rows, values)
     if reason:
         return Steps(None, None, fixed, reason)
-    samples, held_out = sum(rows), values.val_size
+    samples = sum(rows)
+    held_out = values.val_size
     if held_out < 1:
         held_out = math.ceil(samples * held_out)
     samples -= int(held_out)
@@ -2018,22 +2034,24 @@ def estimate_memory(plan: Plan) -> dict[str, int]:
     buffers. Without DeepSpeed LLaMA-Factory keeps 32-bit weights. Buffers: prefetched weights
     or DDP's buckets, and 1 GiB for CUDA.
     """
-    zero, count = plan.zero, plan.model.parameters
+    zero = plan.zero
     width = 4 if precision(plan.values) == "fp32" else 2
-    share = [1 / plan.world_size if zero.stage >= stage else 1 for stage in (3, 2, 1)]
-    weights = count * (width if zero.used else 4) * share[0]
-    gradients = count * 4 * share[1]
-    optimizer = count * (12 if zero.used else 8) * share[2]
-    parts = dict.fromkeys(("parameters", "gradients", "optimizer", "buffers", "host"), 0)
+    states = {  # bytes per parameter, the stage that divides them, whether they are offloaded
+        "parameters": (width if zero.used else 4, 3, zero.offload_parameters),
+        "gradients": (4, 2, zero.offload_optimizer),
+        "optimizer": (12 if zero.used else 8, 1, zero.offload_optimizer),
+    }
+    parts = dict.fromkeys((*states, "buffers", "host"), 0)
     parts |= estimate_activations(plan.model, plan.values, width)
-    parts["host" if zero.offload_parameters else "parameters"] += weights
-    for name, size in (("gradients", gradients), ("optimizer", optimizer)):
-        parts["host" if zero.offload_optimizer else name] += size
+    for name, (size, stage, is_offloaded) in states.items():
+        if zero.stage >= stage:
+            size /= plan.world_size
+        parts["host" if is_offloaded else name] += size * plan.model.parameters
     if zero.stage == 3:
         parts["parameters"] += 4 * plan.model.largest_layer
-        parts["buffers"] += width * min(count, 10**9)
+        parts["buffers"] += width * min(plan.model.parameters, 10**9)
     elif not zero.used:
-        parts["buffers"] += gradients
+        parts["buffers"] += parts["gradients"]
     if not plan.values.use_cpu:
         parts["buffers"] += 1 << 30
     parts["host"] *= 1.5 * plan.devices.processes
@@ -2049,7 +2067,8 @@ def estimate_activations(model: Model, values: Values, width: int) -> dict[str, 
     a 32-bit copy, its gradient.
     """
     tokens = values.per_device_train_batch_size * values.cutoff_len
-    units, layers = tokens * model.shape["hidden_size"], model.shape["num_hidden_layers"]
+    units = tokens * model.shape["hidden_size"]
+    layers = model.shape["num_hidden_layers"]
     layer = 17 * width * units
     kept = layer + width * units * layers
     if values.disable_gradient_checkpointing:
@@ -2069,7 +2088,8 @@ def estimate_disk(plan: Plan) -> tuple[int, int | None]:
     The weights in the training precision; for resuming, DeepSpeed's 32-bit weights and Adam's two
     moments (12 bytes per parameter), or without DeepSpeed the moments alone (8).
     """
-    count, deepspeed = plan.model.parameters, plan.zero.used
+    count = plan.model.parameters
+    deepspeed = plan.zero.used
     half = deepspeed and precision(plan.values) != "fp32"
     weights = checkpoint = count * (2 if half else 4)
     if not plan.values.save_only_model:
@@ -2084,7 +2104,8 @@ def estimate_disk(plan: Plan) -> tuple[int, int | None]:
 
 def count_saves(plan: Plan) -> float:
     """How many checkpoints the run writes; infinite where the number of steps is unknown."""
-    values, total = plan.values, plan.steps.total
+    values = plan.values
+    total = plan.steps.total
     if values.save_strategy == "no":
         return 0
     every = plan.steps.per_epoch if values.save_strategy == "epoch" else values.save_steps
@@ -2121,9 +2142,9 @@ def check_webhooks(config: Config, problems: Problems) -> None:
 def check_access(config: Config, problems: Problems) -> None:
     """Paths that lead through a folder of another user."""
     for key in (*INPUT_PATHS, *MODEL_PATHS, *OUTPUT_PATHS):
-        path = config.values.get(key)
+        path = str(config.values.get(key))
         try:
-            os.stat(path if isinstance(path, str) else "/")
+            os.stat(path)
         except PermissionError:
             problems.add(f"{config.where(key)}: {path}: permission denied; use a path of yours")
         except OSError:
@@ -2294,7 +2315,8 @@ def loses_weights(v: Values) -> bool:
 
 def differing_settings(v: Values) -> str:
     """The settings of the DeepSpeed file that should equal a key and do not: `bf16.enabled`."""
-    micro, steps = v.per_device_train_batch_size, v.gradient_accumulation_steps
+    micro = v.per_device_train_batch_size
+    steps = v.gradient_accumulation_steps
     wanted = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": steps,
@@ -2318,6 +2340,18 @@ def is_incomplete_data(folder: str) -> bool:
     return bool(files) and "state.json" not in files
 
 
+def unknown_template(v: Values) -> str:
+    """What is wrong with a template that the installed LLaMA-Factory does not have; '' for none."""
+    try:
+        source = source_of("llamafactory/data/template.py")
+    except OSError:
+        return ""
+    names = re.findall(r'^    name="([^"]+)"', source, re.MULTILINE)
+    if v.template in names:
+        return ""
+    return f"{v.template!r} is unknown to LLaMA-Factory{did_you_mean(v.template, names)}"
+
+
 # {} in a text stands for what `breaks` returned. The conditions are those of LLaMA-Factory 0.9.5's
 # hparams/parser.py, transformers 5.5.4's TrainingArguments and Trainer, and accelerate's DeepSpeed.
 RULES = (
@@ -2328,6 +2362,7 @@ RULES = (
     ),
     keep_one("val_size", "eval_dataset"),
     keep_one("mask_history", "train_on_prompt"),
+    Rule("template", unknown_template, "{}"),
     Rule(
         "streaming",
         lambda v: v.max_steps <= 0,
@@ -2500,20 +2535,6 @@ def check_rules(config: Config, plan: Plan, problems: Problems) -> None:
         found = is_on and rule.key not in config.refused and rule.breaks(view)
         if found:
             problems.add(f"{config.where(rule.key)}: {rule.text.replace('{}', str(found))}")
-    names = known_templates()
-    if view.template and names and view.template not in names:
-        hint = did_you_mean(view.template, names)
-        problems.add(
-            f"{config.where('template')}: {view.template!r} is unknown to LLaMA-Factory{hint}"
-        )
-
-
-def known_templates() -> list[str]:
-    """The chat templates of the installed LLaMA-Factory; [] where it is missing."""
-    with contextlib.suppress(OSError):
-        source = source_of("llamafactory/data/template.py")
-        return re.findall(r'^    name="([^"]+)"', source, re.MULTILINE)
-    return []
 
 
 # --- resume -------------------------------------------------------------------------------------
@@ -2530,7 +2551,10 @@ FIXED_KEYS = """
 
 
 def find_run(options: argparse.Namespace) -> Run | None:
-    """The run that --resume means: RUN_DIR, else the one that comes first; None: a new run."""
+    """The run that --resume means: RUN_DIR, else the newest unfinished one; None: a new run.
+
+    One with a checkpoint comes before one without; one that is still running comes last.
+    """
     if options.resume is None:
         return None
     if options.resume:
@@ -2546,27 +2570,26 @@ def find_run(options: argparse.Namespace) -> Run | None:
     runs = [Run(path.parent) for path in output_dir.glob("*/config.yaml")]
     if not runs:
         raise LaunchError(f"--resume: there is no run under {output_dir}; start one first")
-    return max(runs, key=resume_order)
 
+    def order(run: Run) -> tuple:
+        has_checkpoint = run.newest_checkpoint() is not None
+        newest = run.config_file.stat().st_mtime
+        return not run.is_running(), not run.is_finished(), has_checkpoint, newest
 
-def resume_order(run: Run) -> tuple:
-    """Which run is resumed first: one that is idle, then unfinished, then has a checkpoint, then is
-    the newest.
-    """
-    newest = run.config_file.stat().st_mtime
-    has_checkpoint = run.newest_checkpoint() is not None
-    return not run.is_running(), not run.is_finished(), has_checkpoint, newest
+    return max(runs, key=order)
 
 
 def check_resume(
-    config: Config, plan: Plan, run: Run, env: dict[str, str], problems: Problems
+    config: Config, plan: Plan, run: Run, env: Environment, problems: Problems
 ) -> None:
     """Why the run cannot continue like this: it is still running, has no checkpoint, or changed."""
     if node_rank(env) == 0 and run.is_running():
         problems.attempt(run.lock)
         return
-    old, recorded = load_config(run.config_file, {}), run.read("plan.json")
-    before, now = DEFAULTS | old.values, dict(plan.values)
+    old = load_config(run.config_file, {})
+    recorded = run.read("plan.json")
+    before = DEFAULTS | old.values
+    now = dict(plan.values)
     before["deepspeed"] = (Problems().attempt(read_deepspeed, old.values) or Zero()).kind
     now["deepspeed"] = plan.zero.kind
     before["global_batch_size"] = recorded.get("global_batch_size") or plan.global_batch
@@ -2575,7 +2598,8 @@ def check_resume(
     if run.read("summary.json").get("state") == "diverged":
         fixed.remove("learning_rate")
     for key in fixed:
-        was, new = before.get(key), now.get(key)
+        was = before.get(key)
+        new = now.get(key)
         if (was or None) != (new or None):  # false is what most are where not given
             problems.add(
                 f"{config.where(key)}: was {was} when the run started and is {new} now, but "
@@ -2598,7 +2622,8 @@ def data_fingerprints(values: Values) -> dict[str, str]:
     for name in name_list(values.dataset) + name_list(values.eval_dataset):
         path = Problems().attempt(find_data, name, info, values)
         if path and path.is_file():
-            size, digest = path.stat().st_size, ""
+            size = path.stat().st_size
+            digest = ""
             if size <= COUNTED_ARRAY:
                 digest = " " + hashlib.sha256(path.read_bytes()).hexdigest()[:16]
             files[str(path)] = f"{size}{digest}"
@@ -2627,30 +2652,23 @@ def check_checkpoint(plan: Plan, run: Run, problems: Problems) -> None:
 # --- the plan for people and as data ------------------------------------------------------------
 
 
-def dry_run(found: Preflight, as_json: bool, env: dict[str, str]) -> None:
+def dry_run(found: Preflight, as_json: bool, env: Environment) -> None:
     """Print the plan and the exact command; start nothing and write nothing."""
-    run = found.run
-    if run is None:
-        name = Problems().attempt(run_name, found.config, time.time()) or "RUN_NAME"
-        run = Run(Path(found.plan.values.output_dir) / name)
-    command, rank_env = torchrun_command_and_environment(found, run, env)
-    data = plan_as_data(found, command, shown_environment(rank_env, env))
+    run = found.run or Problems().attempt(new_run, found.config) or Run(Path("RUN_NAME"))
+    data = plan_as_data(found, run, env)
     if as_json:
         say(json.dumps(data, indent=1))
     elif found.plan.devices.processes:
         print_plan(found, run, env)
-        variables = [
-            f"{key}={shlex.quote(value)}" for key, value in data["environment"].items()
-        ]
-        say("command     " + " ".join([*variables, shlex.join(command)]))
+        words = [f"{key}={shlex.quote(value)}" for key, value in data["environment"].items()]
+        print_lines({"command": " ".join([*words, shlex.join(data["command"])])})
 
 
-def print_plan(found: Preflight, run: Run, env: dict[str, str]) -> None:
+def print_plan(found: Preflight, run: Run, env: Environment) -> None:
     """Print the plan, one screen."""
-    names = [name for name in tracking_backends(found.config.values) if name != "swanlab"]
-    tracking = setup_experiment_tracking(found.config, run, env)
-    if tracking:
-        names.insert(0, str(tracking))
+    swanlab = str(setup_experiment_tracking(found.config, run, env))
+    backends = tracking_backends(found.config.values)
+    names = [swanlab if name == "swanlab" else name for name in backends]
     print_lines(
         {
             **plan_lines(found.plan),
@@ -2664,15 +2682,15 @@ def print_plan(found: Preflight, run: Run, env: dict[str, str]) -> None:
 
 def describe_resharding(found: Preflight) -> str:
     """`checkpoint-40: 4 ranks -> 2 ranks`; '' where the number of ranks is the same."""
-    before, now = found.run and found.run.checkpoint_ranks(), found.plan.world_size
+    before = found.run and found.run.checkpoint_ranks()
+    now = found.plan.world_size
     if before in (None, now):
         return ""
-    text = f"{found.run.newest_checkpoint().name}: {plural(before, 'rank')} -> "
+    name = found.run.newest_checkpoint().name
+    text = f"{name}: {plural(before, 'rank')} -> {plural(now, 'rank')}"
     if found.plan.values.train_sampling_strategy == "group_by_length":
-        return (
-            f"{text}{plural(now, 'rank')}; group_by_length draws the samples in another order"
-        )
-    return text + plural(now, "rank")
+        text += "; group_by_length draws the samples in another order"
+    return text
 
 
 def print_lines(lines: dict[str, object]) -> None:
@@ -2696,7 +2714,7 @@ def plan_lines(plan: Plan) -> dict[str, str]:
     return {
         "model": plan.model.label + size,
         "method": f"{values.stage}, {values.finetuning_type}, {plan.zero}, {precision(values)}",
-        "devices": describe_devices(plan.devices) + describe_mixed(plan.gpus),
+        "devices": describe_devices(plan),
         "batch": batch,
         "steps": describe_steps(plan),
         "schedule": describe_schedule(values),
@@ -2706,21 +2724,18 @@ def plan_lines(plan: Plan) -> dict[str, str]:
     }
 
 
-def describe_devices(devices: Devices) -> str:
-    """`GPUs 0,1 (from CUDA_VISIBLE_DEVICES), 2 processes`."""
+def describe_devices(plan: Plan) -> str:
+    """`GPUs 0,1 (from CUDA_VISIBLE_DEVICES), 2 processes`, and what GPUs where they differ."""
+    devices = plan.devices
     what = "CPU"
     if devices.ids:
         what = ("GPUs " if len(devices.ids) > 1 else "GPU ") + ",".join(devices.ids)
-    return f"{what} ({devices.reason}), {plural(devices.processes, 'process')}"
-
-
-def describe_mixed(gpus: list[Gpu]) -> str:
-    """What GPUs there are, where they are not all alike; '' where they are."""
-    kinds = {(gpu.name, gpu.total) for gpu in gpus if gpu.total}
-    if len(kinds) < 2:
-        return ""
-    names = ", ".join(f"{name} {format_bytes(total)}" for name, total in sorted(kinds))
-    return f"; mixed: {names}; the smallest one's memory counts"
+    text = f"{what} ({devices.reason}), {plural(devices.processes, 'process')}"
+    kinds = sorted({(gpu.name, gpu.total) for gpu in plan.gpus if gpu.total})
+    if len(kinds) > 1:
+        names = ", ".join(f"{name} {format_bytes(total)}" for name, total in kinds)
+        text += f"; mixed: {names}; the smallest one's memory counts"
+    return text
 
 
 def format_count(count: int) -> str:
@@ -2730,7 +2745,8 @@ def format_count(count: int) -> str:
 
 def describe_steps(plan: Plan) -> str:
     """Samples, steps per epoch and in all, or why they are unknown."""
-    steps, values = plan.steps, plan.values
+    steps = plan.steps
+    values = plan.values
     if steps.samples is None:
         return f"{steps.total or 'unknown'} in all ({steps.reason})"
     total = f"max_steps: {steps.total}"
@@ -2742,25 +2758,20 @@ def describe_steps(plan: Plan) -> str:
 
 def describe_schedule(values: Values) -> str:
     """When it logs, saves and evaluates."""
-    parts = []
-    for verb, noun, key in (("log", "logs", "logging"), ("save", "checkpoints", "save")):
-        parts.append(describe_interval(values, verb, noun, key))
-    return ", ".join([*parts, describe_interval(values, "evaluate", "evaluation", "eval")])
+    parts = (
+        describe_interval(values, "log", "logs", "logging"),
+        describe_interval(values, "save", "checkpoints", "save"),
+        describe_interval(values, "evaluate", "evaluation", "eval"),
+    )
+    return ", ".join(parts)
 
 
 def describe_interval(values: Values, verb: str, noun: str, key: str) -> str:
     """`save every 500 steps`, `evaluate every epoch`, `no evaluation`."""
-    strategy, steps = values[f"{key}_strategy"], values.get(f"{key}_steps")
-    if strategy == "no":
-        return f"no {noun}"
-    if strategy == "best":
-        return f"{verb} the best"
-    if strategy == "epoch":
-        return f"{verb} every epoch"
-    steps = steps or values.logging_steps
-    if steps < 1:
-        return f"{verb} every {steps:g} of all steps"
-    return f"{verb} every {plural(int(steps), 'step')}"
+    steps = values[f"{key}_steps"] or values.logging_steps
+    every = f"{steps:g} of all steps" if steps < 1 else plural(int(steps), "step")
+    words = {"no": f"no {noun}", "best": f"{verb} the best", "epoch": f"{verb} every epoch"}
+    return words.get(values[f"{key}_strategy"], f"{verb} every {every}")
 
 
 def resource_lines(plan: Plan) -> dict[str, str]:
@@ -2769,8 +2780,7 @@ def resource_lines(plan: Plan) -> dict[str, str]:
         return {}
     room = f" of {format_bytes(plan.device_bytes)}" if plan.device_bytes else ""
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in plan.memory.items())
-    total = format_bytes(sum(plan.memory.values()))
-    lines = {"memory": f"{total}{room} per {plan.unit}: {parts}"}
+    lines = {"memory": f"{format_bytes(plan.needed)}{room} per {plan.unit}: {parts}"}
     if plan.host_memory:
         there = format_bytes(host_bytes())
         lines["host"] = f"{format_bytes(plan.host_memory)} of {there} for offloading"
@@ -2792,7 +2802,7 @@ def data_advice(plan: Plan) -> str:
     return ""
 
 
-def plan_as_data(found: Preflight, command: list[str], environment: dict[str, str]) -> dict:
+def plan_as_data(found: Preflight, run: Run, env: Environment) -> dict:
     """The plan as one JSON object; null where something cannot be known. Sizes in bytes."""
     plan = found.plan
     return {
@@ -2810,8 +2820,8 @@ def plan_as_data(found: Preflight, command: list[str], environment: dict[str, st
         "disk_bytes": plan.disk_bytes,
         "data": data_fingerprints(found.config.values),
         "problems": [problem.text for problem in found.problems],
-        "command": command,
-        "environment": environment,
+        "command": build_torchrun_command(plan.devices, run.config_file, env),
+        "environment": shown_environment(build_rank_environment(found, run, env), env),
     }
 
 
@@ -2830,23 +2840,24 @@ class Tracking:
         return f"SwanLab {self.mode} ({self.reason}), {self.init['log_dir']}"
 
 
-def setup_experiment_tracking(config: Config, run: Run, env: dict[str, str]) -> Tracking | None:
+def setup_experiment_tracking(config: Config, run: Run, env: Environment) -> Tracking | None:
     """Choose SwanLab's mode and settings; None where the run does not report to it. Starts nothing.
 
     The mode is SWANLAB_MODE, else `swanlab_mode`, else online where a key is found, local where
     not.
     """
-    values = Values(config.values)
+    values = config.values
+    key = find_swanlab_key(config, env)
     if "swanlab" not in tracking_backends(values):
         return None
-    key = find_swanlab_key(config, env)
-    mode, reason = (
-        ("online", f"API key from {key}") if key else ("local", "no API key was found")
-    )
     if env.get("SWANLAB_MODE"):
         mode, reason = env["SWANLAB_MODE"], "from SWANLAB_MODE"
     elif values.swanlab_mode:
         mode, reason = values.swanlab_mode, f"from swanlab_mode, {config.place('swanlab_mode')}"
+    elif key:
+        mode, reason = "online", f"API key from {key}"
+    else:
+        mode, reason = "local", "no API key was found"
     if mode == "cloud":
         mode = "online"
     if mode == "online" and not key:
@@ -2862,7 +2873,7 @@ def setup_experiment_tracking(config: Config, run: Run, env: dict[str, str]) -> 
     return Tracking(mode, reason, init)
 
 
-def find_swanlab_key(config: Config, env: dict[str, str]) -> str:
+def find_swanlab_key(config: Config, env: Environment) -> str:
     """Where an API key for SwanLab is, without reading it: YAML, environment, login; '' if
     nowhere.
     """
@@ -2885,39 +2896,34 @@ def tracking_project(values: Values) -> str:
 # --- launch: run directory, torchrun's command and environment ----------------------------------
 
 
-def launch(found: Preflight, env: dict[str, str]) -> int:
+def launch(found: Preflight, env: Environment) -> int:
     """Start the run and watch it to its end; returns the exit code."""
-    run, leads = new_or_resumed_run(found, env), node_rank(env) == 0
+    run = found.run
+    leads = node_rank(env) == 0
+    if run is None:
+        run = create_run(found.config) if leads else wait_for_run(found.config)
     with run.lock() if leads else contextlib.nullcontext():
-        command, rank_env = torchrun_command_and_environment(found, run, env)
+        command = build_torchrun_command(found.plan.devices, run.config_file, env)
+        rank_env = build_rank_environment(found, run, env)
         if leads:
-            data = plan_as_data(found, command, shown_environment(rank_env, env))
-            write_run_files(found, run, data)
+            write_run_files(found, run, env)
             print_plan(found, run, env)
         clear_stale_locks(Path(rank_env["TORCH_EXTENSIONS_DIR"]))
         return Supervisor(found, run, command, rank_env).supervise()
 
 
-def new_or_resumed_run(found: Preflight, env: dict[str, str]) -> Run:
-    """The run that is resumed, else a new one, which node 0 creates."""
-    if found.run:
-        return found.run
-    return create_run(found.config) if node_rank(env) == 0 else wait_for_run(found.config)
-
-
-def run_name(config: Config, now: float) -> str:
-    """The run directory's name: `run_name`, else the local time as YYYYmmdd-HHMMSS.
+def new_run(config: Config) -> Run:
+    """The run that would begin now, by its `run_name`, else by the local time as YYYYmmdd-HHMMSS.
 
     Raises LaunchError.
     """
-    timestamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
-    name = str(config.values.get("run_name", timestamp))
+    name = str(config.values.get("run_name", time.strftime("%Y%m%d-%H%M%S")))
     if not name.strip(". ") or name.startswith("-") or "/" in name or "\\" in name:
         raise LaunchError(
             f"{config.where('run_name')}: {name!r} cannot be a folder name; expected one word "
             "without slashes and without - in front"
         )
-    return name
+    return Run(Path((DEFAULTS | config.values)["output_dir"], name))
 
 
 def create_run(config: Config) -> Run:
@@ -2925,7 +2931,7 @@ def create_run(config: Config) -> Run:
     possible.
     """
     while True:
-        run = Run(Path(config.values["output_dir"]) / run_name(config, time.time()))
+        run = new_run(config)
         try:
             run.path.parent.mkdir(parents=True, exist_ok=True)
             run.path.mkdir()
@@ -2946,7 +2952,7 @@ def create_run(config: Config) -> Run:
 
 def wait_for_run(config: Config) -> Run:
     """On a node other than 0: wait for the run directory that node 0 creates."""
-    run = Run(Path(config.values["output_dir"]) / run_name(config, time.time()))
+    run = new_run(config)
     for waited in wait_for(f"node 0 to create {run.path}"):
         if run.config_file.exists():
             break
@@ -2963,7 +2969,8 @@ def wait_for(what: str) -> Iterator[float]:
     """The seconds waited so far, five times per second; after 10 it says once for what, if
     given.
     """
-    begun, told = time.time(), not what
+    begun = time.time()
+    told = not what
     while True:
         waited = time.time() - begun
         if waited > 10 and not told:
@@ -2973,11 +2980,12 @@ def wait_for(what: str) -> Iterator[float]:
         time.sleep(0.2)
 
 
-def write_run_files(found: Preflight, run: Run, plan: dict) -> None:
+def write_run_files(found: Preflight, run: Run, env: Environment) -> None:
     """Write plan.json and config.yaml and forget an old STOP file. Raises LaunchError."""
     run.stop_file.unlink(missing_ok=True)
+    plan = json.dumps(plan_as_data(found, run, env), indent=1)
     try:
-        write_atomically(run.path / "plan.json", json.dumps(plan, indent=1) + "\n")
+        write_atomically(run.path / "plan.json", plan + "\n")
         write_atomically(run.config_file, launchable_config(found.config, found.plan.devices))
     except OSError as error:
         raise LaunchError(f"{run.path}: cannot be written: {error.strerror.lower()}") from None
@@ -2988,9 +2996,9 @@ def launchable_config(config: Config, devices: Devices) -> str:
     it.
     """
     values = without(config.values, "run_name")
-    if "global_batch_size" in values:
-        values = without(values, ACCUMULATION)
     count = f"NPROC_PER_NODE={devices.processes} "
+    if "global_batch_size" in values:
+        values.pop(ACCUMULATION, None)
     if devices.ids:
         values["cuda_visible_devices"] = ",".join(devices.ids)
         count = ""
@@ -3003,18 +3011,7 @@ def launchable_config(config: Config, devices: Devices) -> str:
     )
 
 
-def torchrun_command_and_environment(
-    found: Preflight, run: Run, env: dict[str, str]
-) -> tuple[list[str], dict[str, str]]:
-    """What starts the ranks of this node. Starts nothing."""
-    devices = found.plan.devices
-    command = build_torchrun_command(devices, run.config_file, env)
-    return command, build_rank_environment(found.plan, run, found.config, env)
-
-
-def build_torchrun_command(
-    devices: Devices, config_path: Path, env: dict[str, str]
-) -> list[str]:
+def build_torchrun_command(devices: Devices, config_path: Path, env: Environment) -> list[str]:
     """The torchrun command that starts one rank per device on this node. Starts nothing.
 
     One node: torchrun takes a free port unless MASTER_PORT is set, and MASTER_ADDR, which a
@@ -3022,32 +3019,22 @@ def build_torchrun_command(
     handles no signal but SIGQUIT: on SIGTERM it would give a checkpoint 30 seconds and then
     kill it.
     """
-    nodes, host = read_count(env, "NNODES", 1), "127.0.0.1"
+    nodes = read_count(env, "NNODES", 1)
+    host = "127.0.0.1"
+    meeting = []
     if nodes > 1:
         host = env.get("MASTER_ADDR", host)
-    rendezvous = [
-        *(
-            "--nnodes",
-            str(nodes),
-            "--rdzv-backend",
-            "c10d",
-            "--rdzv-id",
-            config_path.parent.name,
-        ),
-        *("--rdzv-endpoint", f"{host}:{env.get('MASTER_PORT', '0')}"),
-    ]
-    if nodes > 1:
-        timeouts = f"join_timeout={RENDEZVOUS_SECONDS},read_timeout={RENDEZVOUS_SECONDS}"
         is_host = int(node_rank(env) == 0)
-        rendezvous += ["--rdzv-conf", f"is_host={is_host},{timeouts}"]
+        timeouts = f"join_timeout={RENDEZVOUS_SECONDS},read_timeout={RENDEZVOUS_SECONDS}"
+        meeting += ["--rdzv-conf", f"is_host={is_host},{timeouts}"]
         # Node 0 is MASTER_ADDR, which its own /etc/hosts may map to a loopback address.
-        rendezvous += ["--local-addr", host if is_host else address_towards(host)]
-    return [
-        # -P: a torch or random.py of the working directory must not be taken for the package.
-        *(sys.executable, "-P", "-m", "torch.distributed.run"),
-        *("--nproc-per-node", str(devices.processes), *rendezvous),
-        *("--signals-to-handle", "SIGQUIT", str(SCRIPT), str(config_path)),
-    ]
+        meeting += ["--local-addr", host if is_host else address_towards(host)]
+    # -P: a torch or random.py of the working directory must not be taken for the package.
+    command = [sys.executable, "-P", "-m", "torch.distributed.run"]
+    command += ["--nproc-per-node", str(devices.processes), "--nnodes", str(nodes)]
+    command += ["--rdzv-backend", "c10d", "--rdzv-id", config_path.parent.name]
+    command += ["--rdzv-endpoint", f"{host}:{env.get('MASTER_PORT', '0')}", *meeting]
+    return [*command, "--signals-to-handle", "SIGQUIT", str(SCRIPT), str(config_path)]
 
 
 def address_towards(host: str) -> str:
@@ -3060,60 +3047,52 @@ def address_towards(host: str) -> str:
             return socket.gethostname()
 
 
-def build_rank_environment(
-    plan: Plan, run: Run, config: Config, env: dict[str, str]
-) -> dict[str, str]:
+def build_rank_environment(found: Preflight, run: Run, env: Environment) -> Environment:
     """A copy of `env` for the ranks: their devices, where libraries write, and the secrets."""
-    defaults = {
-        "TORCH_EXTENSIONS_DIR": str(extensions_folder()),
-        "TENSORBOARD_LOGGING_DIR": str(run.path / "tensorboard"),
-        "WANDB_DIR": str(run.path),
-        "WANDB_PROJECT": tracking_project(plan.values),
-        "MLFLOW_TRACKING_URI": f"sqlite:///{run.path.parent / 'mlflow.db'}",
-        "MLFLOW_EXPERIMENT_NAME": tracking_project(plan.values),
-    }
-    for backend in ("tensorboard", "wandb", "mlflow"):
-        if backend not in tracking_backends(config.values):
-            prefix = backend.upper()
-            defaults = {
-                key: text for key, text in defaults.items() if not key.startswith(prefix)
-            }
-    if plan.zero.offload_optimizer and plan.devices.processes > 1:
-        # torchrun would set 1, and DeepSpeed's CPU Adam uses OpenMP.
-        defaults["OMP_NUM_THREADS"] = str(
-            max((os.cpu_count() or 1) // plan.devices.processes, 1)
-        )
-    passed = {
-        SECRET_ENVIRONMENT[key]: value
-        for key, value in config.secrets.items()
-        if key in SECRET_ENVIRONMENT
-    }
-    others = without(config.secrets, *SECRET_ENVIRONMENT, *LAUNCHER_FIELDS)
-    return {
-        **defaults,
-        **env,
-        **device_environment(plan.devices, env),
-        **passed,
-        "FORCE_TORCHRUN": "1",
-        LAUNCHER_VARIABLE: str(os.getpid()),
-        SECRETS_VARIABLE: json.dumps(others),
-    }
-
-
-def device_environment(devices: Devices, env: dict[str, str]) -> dict[str, str]:
-    """What tells torch, DeepSpeed and NCCL the devices, with ids as nvidia-smi shows them."""
-    variables = {
+    devices = found.plan.devices
+    secrets = found.config.secrets
+    defaults = {"TORCH_EXTENSIONS_DIR": str(extensions_folder())}
+    # The ids are those that nvidia-smi shows.
+    fixed = {
         "CUDA_VISIBLE_DEVICES": ",".join(devices.ids),
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "FORCE_TORCHRUN": "1",
+        LAUNCHER_VARIABLE: str(os.getpid()),
     }
-    if (
-        devices.ids
-    ):  # as llamafactory-cli does: less fragmentation, so fewer out-of-memory errors
-        allocator = env.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-        return variables | {"PYTORCH_CUDA_ALLOC_CONF": allocator}
-    # Threads that spin while they wait run fifty times slower on cores that others use too.
-    policy = env.get("OMP_WAIT_POLICY", "PASSIVE")
-    return variables | {"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": policy}
+    if devices.ids:
+        # As llamafactory-cli does: less fragmentation, so fewer out-of-memory errors.
+        defaults["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    else:
+        # Threads that spin while they wait run fifty times slower on cores that others use too.
+        defaults["OMP_WAIT_POLICY"] = "PASSIVE"
+        fixed["DS_ACCELERATOR"] = "cpu"
+    if found.plan.zero.offload_optimizer and devices.processes > 1:
+        # torchrun would set 1, and DeepSpeed's CPU Adam uses OpenMP.
+        threads = (os.cpu_count() or 1) // devices.processes
+        defaults["OMP_NUM_THREADS"] = str(max(threads, 1))
+    for key, variable in SECRET_ENVIRONMENT.items():
+        if key in secrets:
+            fixed[variable] = secrets[key]
+    others = without(secrets, *SECRET_ENVIRONMENT, *LAUNCHER_FIELDS)
+    fixed[SECRETS_VARIABLE] = json.dumps(others)
+    return {**defaults, **tracker_environment(found.plan, run), **env, **fixed}
+
+
+def tracker_environment(plan: Plan, run: Run) -> Environment:
+    """Where the trackers of report_to write, and under which name."""
+    project = tracking_project(plan.values)
+    variables = {
+        "tensorboard": {"TENSORBOARD_LOGGING_DIR": str(run.path / "tensorboard")},
+        "wandb": {"WANDB_DIR": str(run.path), "WANDB_PROJECT": project},
+        "mlflow": {
+            "MLFLOW_TRACKING_URI": f"sqlite:///{run.path.parent / 'mlflow.db'}",
+            "MLFLOW_EXPERIMENT_NAME": project,
+        },
+    }
+    found = {}
+    for backend in tracking_backends(plan.values):
+        found |= variables.get(backend, {})
+    return found
 
 
 def extensions_folder() -> Path:
@@ -3123,7 +3102,7 @@ def extensions_folder() -> Path:
     return Path.home() / ".cache" / "torch_extensions" / name
 
 
-def shown_environment(rank_env: dict[str, str], env: dict[str, str]) -> dict[str, str]:
+def shown_environment(rank_env: Environment, env: Environment) -> dict[str, str]:
     """What of the ranks' environment the plan shows: what was added, but no secret."""
     hidden = {SECRETS_VARIABLE, LAUNCHER_VARIABLE, *SECRET_ENVIRONMENT.values()}
     return {
@@ -3749,7 +3728,7 @@ class TrackerProcess:
 
 def describe_run(found: Preflight, run: Run) -> dict:
     """What a tracker shows beside the curves: the configuration, the plan's numbers, versions."""
-    plan = plan_as_data(found, [], {})
+    plan = plan_as_data(found, run, {})
     shown = ("world_size", "global_batch_size", "samples", "steps_per_epoch", "total_steps")
     return {
         **found.config.values,
