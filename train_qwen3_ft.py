@@ -1864,25 +1864,22 @@ def check_columns(path: Path, entry: dict) -> None:
     """Raises LaunchError where the rows lack a column that LLaMA-Factory reads.
 
     It reads what `columns` of dataset_info.json names or, without it, those of the format's
-    example.
+    example. It can do without system and tools in some formats.
     """
-    style = entry.get("formatting", "alpaca")
     found = first_columns(path)
+    style = entry.get("formatting", "alpaca")
     columns = entry.get("columns", EXAMPLE_COLUMNS.get(style, {}))
-    unread = set()
-    if style != "alpaca":
-        unread.add("system")  # only where the messages begin with none
-    if entry.get("ranking"):
-        unread.add("response")
-    wanted = {role: name for role, name in columns.items() if name and role not in unread}
-    missing = [name for name in wanted.values() if name not in found]
+    wanted = {role: name for role, name in columns.items() if role not in ("system", "tools")}
+    missing = [name for name in wanted.values() if name and name not in found]
     if not found or not missing:
         return
     hint = '"formatting": "sharegpt"'
     if style != "alpaca" or "conversations" not in found:
-        shown = {role: name if name in found else "..." for role, name in wanted.items()}
-        if shown.get("query") == "...":
-            shown.pop("query")  # it is optional
+        shown = {
+            role: name if name in found else "..."
+            for role, name in wanted.items()
+            if name in found or role != "query"  # which may be left out
+        }
         hint = f'"columns": {json.dumps(shown)}'
     raise LaunchError(
         Problem(
@@ -2156,15 +2153,15 @@ def check_output(config: Config, problems: Problems) -> None:
     folder = Path(config.values.get("output_dir", "."))
     while not os.path.lexists(folder):
         folder = folder.parent
-    problem = "is a link that leads nowhere"
-    if folder.is_dir():
-        problem = "cannot be written"
-    elif folder.exists():
+    if not folder.exists():
+        problem = "is a link that leads nowhere"
+    elif not folder.is_dir():
         problem = "is a file"
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        problems.add(
-            f"{config.where('output_dir')}: {folder} {problem}; choose a folder of yours"
-        )
+    elif not os.access(folder, os.W_OK):
+        problem = "cannot be written"
+    else:
+        return
+    problems.add(f"{config.where('output_dir')}: {folder} {problem}; choose a folder of yours")
 
 
 def check_plan(plan: Plan, config: Config, run: Run | None, problems: Problems) -> None:
@@ -2222,27 +2219,28 @@ def nearest_that_fits(plan: Plan) -> str:
     """The smallest change that fits: a smaller micro-batch, offload, more devices; '' if none."""
     micro = plan.values.per_device_train_batch_size
     sizes = [size for size in range(micro, 0, -1) if micro % size == 0]
+    offload = "deepspeed=configs/deepspeed/ds_z3_offload_config.json"
     offloaded = replace(plan, zero=Zero(3, True, True, used=True))
-    offload = "deepspeed=configs/deepspeed/ds_z3_offload_config.json "
     tries = [split_step(plan, size) for size in sizes]
-    for words, other in [split_step(offloaded, size) for size in sizes]:
-        tries.append((offload + words, other))
+    tries += [split_step(offloaded, size, offload) for size in sizes]
     for count in (2, 4, 8, 16, 32, 64):
         if count > plan.world_size:
             tries.append((f"{count} devices", estimate(replace(plan, world_size=count))))
     for words, other in tries:
         if other.needed <= plan.device_bytes and (other.host_memory or 0) <= host_bytes():
-            return f"; it fits with {words.strip()} ({format_bytes(other.needed)})"
+            return f"; it fits with {words} ({format_bytes(other.needed)})"
     return ""
 
 
-def split_step(plan: Plan, size: int) -> tuple[str, Plan]:
-    """The same optimizer step in micro-batches of `size`: the keys to change, and the plan."""
+def split_step(plan: Plan, size: int, *words: str) -> tuple[str, Plan]:
+    """The same optimizer step in micro-batches of `size`: `words` and the keys to change, and the
+    plan.
+    """
     values = plan.values
     samples = values.per_device_train_batch_size * values.gradient_accumulation_steps
     keys = {"per_device_train_batch_size": size, ACCUMULATION: samples // size}
-    words = [f"{key}={value}" for key, value in keys.items() if value != values[key]]
-    return " ".join(words), estimate(replace(plan, values=Values(values | keys)))
+    changed = [f"{key}={value}" for key, value in keys.items() if value != values[key]]
+    return " ".join([*words, *changed]), estimate(replace(plan, values=Values(values | keys)))
 
 
 def suggest_split(plan: Plan) -> str:
@@ -2270,7 +2268,7 @@ class Rule:
     """Keys that LLaMA-Factory or transformers would refuse after minutes, or that lose the model.
 
     `breaks` is asked where the key is on: given, and neither false, 0 nor `no`. It gets the
-    configuration's Values and in them, from the plan, `zero`, `model` and `ranks`.
+    configuration's Values and in them, from the plan, `zero`, `model` and `global_batch`.
     """
 
     key: str
@@ -2315,20 +2313,18 @@ def loses_weights(v: Values) -> bool:
 
 def differing_settings(v: Values) -> str:
     """The settings of the DeepSpeed file that should equal a key and do not: `bf16.enabled`."""
-    micro = v.per_device_train_batch_size
-    steps = v.gradient_accumulation_steps
+    settings = v.zero.settings
     wanted = {
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": steps,
-        "train_batch_size": micro * steps * v.ranks,
-        "bf16.enabled": bool(v.bf16),
-        "fp16.enabled": bool(v.fp16),
+        "train_micro_batch_size_per_gpu": v.per_device_train_batch_size,
+        "gradient_accumulation_steps": v.gradient_accumulation_steps,
+        "train_batch_size": v.global_batch,
     }
-    given = dict(v.zero.settings)
-    for name in ("bf16", "fp16"):
-        if isinstance(given.get(name), dict):
-            given[f"{name}.enabled"] = given[name].get("enabled")
-    names = [name for name in wanted if given.get(name) not in (None, "auto", wanted[name])]
+    names = [key for key in wanted if settings.get(key) not in (None, "auto", wanted[key])]
+    for key in ("bf16", "fp16"):
+        section = settings.get(key)
+        enabled = section.get("enabled") if isinstance(section, dict) else None
+        if enabled not in (None, "auto", bool(v[key])):
+            names.append(f"{key}.enabled")
     return ", ".join(names)
 
 
@@ -2518,7 +2514,7 @@ RULES = (
 
 def check_rules(config: Config, plan: Plan, problems: Problems) -> None:
     """Keys that are missing, or exclude each other."""
-    view = Values(plan.values, zero=plan.zero, model=plan.model, ranks=plan.world_size)
+    view = Values(plan.values, zero=plan.zero, model=plan.model, global_batch=plan.global_batch)
     required = {
         "model_name_or_path": "is missing; name a model, such as Qwen/Qwen3-14B",
         "output_dir": "is missing; name the folder that will hold the runs",
@@ -2854,14 +2850,12 @@ def setup_experiment_tracking(config: Config, run: Run, env: Environment) -> Tra
         mode, reason = env["SWANLAB_MODE"], "from SWANLAB_MODE"
     elif values.swanlab_mode:
         mode, reason = values.swanlab_mode, f"from swanlab_mode, {config.place('swanlab_mode')}"
-    elif key:
-        mode, reason = "online", f"API key from {key}"
     else:
-        mode, reason = "local", "no API key was found"
+        mode, reason = "online", f"API key from {key}"
     if mode == "cloud":
         mode = "online"
     if mode == "online" and not key:
-        mode, reason = "local", f"{reason}, but no API key was found"
+        mode, reason = "local", "no API key was found"
     project = env.get("SWANLAB_PROJ_NAME") or tracking_project(values)
     folder = values.swanlab_logdir or env.get("SWANLAB_LOG_DIR")
     init = {
@@ -2933,8 +2927,7 @@ def create_run(config: Config) -> Run:
     while True:
         run = new_run(config)
         try:
-            run.path.parent.mkdir(parents=True, exist_ok=True)
-            run.path.mkdir()
+            run.path.mkdir(parents=True)
             run.logs.mkdir()
             return run
         except FileExistsError:
