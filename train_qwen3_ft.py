@@ -175,12 +175,14 @@ def describe_os_error(error: OSError) -> str:
 
 
 class Values(dict):
-    """A configuration whose keys are attributes too; one that is not given is None."""
+    """A configuration whose keys are attributes too; one that is not given has its default, or is
+    None. `get` and `in` know only what is given.
+    """
 
-    __getattr__ = dict.get
+    __getattr__ = dict.__getitem__
 
-    def __missing__(self, key: str) -> None:
-        return None
+    def __missing__(self, key: str) -> object:
+        return DEFAULTS.get(key)
 
 
 @dataclass(frozen=True)
@@ -316,7 +318,7 @@ class Plan:
     gpus: list[Gpu]
     world_size: int
     zero: Zero
-    values: Values  # the configuration over DEFAULTS
+    values: Values
     steps: Steps
     model: Model
     device_bytes: int | None
@@ -1694,12 +1696,12 @@ def inspect_data(config: Config, key: str, problems: Problems) -> list[int | Non
     return rows
 
 
-def read_dataset_info(values: dict) -> dict | None:
+def read_dataset_info(values: Values) -> dict | None:
     """dataset_info.json of dataset_dir; None for data that is looked up on a hub.
 
     Raises LaunchError.
     """
-    folder = (DEFAULTS | values)["dataset_dir"]
+    folder = values.dataset_dir
     if isinstance(folder, dict):
         return folder
     if folder.startswith(("ONLINE", "REMOTE:")):
@@ -1708,9 +1710,8 @@ def read_dataset_info(values: dict) -> dict | None:
     return read_json(Path(folder, "dataset_info.json"), hint)
 
 
-def find_data(name: str, info: dict, values: dict) -> Path | None:
+def find_data(name: str, info: dict, values: Values) -> Path | None:
     """The file or folder of a data set; None: on a hub. Raises LaunchError."""
-    values = Values(DEFAULTS | values)
     entry = info.get(name)
     folder = values.dataset_dir
     if not isinstance(entry, dict):
@@ -1917,7 +1918,7 @@ def derive_accumulation(config: Config, ranks: int) -> Config:
     newer = config.overridden & {"global_batch_size", ACCUMULATION}
     if wanted is None or newer == {ACCUMULATION}:
         return replace(config, values=without(config.values, "global_batch_size"))
-    micro = (DEFAULTS | config.values)["per_device_train_batch_size"]
+    micro = config.values.per_device_train_batch_size
     at_once = micro * ranks
     where = config.where("global_batch_size")
     arithmetic = f"{micro} per device x {plural(ranks, 'process')} = {at_once}"
@@ -1950,7 +1951,7 @@ def make_plan(
     """Work out the plan; pure but for asking the disk and the host's memory. `gpus` are the
     chosen.
     """
-    values = Values(DEFAULTS | config.values)
+    values = config.values
     if devices.ids:
         room = min((gpu.total for gpu in gpus if gpu.total), default=None)
     else:
@@ -1968,7 +1969,7 @@ def plan_steps(rows: list[int | None], values: dict, world_size: int) -> Steps:
     / ranks) batches (accelerate's BatchSamplerShard with even_batches); gradient accumulation
     groups them, the last group of an epoch may be short.
     """
-    values = Values(DEFAULTS | values)
+    values = Values(values)
     fixed = values.max_steps if values.max_steps > 0 else None
     reason = uncountable_reason(rows, values)
     if reason:
@@ -2562,7 +2563,7 @@ def find_run(options: argparse.Namespace) -> Run | None:
             )
         return run
     config = load_config(options.config, options.overrides)
-    output_dir = Path((DEFAULTS | config.values)["output_dir"])
+    output_dir = Path(config.values.output_dir)
     runs = [Run(path.parent) for path in output_dir.glob("*/config.yaml")]
     if not runs:
         raise LaunchError(f"--resume: there is no run under {output_dir}; start one first")
@@ -2584,8 +2585,8 @@ def check_resume(
         return
     old = load_config(run.config_file, {})
     recorded = run.read("plan.json")
-    before = DEFAULTS | old.values
-    now = dict(plan.values)
+    before = Values(old.values)
+    now = Values(config.values)
     before["deepspeed"] = (Problems().attempt(read_deepspeed, old.values) or Zero()).kind
     now["deepspeed"] = plan.zero.kind
     before["global_batch_size"] = recorded.get("global_batch_size") or plan.global_batch
@@ -2594,8 +2595,8 @@ def check_resume(
     if run.read("summary.json").get("state") == "diverged":
         fixed.remove("learning_rate")
     for key in fixed:
-        was = before.get(key)
-        new = now.get(key)
+        was = before[key]
+        new = now[key]
         if (was or None) != (new or None):  # false is what most are where not given
             problems.add(
                 f"{config.where(key)}: was {was} when the run started and is {new} now, but "
@@ -2912,12 +2913,12 @@ def new_run(config: Config) -> Run:
     Raises LaunchError.
     """
     name = str(config.values.get("run_name", time.strftime("%Y%m%d-%H%M%S")))
-    if not name.strip(". ") or name.startswith("-") or "/" in name or "\\" in name:
+    if not name.strip(". ") or name.startswith("-") or "/" in name:
         raise LaunchError(
             f"{config.where('run_name')}: {name!r} cannot be a folder name; expected one word "
             "without slashes and without - in front"
         )
-    return Run(Path((DEFAULTS | config.values)["output_dir"], name))
+    return Run(Path(config.values.output_dir, name))
 
 
 def create_run(config: Config) -> Run:
