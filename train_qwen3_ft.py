@@ -106,6 +106,8 @@ UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID"  # torchrun sets it for its processes
 NODE_VARIABLES = ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")  # what each of NNODES nodes needs
 RENDEZVOUS_SECONDS = 900  # how long nodes wait for one another
 
+Environment = dict[str, str]  # the environment variables of a process
+
 # The defaults of LLaMA-Factory and transformers for the keys that the plan and the rules read.
 DEFAULTS = {
     "stage": "sft",
@@ -115,7 +117,9 @@ DEFAULTS = {
     "val_size": 0.0,
     "mix_strategy": "concat",
     "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 8,
     "gradient_accumulation_steps": 1,
+    "optim": "adamw_torch",
     "num_train_epochs": 3.0,
     "max_steps": -1,
     "logging_strategy": "steps",
@@ -171,12 +175,14 @@ def describe_os_error(error: OSError) -> str:
 
 
 class Values(dict):
-    """A configuration whose keys are attributes too; one that is not given is None."""
+    """A configuration whose keys are attributes too; one that is not given has its default, or is
+    None. `get` and `in` know only what is given.
+    """
 
-    __getattr__ = dict.get
+    __getattr__ = dict.__getitem__
 
-    def __missing__(self, key: str) -> None:
-        return None
+    def __missing__(self, key: str) -> object:
+        return DEFAULTS.get(key)
 
 
 @dataclass(frozen=True)
@@ -312,7 +318,7 @@ class Plan:
     gpus: list[Gpu]
     world_size: int
     zero: Zero
-    values: Values  # the configuration over DEFAULTS
+    values: Values
     steps: Steps
     model: Model
     device_bytes: int | None
@@ -329,6 +335,11 @@ class Plan:
             self.values.per_device_train_batch_size * self.values.gradient_accumulation_steps
         )
         return per_rank * self.world_size
+
+    @property
+    def needed(self) -> int:
+        """Bytes that the run takes on each device; 0 where that is unknown."""
+        return sum((self.memory or {}).values())
 
     @property
     def unit(self) -> str:
@@ -546,7 +557,7 @@ def preflight(options: argparse.Namespace, env: dict[str, str], run: Run | None)
     if run:
         check_resume(config, plan, run, env, problems)
     else:
-        problems.attempt(run_name, config, time.time())
+        problems.attempt(new_run, config)
     return Preflight(config, plan, problems, run)
 
 
@@ -1694,13 +1705,15 @@ def read_json(path: Path, hint: str = "copy it again") -> dict:
 
 # --- data ---------------------------------------------------------------------------------------
 
-DATA_FILES = ("json", "jsonl", "csv", "txt", "parquet", "arrow")
+TEXT_FILES = ("json", "jsonl", "csv", "txt")
+DATA_FILES = (*TEXT_FILES, "parquet", "arrow")
 COUNTED_ARRAY = 64 << 20  # bytes: a larger JSON array is not counted without a limit
 
 
 def inspect_data(config: Config, key: str, problems: Problems) -> list[int | None]:
     """The rows of each data set that `key` (dataset or eval_dataset) names; None: unknown."""
-    names, where = name_list(config.values.get(key)), config.where(key)
+    names = name_list(config.values.get(key))
+    where = config.where(key)
     info = None
     if names:
         info = problems.attempt(read_dataset_info, config.values, where=where)
@@ -1711,21 +1724,21 @@ def inspect_data(config: Config, key: str, problems: Problems) -> list[int | Non
         path = problems.attempt(find_data, name, info, config.values, where=where)
         count = None
         if path:
+            entry = info[name]
+            place = f"{where}: {name}"
             limit = config.values.max_samples
-            count = problems.attempt(
-                count_data, path, info[name], limit, where=f"{where}: {name}"
-            )
-            problems.attempt(check_columns, path, info[name], where=f"{where}: {name}")
+            count = problems.attempt(count_data, path, entry, limit, where=place)
+            problems.attempt(check_columns, path, entry, where=place)
         rows.append(count)
     return rows
 
 
-def read_dataset_info(values: dict) -> dict | None:
+def read_dataset_info(values: Values) -> dict | None:
     """dataset_info.json of dataset_dir; None for data that is looked up on a hub.
 
     Raises LaunchError.
     """
-    folder = values.get("dataset_dir", DEFAULTS["dataset_dir"])
+    folder = values.dataset_dir
     if isinstance(folder, dict):
         return folder
     if folder.startswith(("ONLINE", "REMOTE:")):
@@ -1734,13 +1747,14 @@ def read_dataset_info(values: dict) -> dict | None:
     return read_json(Path(folder, "dataset_info.json"), hint)
 
 
-def find_data(name: str, info: dict, values: dict) -> Path | None:
+def find_data(name: str, info: dict, values: Values) -> Path | None:
     """The file or folder of a data set; None: on a hub. Raises LaunchError."""
-    folder, entry = values.get("dataset_dir", DEFAULTS["dataset_dir"]), info.get(name)
+    entry = info.get(name)
+    folder = values.dataset_dir
     if not isinstance(entry, dict):
         hint = did_you_mean(name, info) or f"; it has {', '.join(info)}"
         raise LaunchError(f"{name} is not in {folder}/dataset_info.json{hint}")
-    check_preferences(name, entry, values.get("stage", DEFAULTS["stage"]))
+    check_preferences(name, entry, values.stage)
     if {"hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name"} & set(entry):
         return None
     if "file_name" not in entry:
@@ -1758,7 +1772,8 @@ def find_data(name: str, info: dict, values: dict) -> Path | None:
 
 def check_preferences(name: str, entry: dict, stage: str) -> None:
     """Raises LaunchError where the data are not of the kind that the stage takes."""
-    wanted, columns = stage in ("rm", "dpo"), entry.get("columns", {})
+    wanted = stage in ("rm", "dpo")
+    columns = entry.get("columns", {})
     if entry.get("ranking") and not wanted:
         raise LaunchError(
             f"{name} holds preferences (ranking: true), which stage: dpo or rm takes"
@@ -1801,76 +1816,67 @@ def count_rows(path: Path, limit: int | None) -> int | None:
         counts = [count_rows(file, limit) for file in sorted(path.iterdir())]
         return None if None in counts else at_most(limit, sum(counts))
     kind = path.suffix[1:]
-    if kind == "txt":
-        return count_lines(path, limit, blank=True)
-    if kind == "csv":
-        csv.field_size_limit(sys.maxsize)
-        with open(path, encoding="utf-8", newline="") as file:
-            rows = sum(1 for record in csv.reader(file) if record) - 1
-            return at_most(limit, max(rows, 0))
     if kind == "parquet":
         return at_most(limit, count_parquet(path))
-    return count_json(path, limit) if kind in ("json", "jsonl") else None
+    too_long = kind == "json" and limit is None and path.stat().st_size > COUNTED_ARRAY
+    if too_long or kind not in TEXT_FILES:
+        return None
+    return sum(1 for _ in itertools.islice(read_rows(path), limit))
 
 
-def count_json(path: Path, limit: int | None) -> int | None:
-    """Rows of a JSON array or of JSON lines, whichever a .json or .jsonl file holds."""
-    with open(path, "rb") as file:
-        head = file.read(4096)
-    start = head.lstrip(b"\xef\xbb\xbf \t\r\n")
-    if start[:1] == b"[":
-        if head.startswith(b"\xef\xbb\xbf"):
+def read_rows(path: Path) -> Iterator[object]:
+    """The rows of a text file by its name; of JSON lines the text. Raises ValueError, csv.Error."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        if path.suffix == ".txt":
+            yield from ({"text": line} for line in file)
+        elif path.suffix == ".csv":
+            csv.field_size_limit(sys.maxsize)
+            yield from csv.DictReader(file)
+        else:
+            yield from read_json_rows(file)
+
+
+def read_json_rows(file: TextIO) -> Iterator[object]:
+    """The rows of a JSON array or of JSON lines, whichever a .json or .jsonl file holds."""
+    start = file.read(4096).lstrip()[:1]
+    file.seek(0)
+    if start == "[":
+        if file.buffer.peek(3).startswith(b"\xef\xbb\xbf"):
             raise ValueError(
                 "begins with a byte order mark, which cannot be loaded; save it as UTF-8 "
                 "without one"
             )
-        if limit is None and path.stat().st_size > COUNTED_ARRAY:
-            return None
-        return sum(1 for _ in itertools.islice(json_elements(path), limit))
-    if start[:1] == b"{":
-        try:
-            if b"\n" in start:
-                json.loads(start.split(b"\n")[0])
-        except ValueError:
-            return None  # an object over several lines holds columns, not rows
-        return count_lines(path, limit)
-    if start:
+        yield from json_elements(file)
+    elif start in ("{", ""):
+        yield from filter(str.strip, file)
+    else:
         raise ValueError("expected a JSON array, or one JSON object per line")
-    return 0
 
 
-def count_lines(path: Path, limit: int | None, blank: bool = False) -> int:
-    """Lines of a file; blank ones only where they are rows too."""
-    with open(path, "rb") as file:
-        rows = (line for line in file if blank or not line.isspace())
-        return sum(1 for _ in itertools.islice(rows, limit))
-
-
-def json_elements(path: Path, chunk: int = 1 << 20) -> Iterator[object]:
+def json_elements(file: TextIO, chunk: int = 1 << 20) -> Iterator[object]:
     """The elements of a top-level JSON array, decoded one by one so that memory stays small."""
-    decoder, between, count, at = json.JSONDecoder(), re.compile(r"[\s,]*"), 0, 0
-    with open(path, encoding="utf-8-sig") as file:
-        text = file.read(chunk).lstrip()[1:]
-        while True:
-            gap = between.match(text, at)
-            at = gap.end()
-            if text.startswith("]", at):
-                if "," in gap[0]:
-                    raise ValueError(
-                        f"not valid JSON after element {count}: a comma before the end"
-                    )
-                return
-            try:
-                element, at = decoder.raw_decode(text, at)
-            except ValueError as error:
-                more = file.read(max(chunk, len(text)))
-                if not more:
-                    message = f"not valid JSON after element {count}: {error.msg}"
-                    raise ValueError(message) from None
-                text, at = text[at:] + more, 0
-            else:
-                count += 1
-                yield element
+    decoder = json.JSONDecoder()
+    between = re.compile(r"[\s,]*")
+    count = 0
+    at = 0
+    text = file.read(chunk).lstrip()[1:]
+    while True:
+        gap = between.match(text, at)
+        at = gap.end()
+        ends = text.startswith("]", at)
+        if ends and "," not in gap[0]:
+            return
+        try:
+            element, at = decoder.raw_decode(text, at)
+        except ValueError as error:
+            more = file.read(max(chunk, len(text)))
+            if ends or not more:
+                reason = "a comma before the end" if ends else error.msg
+                raise ValueError(f"not valid JSON after element {count}: {reason}") from None
+            text, at = text[at:] + more, 0
+        else:
+            count += 1
+            yield element
 
 
 def count_parquet(path: Path) -> int | None:
@@ -1885,14 +1891,10 @@ def count_parquet(path: Path) -> int | None:
     return int(answer.stdout) if answer.returncode == 0 else None
 
 
-# What LLaMA-Factory reads of a row: role -> column, by its converters' defaults.
-ROLES = {
+# What LLaMA-Factory reads of a row where `columns` is not given: role -> column.
+EXAMPLE_COLUMNS = {
     "alpaca": {"prompt": "instruction", "query": "input", "response": "output"},
     "sharegpt": {"messages": "conversations"},
-}
-OPTIONAL_ROLES = {
-    "alpaca": ("system", "tools", "history", "images", "chosen", "rejected", "kto_tag"),
-    "sharegpt": ("images", "chosen", "rejected", "kto_tag"),
 }
 
 
@@ -1900,24 +1902,23 @@ def check_columns(path: Path, entry: dict) -> None:
     """Raises LaunchError where the rows lack a column that LLaMA-Factory reads.
 
     It reads what `columns` of dataset_info.json names or, without it, those of the format's
-    example.
+    example. It can do without system and tools in some formats.
     """
+    found = first_columns(path)
     style = entry.get("formatting", "alpaca")
-    if style not in ROLES:
-        return
-    roles, found = {*ROLES[style], *OPTIONAL_ROLES[style]}, first_columns(path)
-    if entry.get("ranking"):
-        roles.discard("response")
-    columns = entry.get("columns", ROLES[style])
-    wanted = {role: name for role, name in columns.items() if name and role in roles}
-    missing = [name for name in wanted.values() if name not in found]
+    columns = entry.get("columns", EXAMPLE_COLUMNS.get(style, {}))
+    wanted = {role: name for role, name in columns.items() if role not in ("system", "tools")}
+    missing = [name for name in wanted.values() if name and name not in found]
     if not found or not missing:
         return
     hint = '"formatting": "sharegpt"'
     if style != "alpaca" or "conversations" not in found:
-        shown = {role: name for role, name in wanted.items() if name in found}
-        blanks = {role: "..." for role in ("prompt", "response", "messages") if role in wanted}
-        hint = '"columns": ' + json.dumps(blanks | shown)
+        shown = {
+            role: name if name in found else "..."
+            for role, name in wanted.items()
+            if name in found or role != "query"  # which may be left out
+        }
+        hint = f'"columns": {json.dumps(shown)}'
     raise LaunchError(
         Problem(
             f"{path} has no column {', '.join(missing)}, only {', '.join(sorted(found))}; "
@@ -1929,21 +1930,13 @@ def check_columns(path: Path, entry: dict) -> None:
 
 def first_columns(path: Path) -> set[str]:
     """The columns of a data file by its first 1,000 rows; none where they cannot be told."""
-    kind, columns = path.suffix[1:], set()
-    if kind == "txt":
-        return {"text"}
-    if path.is_dir() or kind not in ("csv", "json", "jsonl"):
-        return columns
-    with open(path, encoding="utf-8-sig", newline="") as file, contextlib.suppress(ValueError):
-        if kind == "csv":
-            return set(next(csv.reader(file), ()))
-        rows = map(json.loads, filter(str.strip, file))
-        if file.read(4096).lstrip().startswith("["):
-            rows = json_elements(path)
-        file.seek(0)
-        for row in itertools.islice(rows, 1000):
-            columns |= set(row if isinstance(row, dict) else ())
-    return columns
+    columns = set()
+    if path.suffix[1:] in TEXT_FILES and path.is_file():
+        with contextlib.suppress(ValueError, csv.Error):
+            for row in itertools.islice(read_rows(path), 1000):
+                names = json.loads(row) if isinstance(row, str) else row
+                columns.update(names if isinstance(names, dict) else ())
+    return columns - {None}  # under which csv puts fields without a name
 
 
 # --- plan ---------------------------------------------------------------------------------------
@@ -1957,12 +1950,14 @@ def derive_accumulation(config: Config, ranks: int) -> Config:
 
     What the command line says wins over the file, also between these two. Raises LaunchError.
     """
-    wanted, given = config.values.global_batch_size, config.values.get(ACCUMULATION)
-    newer = config.overridden
-    if wanted is None or (ACCUMULATION in newer and "global_batch_size" not in newer):
+    wanted = config.values.global_batch_size
+    given = config.values.get(ACCUMULATION)
+    newer = config.overridden & {"global_batch_size", ACCUMULATION}
+    if wanted is None or newer == {ACCUMULATION}:
         return replace(config, values=without(config.values, "global_batch_size"))
-    micro = (DEFAULTS | config.values)["per_device_train_batch_size"]
-    at_once, where = micro * ranks, config.where("global_batch_size")
+    micro = config.values.per_device_train_batch_size
+    at_once = micro * ranks
+    where = config.where("global_batch_size")
     arithmetic = f"{micro} per device x {plural(ranks, 'process')} = {at_once}"
     steps, rest = divmod(wanted, at_once)
     if rest:
@@ -1973,8 +1968,7 @@ def derive_accumulation(config: Config, ranks: int) -> Config:
             f"{where}: {wanted} cannot be split into micro-batches of {arithmetic}; the "
             f"nearest that can: {near}{others}"
         )
-    replaces = "global_batch_size" in newer and ACCUMULATION not in newer
-    if given not in (None, steps) and not replaces:
+    if given not in (None, steps) and newer != {"global_batch_size"}:
         raise LaunchError(
             f"{where}: {wanted} means gradient_accumulation_steps {steps} ({arithmetic}), but "
             f"{config.where(ACCUMULATION)} is {given}; remove one of the two"
@@ -1994,56 +1988,58 @@ def make_plan(
     """Work out the plan; pure but for asking the disk and the host's memory. `gpus` are the
     chosen.
     """
-    values = Values(DEFAULTS | config.values)
+    values = config.values
     if devices.ids:
         room = min((gpu.total for gpu in gpus if gpu.total), default=None)
     else:
         room = host_bytes() // max(devices.processes, 1)
-    steps, free = plan_steps(rows, values, world_size), free_bytes(Path(values.output_dir))
-    plan = Plan(devices, gpus, world_size, zero, values, steps, model, room, free)
-    # The formulas are those of full fine-tuning.
-    if not model.parameters or values.finetuning_type != "full" or values.fsdp:
-        return plan
-    memory = estimate_memory(model, zero, values, world_size, devices.processes)
-    host = memory.pop("host")
-    return replace(
-        plan,
-        memory=memory,
-        host_memory=host or None,
-        checkpoint_bytes=estimate_checkpoint(model, zero, values)[0],
-        disk_bytes=estimate_disk(model, zero, values, steps),
-    )
+    steps = plan_steps(rows, values, world_size)
+    free = free_bytes(Path(values.output_dir))
+    return estimate(Plan(devices, gpus, world_size, zero, values, steps, model, room, free))
 
 
 def plan_steps(rows: list[int | None], values: dict, world_size: int) -> Steps:
     """Optimizer steps as transformers' Trainer.set_initial_training_values counts them.
 
-    `rows` are the data sets' rows after max_samples. Each rank gets ceil(ceil(samples /
-    micro-batch) / ranks) batches (accelerate's BatchSamplerShard with even_batches); gradient
-    accumulation groups them, the last group of an epoch may be short.
+    `rows` are the data sets' rows after max_samples, of which LLaMA-Factory's split_dataset takes
+    val_size for evaluation: a number, or a share. Each rank gets ceil(ceil(samples / micro-batch)
+    / ranks) batches (accelerate's BatchSamplerShard with even_batches); gradient accumulation
+    groups them, the last group of an epoch may be short.
     """
-    values = Values(DEFAULTS | values)
+    values = Values(values)
     fixed = values.max_steps if values.max_steps > 0 else None
     reason = uncountable_reason(rows, values)
     if reason:
         return Steps(None, None, fixed, reason)
-    samples = sum(rows) - held_out(sum(rows), values.val_size)
-    divide = ceil_divide
-    if values.dataloader_drop_last:
-        divide = int.__floordiv__
-    batches = divide(divide(samples, values.per_device_train_batch_size), world_size)
-    per_epoch = max(ceil_divide(batches, values.gradient_accumulation_steps), 1)
+    samples = sum(rows)
+    held_out = values.val_size
+    if held_out < 1:
+        held_out = math.ceil(samples * held_out)
+    samples -= int(held_out)
+    whole = math.floor if values.dataloader_drop_last else math.ceil
+    batches = whole(whole(samples / values.per_device_train_batch_size) / world_size)
+    per_epoch = max(math.ceil(batches / values.gradient_accumulation_steps), 1)
     return Steps(samples, per_epoch, fixed or math.ceil(values.num_train_epochs * per_epoch))
 
 
-def ceil_divide(a: int, b: int) -> int:
-    """a / b, rounded up."""
-    return -(-a // b)
+def estimate(plan: Plan) -> Plan:
+    """The plan with the bytes that it takes, where the model's size is known.
 
-
-def held_out(rows: int, share: float) -> int:
-    """Samples that LLaMA-Factory's split_dataset takes for evaluation: a number, or a share."""
-    return int(share) if share > 1 else math.ceil(rows * share)
+    The formulas are those of full fine-tuning.
+    """
+    values = plan.values
+    if not plan.model.parameters or values.finetuning_type != "full" or values.fsdp:
+        return plan
+    memory = estimate_memory(plan)
+    host = memory.pop("host") or None
+    checkpoint, at_once = estimate_disk(plan)
+    return replace(
+        plan,
+        memory=memory,
+        host_memory=host,
+        checkpoint_bytes=checkpoint,
+        disk_bytes=at_once,
+    )
 
 
 def uncountable_reason(rows: list[int | None], values: Values) -> str:
@@ -2062,9 +2058,7 @@ def uncountable_reason(rows: list[int | None], values: Values) -> str:
     return ""
 
 
-def estimate_memory(
-    model: Model, zero: Zero, values: dict, world_size: int, local_size: int
-) -> dict[str, int]:
+def estimate_memory(plan: Plan) -> dict[str, int]:
     """Bytes on each device by part, and `host` bytes on each node (of the offloaded states).
 
     Model states: DeepSpeed's estimate_zero3_model_states_mem_needs counts 18 bytes per
@@ -2075,26 +2069,27 @@ def estimate_memory(
     buffers. Without DeepSpeed LLaMA-Factory keeps 32-bit weights. Buffers: prefetched weights
     or DDP's buckets, and 1 GiB for CUDA.
     """
-    values = Values(DEFAULTS | values)
-    width = 4 if precision(values) == "fp32" else 2
-    count, gib = model.parameters, 1 << 30
-    share = [1 / world_size if zero.stage >= stage else 1 for stage in (3, 2, 1)]
-    weights = count * (width if zero.used else 4) * share[0]
-    gradients = count * 4 * share[1]
-    optimizer = count * (12 if zero.used else 8) * share[2]
-    parts = dict.fromkeys(("parameters", "gradients", "optimizer", "buffers", "host"), 0)
-    parts |= estimate_activations(model, values, width)
-    parts["host" if zero.offload_parameters else "parameters"] += weights
-    for name, size in (("gradients", gradients), ("optimizer", optimizer)):
-        parts["host" if zero.offload_optimizer else name] += size
+    zero = plan.zero
+    width = 4 if precision(plan.values) == "fp32" else 2
+    states = {  # bytes per parameter, the stage that divides them, whether they are offloaded
+        "parameters": (width if zero.used else 4, 3, zero.offload_parameters),
+        "gradients": (4, 2, zero.offload_optimizer),
+        "optimizer": (12 if zero.used else 8, 1, zero.offload_optimizer),
+    }
+    parts = dict.fromkeys((*states, "buffers", "host"), 0)
+    parts |= estimate_activations(plan.model, plan.values, width)
+    for name, (size, stage, is_offloaded) in states.items():
+        if zero.stage >= stage:
+            size /= plan.world_size
+        parts["host" if is_offloaded else name] += size * plan.model.parameters
     if zero.stage == 3:
-        parts["parameters"] += 4 * model.largest_layer
-        parts["buffers"] += width * min(count, 10**9)
+        parts["parameters"] += 4 * plan.model.largest_layer
+        parts["buffers"] += width * min(plan.model.parameters, 10**9)
     elif not zero.used:
-        parts["buffers"] += gradients
-    if not values.use_cpu:
-        parts["buffers"] += gib
-    parts["host"] *= 1.5 * local_size
+        parts["buffers"] += parts["gradients"]
+    if not plan.values.use_cpu:
+        parts["buffers"] += 1 << 30
+    parts["host"] *= 1.5 * plan.devices.processes
     return {name: int(size) for name, size in parts.items()}
 
 
@@ -2107,7 +2102,8 @@ def estimate_activations(model: Model, values: Values, width: int) -> dict[str, 
     a 32-bit copy, its gradient.
     """
     tokens = values.per_device_train_batch_size * values.cutoff_len
-    units, layers = tokens * model.shape["hidden_size"], model.shape["num_hidden_layers"]
+    units = tokens * model.shape["hidden_size"]
+    layers = model.shape["num_hidden_layers"]
     layer = 17 * width * units
     kept = layer + width * units * layers
     if values.disable_gradient_checkpointing:
@@ -2120,42 +2116,39 @@ def precision(values: dict) -> str:
     return next((key for key in ("pure_bf16", "bf16", "fp16") if values.get(key)), "fp32")
 
 
-def estimate_checkpoint(model: Model, zero: Zero, values: Values) -> tuple[int, int]:
-    """Bytes of one checkpoint and of the final model.
+def estimate_disk(plan: Plan) -> tuple[int, int | None]:
+    """Bytes of one checkpoint, and of all that the run may hold at once: the checkpoints it keeps,
+    one being written, and the model.
 
     The weights in the training precision; for resuming, DeepSpeed's 32-bit weights and Adam's two
     moments (12 bytes per parameter), or without DeepSpeed the moments alone (8).
     """
-    half = zero.used and precision(values) != "fp32"
-    weights = model.parameters * (2 if half else 4)
-    if values.save_only_model:
-        return weights, weights
-    return weights + model.parameters * (12 if zero.used else 8), weights
+    count = plan.model.parameters
+    deepspeed = plan.zero.used
+    half = deepspeed and precision(plan.values) != "fp32"
+    weights = checkpoint = count * (2 if half else 4)
+    if not plan.values.save_only_model:
+        checkpoint += count * (12 if deepspeed else 8)
+    kept = count_saves(plan)
+    if plan.values.save_total_limit:
+        kept = min(kept, plan.values.save_total_limit + 1)
+    if kept == math.inf:
+        return checkpoint, None
+    return checkpoint, kept * checkpoint + weights
 
 
-def estimate_disk(model: Model, zero: Zero, values: Values, steps: Steps) -> int | None:
-    """Bytes the run may hold at once: the checkpoints it keeps, one being written, and the
-    model.
-    """
-    checkpoint, weights = estimate_checkpoint(model, zero, values)
-    kept, limit = count_saves(values, steps), values.save_total_limit
-    if limit:
-        kept = at_most(limit + 1, kept if kept is not None else limit + 1)
-    return None if kept is None else kept * checkpoint + weights
-
-
-def count_saves(values: Values, steps: Steps) -> int | None:
-    """How many checkpoints the run writes; None where the number of steps is unknown."""
+def count_saves(plan: Plan) -> float:
+    """How many checkpoints the run writes; infinite where the number of steps is unknown."""
+    values = plan.values
+    total = plan.steps.total
     if values.save_strategy == "no":
         return 0
-    if steps.total is None:
-        return None
-    if values.save_strategy == "epoch":
-        return ceil_divide(steps.total, steps.per_epoch) if steps.per_epoch else None
-    every = values.save_steps
+    every = plan.steps.per_epoch if values.save_strategy == "epoch" else values.save_steps
+    if not total or not every:
+        return math.inf
     if every < 1:
-        every = max(math.ceil(steps.total * every), 1)
-    return math.ceil(steps.total / every)
+        every = math.ceil(total * every)
+    return math.ceil(total / every)
 
 
 def host_bytes() -> int:
@@ -2184,9 +2177,9 @@ def check_webhooks(config: Config, problems: Problems) -> None:
 def check_access(config: Config, problems: Problems) -> None:
     """Paths that lead through a folder of another user."""
     for key in (*INPUT_PATHS, *MODEL_PATHS, *OUTPUT_PATHS):
-        path = config.values.get(key)
+        path = str(config.values.get(key))
         try:
-            os.stat(path if isinstance(path, str) else "/")
+            os.stat(path)
         except PermissionError:
             problems.add(f"{config.where(key)}: {path}: permission denied; use a path of yours")
         except OSError:
@@ -2198,13 +2191,14 @@ def check_output(config: Config, problems: Problems) -> None:
     folder = Path(config.values.get("output_dir", "."))
     while not os.path.lexists(folder):
         folder = folder.parent
-    if folder.is_dir() and os.access(folder, os.W_OK):
-        return
-    problem = "is a link that leads nowhere"
-    if folder.is_dir():
-        problem = "cannot be written"
-    elif folder.exists():
+    if not folder.exists():
+        problem = "is a link that leads nowhere"
+    elif not folder.is_dir():
         problem = "is a file"
+    elif not os.access(folder, os.W_OK):
+        problem = "cannot be written"
+    else:
+        return
     problems.add(f"{config.where('output_dir')}: {folder} {problem}; choose a folder of yours")
 
 
@@ -2213,54 +2207,49 @@ def check_plan(plan: Plan, config: Config, run: Run | None, problems: Problems) 
 
     The user may know better than an estimate: all but the samples can be forced.
     """
-    room, need = plan.device_bytes, sum((plan.memory or {}).values())
-    if room and need > room:
+    force = partial(problems.add, can_force=True)
+    if plan.device_bytes and plan.needed > plan.device_bytes:
         kind = "memory" if plan.devices.ids else "host memory"
-        problems.add(
-            f"{kind}: {format_bytes(need)} is needed on each {plan.unit}, {format_bytes(room)} "
-            f"is there{nearest_that_fits(plan)}",
-            can_force=True,
+        force(
+            f"{kind}: {format_bytes(plan.needed)} is needed on each {plan.unit}, "
+            f"{format_bytes(plan.device_bytes)} is there{nearest_that_fits(plan)}"
         )
     if plan.host_memory and plan.host_memory > host_bytes():
-        problems.add(
+        force(
             f"host memory: offloading needs {format_bytes(plan.host_memory)}, this node has "
-            f"{format_bytes(host_bytes())}; use more GPUs without offload, or a smaller model",
-            can_force=True,
+            f"{format_bytes(host_bytes())}; use more GPUs without offload, or a smaller model"
         )
-    check_disk(plan, config, run, problems)
+    check_disk(plan, config, run, force)
     for gpu in plan.gpus:
         if gpu.used and gpu.used > 1 << 30:
             users = f" by {', '.join(gpu.users)}" if gpu.users else ""
-            problems.add(
+            force(
                 f"{plan.devices.where}: GPU {gpu.index} is busy: {format_bytes(gpu.used)} in "
-                f"use{users}; choose another, or wait",
-                can_force=True,
+                f"use{users}; choose another, or wait"
             )
     if plan.steps.samples is not None and plan.steps.samples < 1:
-        share = plan.values.val_size
         problems.add(
-            f"{config.where('val_size')}: {share} leaves no sample to train on; use less"
+            f"{config.where('val_size')}: {plan.values.val_size} leaves no sample to train on; "
+            "use less"
         )
 
 
-def check_disk(plan: Plan, config: Config, run: Run | None, problems: Problems) -> None:
+def check_disk(plan: Plan, config: Config, run: Run | None, force: Callable) -> None:
     """Room for the checkpoints of this run that are still to come, and for a download."""
-    held = 0
+    room = plan.disk_free
     for folder in run.checkpoints() if run else ():
-        held += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    if plan.disk_bytes and plan.disk_bytes > plan.disk_free + held:
-        problems.add(
+        room += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if plan.disk_bytes and plan.disk_bytes > room:
+        force(
             f"{config.where('output_dir')}: disk: {format_bytes(plan.disk_bytes)} is needed, "
             f"{format_bytes(plan.disk_free)} is free; lower save_total_limit or use another "
-            "output_dir",
-            can_force=True,
+            "output_dir"
         )
     cache = hub_cache(plan.values)
     if plan.model.download > free_bytes(cache):
-        problems.add(
+        force(
             f"{cache}: the download of {plan.model.label} does not fit in "
-            f"{format_bytes(free_bytes(cache))}; set HF_HOME to a larger disk",
-            can_force=True,
+            f"{format_bytes(free_bytes(cache))}; set HF_HOME to a larger disk"
         )
 
 
@@ -2269,31 +2258,27 @@ def nearest_that_fits(plan: Plan) -> str:
     micro = plan.values.per_device_train_batch_size
     sizes = [size for size in range(micro, 0, -1) if micro % size == 0]
     offload = "deepspeed=configs/deepspeed/ds_z3_offload_config.json"
-    tries = [(size, plan.zero, plan.world_size, "") for size in sizes]
-    tries += [(size, Zero(3, True, True, True), plan.world_size, offload) for size in sizes]
-    tries += [(micro, plan.zero, 2**n, f"{2**n} devices") for n in range(1, 7)]
-    for size, zero, world_size, words in tries:
-        need, host = memory_with(plan, zero, world_size, per_device_train_batch_size=size)
-        if world_size < plan.world_size or need > plan.device_bytes or host > host_bytes():
-            continue
-        if size != micro:
-            words = f"{words} {describe_split(plan, size)}".strip()
-        return f"; it fits with {words} ({format_bytes(need)})"
+    offloaded = replace(plan, zero=Zero(3, True, True, used=True))
+    tries = [split_step(plan, size) for size in sizes]
+    tries += [split_step(offloaded, size, offload) for size in sizes]
+    for count in (2, 4, 8, 16, 32, 64):
+        if count > plan.world_size:
+            tries.append((f"{count} devices", estimate(replace(plan, world_size=count))))
+    for words, other in tries:
+        if other.needed <= plan.device_bytes and (other.host_memory or 0) <= host_bytes():
+            return f"; it fits with {words} ({format_bytes(other.needed)})"
     return ""
 
 
-def memory_with(plan: Plan, zero: Zero, world_size: int, **changes: object) -> tuple[int, int]:
-    """(bytes per device, bytes on the host) that the run would need with other settings."""
-    values = Values(plan.values | changes)
-    memory = estimate_memory(plan.model, zero, values, world_size, plan.devices.processes)
-    host = memory.pop("host")
-    return sum(memory.values()), host
-
-
-def describe_split(plan: Plan, size: int) -> str:
-    """The keys that make the same optimizer step with micro-batches of `size`."""
-    samples = plan.values.per_device_train_batch_size * plan.values.gradient_accumulation_steps
-    return f"per_device_train_batch_size={size} gradient_accumulation_steps={samples // size}"
+def split_step(plan: Plan, size: int, *words: str) -> tuple[str, Plan]:
+    """The same optimizer step in micro-batches of `size`: `words` and the keys to change, and the
+    plan.
+    """
+    values = plan.values
+    samples = values.per_device_train_batch_size * values.gradient_accumulation_steps
+    keys = {"per_device_train_batch_size": size, ACCUMULATION: samples // size}
+    changed = [f"{key}={value}" for key, value in keys.items() if value != values[key]]
+    return " ".join([*words, *changed]), estimate(replace(plan, values=Values(values | keys)))
 
 
 def suggest_split(plan: Plan) -> str:
@@ -2306,14 +2291,10 @@ def suggest_split(plan: Plan) -> str:
     if plan.zero.stage != 3 or not plan.memory or not plan.device_bytes:
         return ""
     for factor in range(steps, 1, -1):
-        size = plan.values.per_device_train_batch_size * factor
-        if steps % factor == 0:
-            need = memory_with(
-                plan, plan.zero, plan.world_size, per_device_train_batch_size=size
-            )[0]
-            if need <= 0.9 * plan.device_bytes:
-                split = describe_split(plan, size)
-                return f"{split} is the same step with fewer gathers, in {format_bytes(need)}"
+        words, other = split_step(plan, plan.values.per_device_train_batch_size * factor)
+        if steps % factor == 0 and other.needed <= 0.9 * plan.device_bytes:
+            need = format_bytes(other.needed)
+            return f"{words} is the same step with fewer gathers, in {need}"
     return ""
 
 
@@ -2324,8 +2305,8 @@ def suggest_split(plan: Plan) -> str:
 class Rule:
     """Keys that LLaMA-Factory or transformers would refuse after minutes, or that lose the model.
 
-    `breaks` gets the configuration's Values, to which check_rules adds what the DeepSpeed file
-    says.
+    `breaks` is asked where the key is on: given, and neither false, 0 nor `no`. It gets the
+    configuration's Values and in them, from the plan, `zero`, `model` and `global_batch`.
     """
 
     key: str
@@ -2335,101 +2316,85 @@ class Rule:
 
 def keep_one(key: str, other: str) -> Rule:
     """Two keys that cannot both be on."""
-    return Rule(
-        key, lambda v: v[key] and v[other], f"cannot be combined with {other}; keep one"
-    )
+    return Rule(key, lambda v: v[other], f"cannot be combined with {other}; keep one")
 
 
 def needs(key: str, other: str, *values: str) -> Rule:
     """A key that works where another has one of these values."""
     text = f"needs {other}: {' or '.join(values)}; set that, or remove {key}"
-    return Rule(key, lambda v: v[key] and v[other] not in values, text)
+    return Rule(key, lambda v: v[other] not in values, text)
 
 
 def not_with_zero3(key: str, advice: str) -> Rule:
     """A key that ZeRO-3 cannot do."""
-    return Rule(key, lambda v: v[key] and v.zero == 3, f"cannot be used with ZeRO-3; {advice}")
-
-
-def evaluates(v: Values) -> bool:
-    """Whether the run evaluates."""
-    return bool(v.do_eval) or v.eval_strategy != "no"
-
-
-def lacks_eval_data(v: Values) -> bool:
-    """Whether there is nothing to evaluate on."""
-    return not v.eval_dataset and not v.val_size
+    return Rule(key, lambda v: v.zero.stage == 3, f"cannot be used with ZeRO-3; {advice}")
 
 
 def saves_between_evaluations(v: Values) -> bool:
     """Whether a checkpoint falls between two evaluations (TrainingArguments._validate_args)."""
-    if not v.save_strategy == v.eval_strategy == "steps":
-        return False
-    every = v.eval_steps or v.logging_steps
-    if v.save_steps < 1 and every < 1:
-        return v.save_steps * 10**6 % (every * 10**6) != 0
-    return v.save_steps % every != 0
+    every = (
+        v.eval_steps or v.logging_steps
+    ) * 10**6  # shares of all steps are compared as well
+    return v.save_strategy == v.eval_strategy == "steps" and v.save_steps * 10**6 % every != 0
 
 
-def best_metric(v: Values) -> str:
-    """The metric that decides which checkpoint is the best; '' for none."""
-    return v.metric_for_best_model or ("loss" if v.load_best_model_at_end else "")
+def lacks_metric(v: Values) -> bool:
+    """Whether nothing decides which checkpoint is the best."""
+    return v.eval_strategy == "no" or not (v.metric_for_best_model or v.load_best_model_at_end)
 
 
 def loses_weights(v: Values) -> bool:
     """Whether ZeRO-3 leaves the final model in shards; LoRA adapters are always gathered."""
     adapter = v.finetuning_type in ("lora", "oft") and v.stage not in ("rm", "ppo")
-    return not v.saves_weights and not adapter
+    return not v.zero.saves_weights and not adapter
 
 
 def differing_settings(v: Values) -> str:
     """The settings of the DeepSpeed file that should equal a key and do not: `bf16.enabled`."""
-    per_rank = v.per_device_train_batch_size * v.gradient_accumulation_steps
+    settings = v.zero.settings
     wanted = {
         "train_micro_batch_size_per_gpu": v.per_device_train_batch_size,
         "gradient_accumulation_steps": v.gradient_accumulation_steps,
-        "train_batch_size": per_rank * v.ranks,
-        "bf16.enabled": bool(v.bf16),
-        "fp16.enabled": bool(v.fp16),
+        "train_batch_size": v.global_batch,
     }
-    found = []
-    for name, value in wanted.items():
-        first, _, second = name.partition(".")
-        setting = v.deepspeed_settings.get(first)
-        if second and isinstance(setting, dict):
-            setting = setting.get(second)
-        if setting not in (None, "auto", value):
-            found.append(name)
-    return ", ".join(found)
+    names = [key for key in wanted if settings.get(key) not in (None, "auto", wanted[key])]
+    for key in ("bf16", "fp16"):
+        section = settings.get(key)
+        enabled = section.get("enabled") if isinstance(section, dict) else None
+        if enabled not in (None, "auto", bool(v[key])):
+            names.append(f"{key}.enabled")
+    return ", ".join(names)
 
 
-def is_incomplete_data(folder: str | None) -> bool:
+def is_incomplete_data(folder: str) -> bool:
     """Whether a folder holds something, but no tokenized data that was written to its end."""
-    files = []
-    if folder and os.path.isdir(folder):
-        files = [path.name for path in Path(folder).rglob("*")]
+    if not os.path.isdir(folder):
+        return False
+    files = {path.name for path in Path(folder).rglob("*")}
     return bool(files) and "state.json" not in files
 
 
-def unpads(v: Values) -> bool:
-    """Whether packed sequences are cut apart for FlashAttention-2, which takes one at a time."""
-    return v.neat_packing and v.flash_attn == "fa2"
+def unknown_template(v: Values) -> str:
+    """What is wrong with a template that the installed LLaMA-Factory does not have; '' for none."""
+    templates = read_templates()
+    if v.template in templates or not templates:
+        return ""
+    return f"{v.template!r} is unknown to LLaMA-Factory{did_you_mean(v.template, templates)}"
 
 
-def preference_stage(v: Values) -> bool:
-    """Whether the data are pairs."""
-    return v.stage in ("dpo", "rm")
+def read_templates() -> dict[str, str]:
+    """The chat templates of the installed LLaMA-Factory and their source; {} where it is missing."""
+    with contextlib.suppress(OSError):
+        source = source_of("llamafactory/data/template.py")
+        return dict(
+            re.findall(r'^    name="([^"]+)"(.*?)^\)', source, re.MULTILINE | re.DOTALL)
+        )
+    return {}
 
 
 # {} in a text stands for what `breaks` returned. The conditions are those of LLaMA-Factory 0.9.5's
 # hparams/parser.py, transformers 5.5.4's TrainingArguments and Trainer, and accelerate's DeepSpeed.
 RULES = (
-    Rule("do_train", lambda v: not v.do_train, "nothing would be trained; set do_train: true"),
-    Rule(
-        "dataset",
-        lambda v: v.do_train and not v.dataset,
-        "no data to train on; name a data set of dataset_info.json",
-    ),
     Rule(
         "tokenized_path",
         lambda v: is_incomplete_data(v.tokenized_path) and v.tokenized_path,
@@ -2437,39 +2402,31 @@ RULES = (
     ),
     keep_one("val_size", "eval_dataset"),
     keep_one("mask_history", "train_on_prompt"),
+    Rule("template", unknown_template, "{}"),
     Rule(
         "streaming",
-        lambda v: v.streaming and v.max_steps <= 0,
+        lambda v: v.max_steps <= 0,
         "streamed data has no length; set max_steps",
     ),
     Rule(
         "max_samples",
-        lambda v: v.streaming and v.max_samples,
+        lambda v: v.streaming,
         "cannot be combined with streaming: true; use max_steps",
     ),
     Rule(
         "val_size",
-        lambda v: v.streaming and 0 < v.val_size < 1,
+        lambda v: v.streaming and v.val_size < 1,
         "cannot be a share with streaming: true; give a number of samples",
     ),
     Rule(
-        "reward_model",
-        lambda v: v.stage == "ppo" and not v.reward_model,
-        "is missing; stage: ppo needs one",
-    ),
-    Rule(
         "resume_from_checkpoint",
-        lambda v: (
-            isinstance(v.resume_from_checkpoint, str)
-            and not os.path.isdir(v.resume_from_checkpoint)
-            and v.resume_from_checkpoint
-        ),
+        lambda v: not os.path.isdir(v.resume_from_checkpoint) and v.resume_from_checkpoint,
         "{} does not exist; expected a checkpoint folder",
     ),
     *(needs(key, "stage", "sft") for key in ("predict_with_generate", "neat_packing")),
     Rule(
         "train_sampling_strategy",
-        lambda v: v.train_sampling_strategy == "group_by_length" and preference_stage(v),
+        lambda v: v.train_sampling_strategy == "group_by_length" and v.stage in ("dpo", "rm"),
         "preference pairs cannot be grouped by length; use random",
     ),
     Rule(
@@ -2479,7 +2436,12 @@ RULES = (
     ),
     Rule(
         "stage",
-        lambda v: v.tied and v.stage == "rm" and v.finetuning_type != "lora" and not v.zero,
+        lambda v: (
+            v.stage == "rm"
+            and v.model.shape.get("tie_word_embeddings")
+            and v.finetuning_type != "lora"
+            and not v.zero.stage
+        ),
         "LLaMA-Factory cannot save a reward model whose embeddings are tied without ZeRO-3; "
         "set deepspeed: configs/deepspeed/ds_z3_config.json, or finetuning_type: lora",
     ),
@@ -2488,7 +2450,7 @@ RULES = (
     keep_one("pure_bf16", "bf16"),
     keep_one("pure_bf16", "fp16"),
     *(
-        Rule(key, lambda v, key=key: v[key] and v.use_cpu, "cannot be used on a CPU; use bf16")
+        Rule(key, lambda v: v.use_cpu, "cannot be used on a CPU; use bf16")
         for key in ("fp16", "pure_bf16")
     ),
     Rule(
@@ -2499,22 +2461,22 @@ RULES = (
     not_with_zero3("pure_bf16", "use bf16: true"),
     Rule(
         "flash_attn",
-        lambda v: v.flash_attn == "fa2" and not (v.bf16 or v.fp16 or v.pure_bf16),
+        lambda v: v.flash_attn == "fa2" and precision(v) == "fp32",
         "fa2 computes in 16 bit only; set bf16: true, or use flash_attn: sdpa",
     ),
     *(
         Rule(
-            f"per_device_{name}_batch_size",
-            lambda v, name=name: unpads(v) and (v[f"per_device_{name}_batch_size"] or 8) > 1,
+            key,
+            lambda v, key=key: v.neat_packing and v.flash_attn == "fa2" and v[key] > 1,
             "neat_packing with flash_attn: fa2 takes one sequence at a time; set it to 1",
         )
-        for name in ("train", "eval")
+        for key in ("per_device_train_batch_size", "per_device_eval_batch_size")
     ),
     # evaluation, and which checkpoint is the best
     *(
         Rule(
             key,
-            lambda v, key=key: v[key] not in (None, False, "no") and lacks_eval_data(v),
+            lambda v: not v.eval_dataset and not v.val_size,
             "there is nothing to evaluate on; set eval_dataset or val_size, or turn evaluation off",
         )
         for key in ("eval_strategy", "do_eval", "predict_with_generate")
@@ -2523,33 +2485,33 @@ RULES = (
     keep_one("predict_with_generate", "compute_accuracy"),
     Rule(
         "load_best_model_at_end",
-        lambda v: v.load_best_model_at_end and v.save_strategy not in ("best", v.eval_strategy),
+        lambda v: v.save_strategy not in ("best", v.eval_strategy),
         "needs the same save_strategy and eval_strategy, or save_strategy: best",
     ),
     Rule(
         "load_best_model_at_end",
-        lambda v: v.load_best_model_at_end and saves_between_evaluations(v),
+        saves_between_evaluations,
         "needs an evaluation at each checkpoint; make save_steps a multiple of eval_steps",
     ),
     Rule(
         "save_only_model",
-        lambda v: v.save_only_model and v.load_best_model_at_end and v.deepspeed_used,
+        lambda v: v.load_best_model_at_end and v.zero.used,
         "cannot be combined with load_best_model_at_end under DeepSpeed; keep one",
     ),
     Rule(
         "save_strategy",
-        lambda v: v.save_strategy == "best" and (v.eval_strategy == "no" or not best_metric(v)),
+        lambda v: v.save_strategy == "best" and lacks_metric(v),
         "best needs evaluation and a metric; set eval_strategy and metric_for_best_model: loss",
     ),
     Rule(
         "early_stopping_steps",
-        lambda v: v.early_stopping_steps and (v.eval_strategy == "no" or not best_metric(v)),
+        lacks_metric,
         "needs evaluation and a metric; set eval_strategy and metric_for_best_model: loss",
     ),
     Rule(
         "metric_for_best_model",
         lambda v: (
-            "accuracy" in (v.metric_for_best_model or "")
+            "accuracy" in v.metric_for_best_model
             and v.stage == "sft"
             and not v.compute_accuracy
         ),
@@ -2558,7 +2520,7 @@ RULES = (
     Rule(
         "lr_scheduler_type",
         lambda v: (
-            (v.lr_scheduler_type or "").endswith("_min_lr")
+            v.lr_scheduler_type.endswith("_min_lr")
             and "min_lr" not in str(v.lr_scheduler_kwargs)
         ),
         'needs its lowest rate; set lr_scheduler_kwargs: {"min_lr_rate": 0.1}',
@@ -2576,9 +2538,7 @@ RULES = (
     ),
     Rule(
         "deepspeed",
-        lambda v: (
-            v.offloads_optimizer and not (v.optim or "adamw_torch").startswith("adamw_torch")
-        ),
+        lambda v: v.zero.offload_optimizer and not v.optim.startswith("adamw_torch"),
         "offloading replaces it by Adam; set optim: adamw_torch, or do not offload",
     ),
     not_with_zero3("auto_find_batch_size", "set per_device_train_batch_size, or use ZeRO-2"),
@@ -2588,7 +2548,7 @@ RULES = (
     *(
         Rule(
             key,
-            lambda v, key=key: v[key] and not (v.dataloader_num_workers or v.streaming),
+            lambda v: not v.dataloader_num_workers and not v.streaming,
             "needs dataloader_num_workers: 1 or more",
         )
         for key in ("dataloader_prefetch_factor", "dataloader_persistent_workers")
@@ -2598,41 +2558,23 @@ RULES = (
 
 def check_rules(config: Config, plan: Plan, problems: Problems) -> None:
     """Keys that are missing, or exclude each other."""
+    view = Values(plan.values, zero=plan.zero, model=plan.model, global_batch=plan.global_batch)
     required = {
-        "model_name_or_path": "name a model, such as Qwen/Qwen3-14B",
-        "output_dir": "name the folder that will hold the runs",
+        "model_name_or_path": "is missing; name a model, such as Qwen/Qwen3-14B",
+        "output_dir": "is missing; name the folder that will hold the runs",
+        "do_train": "nothing would be trained; set do_train: true",
+        "dataset": "no data to train on; name a data set of dataset_info.json",
     }
-    for key, hint in required.items():
+    if view.stage == "ppo":
+        required["reward_model"] = "is missing; stage: ppo needs one"
+    for key, text in required.items():
         if not config.values.get(key) and key not in config.refused:
-            problems.add(f"{config.where(key)}: is missing; {hint}")
-    view = Values(
-        plan.values,
-        zero=plan.zero.stage,
-        deepspeed_used=plan.zero.used,
-        saves_weights=plan.zero.saves_weights,
-        offloads_optimizer=plan.zero.offload_optimizer,
-        tied=plan.model.shape.get("tie_word_embeddings"),
-        deepspeed_settings=plan.zero.settings,
-        ranks=plan.world_size,
-    )
+            problems.add(f"{config.where(key)}: {text}")
     for rule in RULES:
-        found = rule.key not in config.refused and rule.breaks(view)
+        is_on = view[rule.key] not in (None, False, "", "no")
+        found = is_on and rule.key not in config.refused and rule.breaks(view)
         if found:
             problems.add(f"{config.where(rule.key)}: {rule.text.replace('{}', str(found))}")
-    names = known_templates()
-    if view.template and names and view.template not in names:
-        hint = did_you_mean(view.template, names)
-        problems.add(
-            f"{config.where('template')}: {view.template!r} is unknown to LLaMA-Factory{hint}"
-        )
-
-
-def known_templates() -> list[str]:
-    """The chat templates of the installed LLaMA-Factory; [] where it is missing."""
-    with contextlib.suppress(OSError):
-        source = source_of("llamafactory/data/template.py")
-        return re.findall(r'^    name="([^"]+)"', source, re.MULTILINE)
-    return []
 
 
 # --- resume -------------------------------------------------------------------------------------
@@ -2644,14 +2586,14 @@ FIXED_KEYS = """
     ref_model pref_beta pref_loss bf16 fp16 pure_bf16 dataset dataset_dir max_samples val_size
     cutoff_len packing neat_packing train_on_prompt mask_history mix_strategy interleave_probs
     enable_thinking train_sampling_strategy disable_shuffling seed data_seed optim learning_rate
-    weight_decay adam_beta1 adam_beta2 adam_epsilon
+    weight_decay adam_beta1 adam_beta2 adam_epsilon deepspeed global_batch_size
 """.split()
 
 
 def find_run(options: argparse.Namespace) -> Run | None:
     """The run that --resume means: RUN_DIR, else the newest unfinished one; None: a new run.
 
-    One with a checkpoint comes before one without; one that is still running does not count.
+    One with a checkpoint comes before one without; one that is still running comes last.
     """
     if options.resume is None:
         return None
@@ -2664,38 +2606,45 @@ def find_run(options: argparse.Namespace) -> Run | None:
             )
         return run
     config = load_config(options.config, options.overrides)
-    output_dir = Path(config.values.get("output_dir", DEFAULTS["output_dir"]))
-    files = sorted(output_dir.glob("*/config.yaml"), key=lambda path: -path.stat().st_mtime)
-    runs = [Run(path.parent) for path in files]
+    output_dir = Path(config.values.output_dir)
+    runs = [Run(path.parent) for path in output_dir.glob("*/config.yaml")]
     if not runs:
         raise LaunchError(f"--resume: there is no run under {output_dir}; start one first")
-    idle = [run for run in runs if not run.is_running()] or runs
-    unfinished = [run for run in idle if not run.is_finished()] or idle
-    return next((run for run in unfinished if run.newest_checkpoint()), unfinished[0])
+
+    def order(run: Run) -> tuple:
+        has_checkpoint = run.newest_checkpoint() is not None
+        newest = run.config_file.stat().st_mtime
+        return not run.is_running(), not run.is_finished(), has_checkpoint, newest
+
+    return max(runs, key=order)
 
 
 def check_resume(
-    config: Config, plan: Plan, run: Run, env: dict[str, str], problems: Problems
+    config: Config, plan: Plan, run: Run, env: Environment, problems: Problems
 ) -> None:
     """Why the run cannot continue like this: it is still running, has no checkpoint, or changed."""
     if node_rank(env) == 0 and run.is_running():
         problems.attempt(run.lock)
         return
-    old, fixed = load_config(run.config_file, {}), set(FIXED_KEYS)
+    old = load_config(run.config_file, {})
+    recorded = run.read("plan.json")
+    before = Values(old.values)
+    now = Values(config.values)
+    before["deepspeed"] = (Problems().attempt(read_deepspeed, old.values) or Zero()).kind
+    now["deepspeed"] = plan.zero.kind
+    before["global_batch_size"] = recorded.get("global_batch_size") or plan.global_batch
+    now["global_batch_size"] = config.values.global_batch_size or plan.global_batch
+    fixed = [*FIXED_KEYS, *(key for key in before | now if key.startswith("lora_"))]
     if run.read("summary.json").get("state") == "diverged":
         fixed.remove("learning_rate")
-    for key in old.values.keys() | config.values.keys():
-        if key in fixed or key.startswith("lora_"):
-            was, now = (DEFAULTS | old.values).get(key), plan.values[key]
-            if (was or None) != (now or None):  # false is what most are where not given
-                refuse_change(config, key, was, now, problems)
-    old_zero = Problems().attempt(read_deepspeed, old.values) or Zero()
-    if old_zero.kind != plan.zero.kind:
-        refuse_change(config, "deepspeed", old_zero.kind, plan.zero.kind, problems)
-    recorded = run.read("plan.json")
-    batch = recorded.get("global_batch_size")
-    if batch and batch not in (plan.global_batch, config.values.global_batch_size):
-        refuse_change(config, "global_batch_size", batch, plan.global_batch, problems)
+    for key in fixed:
+        was = before[key]
+        new = now[key]
+        if (was or None) != (new or None):  # false is what most are where not given
+            problems.add(
+                f"{config.where(key)}: was {was} when the run started and is {new} now, but "
+                "cannot change on resume; start a new run instead"
+            )
     for path, content in data_fingerprints(config.values).items():
         if (recorded.get("data") or {}).get(path, content) != content:
             problems.add(
@@ -2706,17 +2655,7 @@ def check_resume(
     check_checkpoint(plan, run, problems)
 
 
-def refuse_change(
-    config: Config, key: str, was: object, now: object, problems: Problems
-) -> None:
-    """A value that the checkpoint depends on."""
-    problems.add(
-        f"{config.where(key)}: was {was} when the run started and is {now} now, but cannot "
-        "change on resume; start a new run instead"
-    )
-
-
-def data_fingerprints(values: dict) -> dict[str, str]:
+def data_fingerprints(values: Values) -> dict[str, str]:
     """{path: size and, up to 64 MiB, hash} of the data files, to notice data that has changed."""
     files = {}
     for path in data_files(values):
@@ -2727,15 +2666,14 @@ def data_fingerprints(values: dict) -> dict[str, str]:
     return files
 
 
-def data_files(values: dict) -> list[Path]:
+def data_files(values: Values) -> list[Path]:
     """The files of the data sets, where they are files on this node."""
     paths = []
     info = Problems().attempt(read_dataset_info, values) or {}
-    for key in ("dataset", "eval_dataset"):
-        for name in name_list(values.get(key)):
-            path = Problems().attempt(find_data, name, info, values)
-            if path and path.is_file():
-                paths.append(path)
+    for name in name_list(values.dataset) + name_list(values.eval_dataset):
+        path = Problems().attempt(find_data, name, info, values)
+        if path and path.is_file():
+            paths.append(path)
     return paths
 
 
@@ -2750,41 +2688,34 @@ def check_checkpoint(plan: Plan, run: Run, problems: Problems) -> None:
             "another run_name or after removing this folder"
         )
         return
-    optimizer = plan.values.optim or "adamw_torch"
-    if run.checkpoint_ranks() != plan.world_size and not optimizer.startswith("adamw_torch"):
+    ranks = run.checkpoint_ranks()
+    if ranks != plan.world_size and not plan.values.optim.startswith("adamw_torch"):
         problems.add(
-            f"{good.name} was saved by {plural(run.checkpoint_ranks(), 'rank')}, this run has "
-            f"{plan.world_size}: only torch's AdamW can be resharded; use as many GPUs as then"
+            f"{good.name} was saved by {plural(ranks, 'rank')}, this run has {plan.world_size}: "
+            "only torch's AdamW can be resharded; use as many GPUs as then"
         )
 
 
 # --- the plan for people and as data ------------------------------------------------------------
 
 
-def dry_run(found: Preflight, as_json: bool, env: dict[str, str]) -> None:
+def dry_run(found: Preflight, as_json: bool, env: Environment) -> None:
     """Print the plan and the exact command; start nothing and write nothing."""
-    run = found.run
-    if run is None:
-        name = Problems().attempt(run_name, found.config, time.time()) or "RUN_NAME"
-        run = Run(Path(found.plan.values.output_dir) / name)
-    command, rank_env = torchrun_command_and_environment(found, run, env)
-    data = plan_as_data(found, command, shown_environment(rank_env, env))
+    run = found.run or Problems().attempt(new_run, found.config) or Run(Path("RUN_NAME"))
+    data = plan_as_data(found, run, env)
     if as_json:
         say(json.dumps(data, indent=1))
     elif found.plan.devices.processes:
         print_plan(found, run, env)
-        variables = [
-            f"{key}={shlex.quote(value)}" for key, value in data["environment"].items()
-        ]
-        say("command     " + " ".join([*variables, shlex.join(command)]))
+        words = [f"{key}={shlex.quote(value)}" for key, value in data["environment"].items()]
+        print_lines({"command": " ".join([*words, shlex.join(data["command"])])})
 
 
-def print_plan(found: Preflight, run: Run, env: dict[str, str]) -> None:
+def print_plan(found: Preflight, run: Run, env: Environment) -> None:
     """Print the plan, one screen."""
-    names = [name for name in tracking_backends(found.config.values) if name != "swanlab"]
-    tracking = setup_experiment_tracking(found.config, run, env)
-    if tracking:
-        names.insert(0, str(tracking))
+    swanlab = str(setup_experiment_tracking(found.config, run, env))
+    backends = tracking_backends(found.config.values)
+    names = [swanlab if name == "swanlab" else name for name in backends]
     print_lines(
         {
             **plan_lines(found.plan),
@@ -2800,28 +2731,26 @@ def print_plan(found: Preflight, run: Run, env: dict[str, str]) -> None:
 
 def describe_resharding(found: Preflight) -> str:
     """`checkpoint-40: 4 ranks -> 2 ranks`; '' where the number of ranks is the same."""
-    before, now = found.run and found.run.checkpoint_ranks(), found.plan.world_size
+    before = found.run and found.run.checkpoint_ranks()
+    now = found.plan.world_size
     if before in (None, now):
         return ""
-    text = f"{found.run.newest_checkpoint().name}: {plural(before, 'rank')} -> "
+    name = found.run.newest_checkpoint().name
+    text = f"{name}: {plural(before, 'rank')} -> {plural(now, 'rank')}"
     if found.plan.values.train_sampling_strategy == "group_by_length":
-        return (
-            f"{text}{plural(now, 'rank')}; group_by_length draws the samples in another order"
-        )
-    return text + plural(now, "rank")
+        text += "; group_by_length draws the samples in another order"
+    return text
 
 
 def describe_padding(found: Preflight) -> str:
     """What an earlier run on the same data says of its padding."""
-    figures, plan = earlier_figures(found.config), found.plan
+    figures, plan = earlier_figures(found.config.values), found.plan
     return padding_advice(figures, plan.values, plan.global_batch) if figures else ""
 
 
 def thinking_advice(values: Values) -> str:
     """That an empty thought is learned with each answer; '' where none is."""
-    source = source_of("llamafactory/data/template.py")
-    _, _, template = source.partition(f'    name="{values.template}",')
-    thinks = "ReasoningTemplate" in template.partition("\nregister_template(")[0]
+    thinks = "ReasoningTemplate" in read_templates().get(values.template, "")
     paths = [path for path in data_files(values) if path.suffix in (".json", ".jsonl", ".csv")]
     if not (thinks and paths) or "enable_thinking" in values:
         return ""
@@ -2854,15 +2783,15 @@ def padding_advice(figures: dict, values: Values, global_batch: int) -> str:
     )
 
 
-def earlier_figures(config: Config) -> dict:
+def earlier_figures(values: Values) -> dict:
     """data.json of the newest run under output_dir on the same data; {} where there is none."""
-    values = DEFAULTS | config.values
-    files = Path(values["output_dir"]).glob("*/data.json")
-    for path in sorted(files, key=modified, reverse=True):
-        run, figures = Run(path.parent), read_json_or_empty(path)
-        if figures.get("cutoff_len") == values["cutoff_len"]:
-            if run.read("plan.json").get("data") == data_fingerprints(values):
-                return figures
+    with contextlib.suppress(OSError):
+        files = Path(values.output_dir).glob("*/data.json")
+        for path in sorted(files, key=modified, reverse=True):
+            run, figures = Run(path.parent), read_json_or_empty(path)
+            if figures.get("cutoff_len") == values.cutoff_len:
+                if run.read("plan.json").get("data") == data_fingerprints(values):
+                    return figures
     return {}
 
 
@@ -2887,7 +2816,7 @@ def plan_lines(plan: Plan) -> dict[str, str]:
     return {
         "model": plan.model.label + size,
         "method": f"{values.stage}, {values.finetuning_type}, {plan.zero}, {precision(values)}",
-        "devices": describe_devices(plan.devices) + describe_mixed(plan.gpus),
+        "devices": describe_devices(plan),
         "batch": batch,
         "steps": describe_steps(plan),
         "schedule": describe_schedule(values),
@@ -2897,21 +2826,18 @@ def plan_lines(plan: Plan) -> dict[str, str]:
     }
 
 
-def describe_devices(devices: Devices) -> str:
-    """`GPUs 0,1 (from CUDA_VISIBLE_DEVICES), 2 processes`."""
+def describe_devices(plan: Plan) -> str:
+    """`GPUs 0,1 (from CUDA_VISIBLE_DEVICES), 2 processes`, and what GPUs where they differ."""
+    devices = plan.devices
     what = "CPU"
     if devices.ids:
         what = ("GPUs " if len(devices.ids) > 1 else "GPU ") + ",".join(devices.ids)
-    return f"{what} ({devices.reason}), {plural(devices.processes, 'process')}"
-
-
-def describe_mixed(gpus: list[Gpu]) -> str:
-    """What GPUs there are, where they are not all alike; '' where they are."""
-    kinds = {(gpu.name, gpu.total) for gpu in gpus if gpu.total}
-    if len(kinds) < 2:
-        return ""
-    names = ", ".join(f"{name} {format_bytes(total)}" for name, total in sorted(kinds))
-    return f"; mixed: {names}; the smallest one's memory counts"
+    text = f"{what} ({devices.reason}), {plural(devices.processes, 'process')}"
+    kinds = sorted({(gpu.name, gpu.total) for gpu in plan.gpus if gpu.total})
+    if len(kinds) > 1:
+        names = ", ".join(f"{name} {format_bytes(total)}" for name, total in kinds)
+        text += f"; mixed: {names}; the smallest one's memory counts"
+    return text
 
 
 def format_count(count: int) -> str:
@@ -2921,7 +2847,8 @@ def format_count(count: int) -> str:
 
 def describe_steps(plan: Plan) -> str:
     """Samples, steps per epoch and in all, or why they are unknown."""
-    steps, values = plan.steps, plan.values
+    steps = plan.steps
+    values = plan.values
     if steps.samples is None:
         return f"{steps.total or 'unknown'} in all ({steps.reason})"
     total = f"max_steps: {steps.total}"
@@ -2933,25 +2860,20 @@ def describe_steps(plan: Plan) -> str:
 
 def describe_schedule(values: Values) -> str:
     """When it logs, saves and evaluates."""
-    parts = []
-    for verb, noun, key in (("log", "logs", "logging"), ("save", "checkpoints", "save")):
-        parts.append(describe_interval(values, verb, noun, key))
-    return ", ".join([*parts, describe_interval(values, "evaluate", "evaluation", "eval")])
+    parts = (
+        describe_interval(values, "log", "logs", "logging"),
+        describe_interval(values, "save", "checkpoints", "save"),
+        describe_interval(values, "evaluate", "evaluation", "eval"),
+    )
+    return ", ".join(parts)
 
 
 def describe_interval(values: Values, verb: str, noun: str, key: str) -> str:
     """`save every 500 steps`, `evaluate every epoch`, `no evaluation`."""
-    strategy, steps = values[f"{key}_strategy"], values.get(f"{key}_steps")
-    if strategy == "no":
-        return f"no {noun}"
-    if strategy == "best":
-        return f"{verb} the best"
-    if strategy == "epoch":
-        return f"{verb} every epoch"
-    steps = steps or values.logging_steps
-    if steps < 1:
-        return f"{verb} every {steps:g} of all steps"
-    return f"{verb} every {plural(int(steps), 'step')}"
+    steps = values[f"{key}_steps"] or values.logging_steps
+    every = f"{steps:g} of all steps" if steps < 1 else plural(int(steps), "step")
+    words = {"no": f"no {noun}", "best": f"{verb} the best", "epoch": f"{verb} every epoch"}
+    return words.get(values[f"{key}_strategy"], f"{verb} every {every}")
 
 
 def resource_lines(plan: Plan) -> dict[str, str]:
@@ -2960,8 +2882,7 @@ def resource_lines(plan: Plan) -> dict[str, str]:
         return {}
     room = f" of {format_bytes(plan.device_bytes)}" if plan.device_bytes else ""
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in plan.memory.items())
-    total = format_bytes(sum(plan.memory.values()))
-    lines = {"memory": f"{total}{room} per {plan.unit}: {parts}"}
+    lines = {"memory": f"{format_bytes(plan.needed)}{room} per {plan.unit}: {parts}"}
     if plan.host_memory:
         there = format_bytes(host_bytes())
         lines["host"] = f"{format_bytes(plan.host_memory)} of {there} for offloading"
@@ -2983,7 +2904,7 @@ def data_advice(plan: Plan) -> str:
     return ""
 
 
-def plan_as_data(found: Preflight, command: list[str], environment: dict[str, str]) -> dict:
+def plan_as_data(found: Preflight, run: Run, env: Environment) -> dict:
     """The plan as one JSON object; null where something cannot be known. Sizes in bytes."""
     plan = found.plan
     return {
@@ -3001,8 +2922,8 @@ def plan_as_data(found: Preflight, command: list[str], environment: dict[str, st
         "disk_bytes": plan.disk_bytes,
         "data": data_fingerprints(found.config.values),
         "problems": [problem.text for problem in found.problems],
-        "command": command,
-        "environment": environment,
+        "command": build_torchrun_command(plan.devices, run.config_file, env),
+        "environment": shown_environment(build_rank_environment(found, run, env), env),
     }
 
 
@@ -3021,27 +2942,26 @@ class Tracking:
         return f"SwanLab {self.mode} ({self.reason}), {self.init['log_dir']}"
 
 
-def setup_experiment_tracking(config: Config, run: Run, env: dict[str, str]) -> Tracking | None:
+def setup_experiment_tracking(config: Config, run: Run, env: Environment) -> Tracking | None:
     """Choose SwanLab's mode and settings; None where the run does not report to it. Starts nothing.
 
     The mode is SWANLAB_MODE, else `swanlab_mode`, else online where a key is found, local where
     not.
     """
-    values = Values(config.values)
+    values = config.values
+    key = find_swanlab_key(config, env)
     if "swanlab" not in tracking_backends(values):
         return None
-    key = find_swanlab_key(config, env)
-    mode, reason = (
-        ("online", f"API key from {key}") if key else ("local", "no API key was found")
-    )
     if env.get("SWANLAB_MODE"):
         mode, reason = env["SWANLAB_MODE"], "from SWANLAB_MODE"
     elif values.swanlab_mode:
         mode, reason = values.swanlab_mode, f"from swanlab_mode, {config.place('swanlab_mode')}"
+    else:
+        mode, reason = "online", f"API key from {key}"
     if mode == "cloud":
         mode = "online"
     if mode == "online" and not key:
-        mode, reason = "local", f"{reason}, but no API key was found"
+        mode, reason = "local", "no API key was found"
     project = env.get("SWANLAB_PROJ_NAME") or tracking_project(values)
     folder = values.swanlab_logdir or env.get("SWANLAB_LOG_DIR")
     init = {
@@ -3053,7 +2973,7 @@ def setup_experiment_tracking(config: Config, run: Run, env: dict[str, str]) -> 
     return Tracking(mode, reason, init)
 
 
-def find_swanlab_key(config: Config, env: dict[str, str]) -> str:
+def find_swanlab_key(config: Config, env: Environment) -> str:
     """Where an API key for SwanLab is, without reading it: YAML, environment, login; '' if
     nowhere.
     """
@@ -3076,50 +2996,45 @@ def tracking_project(values: Values) -> str:
 # --- launch: run directory, torchrun's command and environment ----------------------------------
 
 
-def preview(found: Preflight, count: str, env: dict[str, str]) -> int:
+def preview(found: Preflight, count: str, env: Environment) -> int:
     """Show samples and figures of the data, in a process of its own; returns its exit code."""
     with TemporaryDirectory() as folder:
         run = Run(Path(folder))
         run.logs.mkdir()
         run.config_file.write_text(launchable_config(found.config, found.plan.devices))
         command = [sys.executable, str(SCRIPT), "--previewer", folder, "--preview", count]
-        rank_env = build_rank_environment(found.plan, run, found.config, env)
+        rank_env = build_rank_environment(found, run, env)
         return subprocess.run(command, env=rank_env).returncode
 
 
-def launch(found: Preflight, env: dict[str, str]) -> int:
+def launch(found: Preflight, env: Environment) -> int:
     """Start the run and watch it to its end; returns the exit code."""
-    run, leads = new_or_resumed_run(found, env), node_rank(env) == 0
+    run = found.run
+    leads = node_rank(env) == 0
+    if run is None:
+        run = create_run(found.config) if leads else wait_for_run(found.config)
     with run.lock() if leads else contextlib.nullcontext():
-        command, rank_env = torchrun_command_and_environment(found, run, env)
+        command = build_torchrun_command(found.plan.devices, run.config_file, env)
+        rank_env = build_rank_environment(found, run, env)
         if leads:
-            data = plan_as_data(found, command, shown_environment(rank_env, env))
-            write_run_files(found, run, data)
+            write_run_files(found, run, env)
             print_plan(found, run, env)
         clear_stale_locks(Path(rank_env["TORCH_EXTENSIONS_DIR"]))
         return Supervisor(found, run, command, rank_env).supervise()
 
 
-def new_or_resumed_run(found: Preflight, env: dict[str, str]) -> Run:
-    """The run that is resumed, else a new one, which node 0 creates."""
-    if found.run:
-        return found.run
-    return create_run(found.config) if node_rank(env) == 0 else wait_for_run(found.config)
-
-
-def run_name(config: Config, now: float) -> str:
-    """The run directory's name: `run_name`, else the local time as YYYYmmdd-HHMMSS.
+def new_run(config: Config) -> Run:
+    """The run that would begin now, by its `run_name`, else by the local time as YYYYmmdd-HHMMSS.
 
     Raises LaunchError.
     """
-    timestamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
-    name = str(config.values.get("run_name", timestamp))
-    if not name.strip(". ") or name.startswith("-") or "/" in name or "\\" in name:
+    name = str(config.values.get("run_name", time.strftime("%Y%m%d-%H%M%S")))
+    if not name.strip(". ") or name.startswith("-") or "/" in name:
         raise LaunchError(
             f"{config.where('run_name')}: {name!r} cannot be a folder name; expected one word "
             "without slashes and without - in front"
         )
-    return name
+    return Run(Path(config.values.output_dir, name))
 
 
 def create_run(config: Config) -> Run:
@@ -3127,10 +3042,9 @@ def create_run(config: Config) -> Run:
     possible.
     """
     while True:
-        run = Run(Path(config.values["output_dir"]) / run_name(config, time.time()))
+        run = new_run(config)
         try:
-            run.path.parent.mkdir(parents=True, exist_ok=True)
-            run.path.mkdir()
+            run.path.mkdir(parents=True)
             run.logs.mkdir()
             return run
         except FileExistsError:
@@ -3148,7 +3062,7 @@ def create_run(config: Config) -> Run:
 
 def wait_for_run(config: Config) -> Run:
     """On a node other than 0: wait for the run directory that node 0 creates."""
-    run = Run(Path(config.values["output_dir"]) / run_name(config, time.time()))
+    run = new_run(config)
     for waited in wait_for(f"node 0 to create {run.path}"):
         if run.config_file.exists():
             break
@@ -3165,7 +3079,8 @@ def wait_for(what: str) -> Iterator[float]:
     """The seconds waited so far, five times per second; after 10 it says once for what, if
     given.
     """
-    begun, told = time.time(), not what
+    begun = time.time()
+    told = not what
     while True:
         waited = time.time() - begun
         if waited > 10 and not told:
@@ -3175,11 +3090,12 @@ def wait_for(what: str) -> Iterator[float]:
         time.sleep(0.2)
 
 
-def write_run_files(found: Preflight, run: Run, plan: dict) -> None:
+def write_run_files(found: Preflight, run: Run, env: Environment) -> None:
     """Write plan.json and config.yaml and forget an old STOP file. Raises LaunchError."""
     run.stop_file.unlink(missing_ok=True)
+    plan = json.dumps(plan_as_data(found, run, env), indent=1)
     try:
-        write_atomically(run.path / "plan.json", json.dumps(plan, indent=1) + "\n")
+        write_atomically(run.path / "plan.json", plan + "\n")
         write_atomically(run.config_file, launchable_config(found.config, found.plan.devices))
     except OSError as error:
         raise LaunchError(f"{run.path}: cannot be written: {error.strerror.lower()}") from None
@@ -3190,9 +3106,9 @@ def launchable_config(config: Config, devices: Devices) -> str:
     it.
     """
     values = without(config.values, "run_name")
-    if "global_batch_size" in values:
-        values = without(values, ACCUMULATION)
     count = f"NPROC_PER_NODE={devices.processes} "
+    if "global_batch_size" in values:
+        values.pop(ACCUMULATION, None)
     if devices.ids:
         values["cuda_visible_devices"] = ",".join(devices.ids)
         count = ""
@@ -3205,18 +3121,7 @@ def launchable_config(config: Config, devices: Devices) -> str:
     )
 
 
-def torchrun_command_and_environment(
-    found: Preflight, run: Run, env: dict[str, str]
-) -> tuple[list[str], dict[str, str]]:
-    """What starts the ranks of this node. Starts nothing."""
-    devices = found.plan.devices
-    command = build_torchrun_command(devices, run.config_file, env)
-    return command, build_rank_environment(found.plan, run, found.config, env)
-
-
-def build_torchrun_command(
-    devices: Devices, config_path: Path, env: dict[str, str]
-) -> list[str]:
+def build_torchrun_command(devices: Devices, config_path: Path, env: Environment) -> list[str]:
     """The torchrun command that starts one rank per device on this node. Starts nothing.
 
     One node: torchrun takes a free port unless MASTER_PORT is set, and MASTER_ADDR, which a
@@ -3224,32 +3129,22 @@ def build_torchrun_command(
     handles no signal but SIGQUIT: on SIGTERM it would give a checkpoint 30 seconds and then
     kill it.
     """
-    nodes, host = read_count(env, "NNODES", 1), "127.0.0.1"
+    nodes = read_count(env, "NNODES", 1)
+    host = "127.0.0.1"
+    meeting = []
     if nodes > 1:
         host = env.get("MASTER_ADDR", host)
-    rendezvous = [
-        *(
-            "--nnodes",
-            str(nodes),
-            "--rdzv-backend",
-            "c10d",
-            "--rdzv-id",
-            config_path.parent.name,
-        ),
-        *("--rdzv-endpoint", f"{host}:{env.get('MASTER_PORT', '0')}"),
-    ]
-    if nodes > 1:
-        timeouts = f"join_timeout={RENDEZVOUS_SECONDS},read_timeout={RENDEZVOUS_SECONDS}"
         is_host = int(node_rank(env) == 0)
-        rendezvous += ["--rdzv-conf", f"is_host={is_host},{timeouts}"]
+        timeouts = f"join_timeout={RENDEZVOUS_SECONDS},read_timeout={RENDEZVOUS_SECONDS}"
+        meeting += ["--rdzv-conf", f"is_host={is_host},{timeouts}"]
         # Node 0 is MASTER_ADDR, which its own /etc/hosts may map to a loopback address.
-        rendezvous += ["--local-addr", host if is_host else address_towards(host)]
-    return [
-        # -P: a torch or random.py of the working directory must not be taken for the package.
-        *(sys.executable, "-P", "-m", "torch.distributed.run"),
-        *("--nproc-per-node", str(devices.processes), *rendezvous),
-        *("--signals-to-handle", "SIGQUIT", str(SCRIPT), str(config_path)),
-    ]
+        meeting += ["--local-addr", host if is_host else address_towards(host)]
+    # -P: a torch or random.py of the working directory must not be taken for the package.
+    command = [sys.executable, "-P", "-m", "torch.distributed.run"]
+    command += ["--nproc-per-node", str(devices.processes), "--nnodes", str(nodes)]
+    command += ["--rdzv-backend", "c10d", "--rdzv-id", config_path.parent.name]
+    command += ["--rdzv-endpoint", f"{host}:{env.get('MASTER_PORT', '0')}", *meeting]
+    return [*command, "--signals-to-handle", "SIGQUIT", str(SCRIPT), str(config_path)]
 
 
 def address_towards(host: str) -> str:
@@ -3262,60 +3157,52 @@ def address_towards(host: str) -> str:
             return socket.gethostname()
 
 
-def build_rank_environment(
-    plan: Plan, run: Run, config: Config, env: dict[str, str]
-) -> dict[str, str]:
+def build_rank_environment(found: Preflight, run: Run, env: Environment) -> Environment:
     """A copy of `env` for the ranks: their devices, where libraries write, and the secrets."""
-    defaults = {
-        "TORCH_EXTENSIONS_DIR": str(extensions_folder()),
-        "TENSORBOARD_LOGGING_DIR": str(run.path / "tensorboard"),
-        "WANDB_DIR": str(run.path),
-        "WANDB_PROJECT": tracking_project(plan.values),
-        "MLFLOW_TRACKING_URI": f"sqlite:///{run.path.parent / 'mlflow.db'}",
-        "MLFLOW_EXPERIMENT_NAME": tracking_project(plan.values),
-    }
-    for backend in ("tensorboard", "wandb", "mlflow"):
-        if backend not in tracking_backends(config.values):
-            prefix = backend.upper()
-            defaults = {
-                key: text for key, text in defaults.items() if not key.startswith(prefix)
-            }
-    if plan.zero.offload_optimizer and plan.devices.processes > 1:
-        # torchrun would set 1, and DeepSpeed's CPU Adam uses OpenMP.
-        defaults["OMP_NUM_THREADS"] = str(
-            max((os.cpu_count() or 1) // plan.devices.processes, 1)
-        )
-    passed = {
-        SECRET_ENVIRONMENT[key]: value
-        for key, value in config.secrets.items()
-        if key in SECRET_ENVIRONMENT
-    }
-    others = without(config.secrets, *SECRET_ENVIRONMENT, *LAUNCHER_FIELDS)
-    return {
-        **defaults,
-        **env,
-        **device_environment(plan.devices, env),
-        **passed,
-        "FORCE_TORCHRUN": "1",
-        LAUNCHER_VARIABLE: str(os.getpid()),
-        SECRETS_VARIABLE: json.dumps(others),
-    }
-
-
-def device_environment(devices: Devices, env: dict[str, str]) -> dict[str, str]:
-    """What tells torch, DeepSpeed and NCCL the devices, with ids as nvidia-smi shows them."""
-    variables = {
+    devices = found.plan.devices
+    secrets = found.config.secrets
+    defaults = {"TORCH_EXTENSIONS_DIR": str(extensions_folder())}
+    # The ids are those that nvidia-smi shows.
+    fixed = {
         "CUDA_VISIBLE_DEVICES": ",".join(devices.ids),
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "FORCE_TORCHRUN": "1",
+        LAUNCHER_VARIABLE: str(os.getpid()),
     }
-    if (
-        devices.ids
-    ):  # as llamafactory-cli does: less fragmentation, so fewer out-of-memory errors
-        allocator = env.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-        return variables | {"PYTORCH_CUDA_ALLOC_CONF": allocator}
-    # Threads that spin while they wait run fifty times slower on cores that others use too.
-    policy = env.get("OMP_WAIT_POLICY", "PASSIVE")
-    return variables | {"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": policy}
+    if devices.ids:
+        # As llamafactory-cli does: less fragmentation, so fewer out-of-memory errors.
+        defaults["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    else:
+        # Threads that spin while they wait run fifty times slower on cores that others use too.
+        defaults["OMP_WAIT_POLICY"] = "PASSIVE"
+        fixed["DS_ACCELERATOR"] = "cpu"
+    if found.plan.zero.offload_optimizer and devices.processes > 1:
+        # torchrun would set 1, and DeepSpeed's CPU Adam uses OpenMP.
+        threads = (os.cpu_count() or 1) // devices.processes
+        defaults["OMP_NUM_THREADS"] = str(max(threads, 1))
+    for key, variable in SECRET_ENVIRONMENT.items():
+        if key in secrets:
+            fixed[variable] = secrets[key]
+    others = without(secrets, *SECRET_ENVIRONMENT, *LAUNCHER_FIELDS)
+    fixed[SECRETS_VARIABLE] = json.dumps(others)
+    return {**defaults, **tracker_environment(found.plan, run), **env, **fixed}
+
+
+def tracker_environment(plan: Plan, run: Run) -> Environment:
+    """Where the trackers of report_to write, and under which name."""
+    project = tracking_project(plan.values)
+    variables = {
+        "tensorboard": {"TENSORBOARD_LOGGING_DIR": str(run.path / "tensorboard")},
+        "wandb": {"WANDB_DIR": str(run.path), "WANDB_PROJECT": project},
+        "mlflow": {
+            "MLFLOW_TRACKING_URI": f"sqlite:///{run.path.parent / 'mlflow.db'}",
+            "MLFLOW_EXPERIMENT_NAME": project,
+        },
+    }
+    found = {}
+    for backend in tracking_backends(plan.values):
+        found |= variables.get(backend, {})
+    return found
 
 
 def extensions_folder() -> Path:
@@ -3325,7 +3212,7 @@ def extensions_folder() -> Path:
     return Path.home() / ".cache" / "torch_extensions" / name
 
 
-def shown_environment(rank_env: dict[str, str], env: dict[str, str]) -> dict[str, str]:
+def shown_environment(rank_env: Environment, env: Environment) -> dict[str, str]:
     """What of the ranks' environment the plan shows: what was added, but no secret."""
     hidden = {SECRETS_VARIABLE, LAUNCHER_VARIABLE, *SECRET_ENVIRONMENT.values()}
     return {
@@ -3997,7 +3884,7 @@ class TrackerProcess:
 
 def describe_run(found: Preflight, run: Run) -> dict:
     """What a tracker shows beside the curves: the configuration, the plan's numbers, versions."""
-    plan = plan_as_data(found, [], {})
+    plan = plan_as_data(found, run, {})
     shown = ("world_size", "global_batch_size", "samples", "steps_per_epoch", "total_steps")
     return {
         **found.config.values,

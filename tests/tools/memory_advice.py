@@ -16,7 +16,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from train_qwen3_ft import (
     QWEN3_SHAPES,
+    Devices,
     Model,
+    Plan,
+    Steps,
+    Values,
     Zero,
     count_parameters,
     estimate_memory,
@@ -39,10 +43,12 @@ def best(strategy: Zero, sizes: tuple[str, ...], count: int, room: int) -> str:
     """
     for size in sizes:
         shape = qwen3_config(f"Qwen/Qwen3-{size}")
-        model = Model(count_parameters(shape), shape)
+        model = Model(size, count_parameters(shape), shape)
         for batch in (16, 8, 4, 2, 1):
             values = {"bf16": True, "per_device_train_batch_size": batch, "cutoff_len": 2048}
-            memory = estimate_memory(model, strategy, values, count, count)
+            devices, steps = Devices((), "", count), Steps(None, None, None)
+            plan = Plan(devices, [], count, strategy, Values(values), steps, model, room, 0)
+            memory = estimate_memory(plan)
             host = memory.pop("host")
             if sum(memory.values()) <= room:
                 on_host = f", host {format_bytes(host)}" if host else ""
