@@ -223,7 +223,8 @@ class Run:
         """Wait until rank 0 of this start is in a step; its first batch is there by then."""
         progress = self.run_dir / "logs" / "rank0.progress"
         until(
-            lambda: progress.exists() and progress.read_text().endswith("training"), "a first step"
+            lambda: progress.exists() and progress.read_text().endswith("training"),
+            "a first step",
         )
 
     def reach(self, step: int) -> "Run":
