@@ -75,7 +75,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
@@ -106,6 +106,8 @@ HEARTBEAT_VARIABLE = "QWEN3_FT_HEARTBEAT"  # seconds, and how many may be missed
 UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID"  # torchrun sets it for its processes
 NODE_VARIABLES = ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")  # what each of NNODES nodes needs
 RENDEZVOUS_SECONDS = 900  # how long nodes wait for one another
+
+Env = dict[str, str]  # environment variables
 
 # The defaults of LLaMA-Factory and transformers for the keys that the plan and the rules read.
 DEFAULTS = {
@@ -417,13 +419,15 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     add, hidden = parser.add_argument, argparse.SUPPRESS
     add("words", nargs="*", metavar="CONFIG.yaml, key=value", help=hidden)
-    dry_run_help = "print plan, problems and command; start nothing"
-    add("--dry-run", action="store_true", help=dry_run_help)
-    add("--json", action="store_true", help="with --dry-run: the plan as one JSON object")
     resume_help = "continue RUN_DIR, or the newest unfinished run under output_dir"
     add("--resume", nargs="?", const="", metavar="RUN_DIR", help=resume_help)
-    force_help = "start anyway: an estimate, a busy GPU or an untested version stops nothing"
-    add("--force", action="store_true", help=force_help)
+    switches = {
+        "--dry-run": "print plan, problems and command; start nothing",
+        "--json": "with --dry-run: the plan as one JSON object",
+        "--force": "start anyway: an estimate, a busy GPU or an untested version stops nothing",
+    }
+    for name, text in switches.items():
+        add(name, action="store_true", help=text)
     add("--tracker", type=Path, help=hidden)
     options = parser.parse_intermixed_args(argv)
     if options.json and not options.dry_run:
@@ -460,7 +464,7 @@ def hide_values(text: str) -> str:
 # --- preflight ----------------------------------------------------------------------------------
 
 
-def preflight_or_stop(options: argparse.Namespace, env: dict[str, str]) -> Preflight | None:
+def preflight_or_stop(options: argparse.Namespace, env: Env) -> Preflight | None:
     """The preflight of a run to start; None after a dry run, and where there is nothing to do.
 
     Raises LaunchError with all problems that --force does not start anyway.
@@ -487,7 +491,7 @@ def preflight_or_stop(options: argparse.Namespace, env: dict[str, str]) -> Prefl
     return None if options.dry_run else found
 
 
-def preflight(options: argparse.Namespace, env: dict[str, str], run: Run | None) -> Preflight:
+def preflight(options: argparse.Namespace, env: Env, run: Run | None) -> Preflight:
     """From the command line to a plan and all problems; writes nothing.
 
     Raises LaunchError for input that cannot be read at all.
@@ -497,16 +501,19 @@ def preflight(options: argparse.Namespace, env: dict[str, str], run: Run | None)
     if run:
         config = resumed_config(config, run)
     require_packages("torch", "transformers", "llamafactory")  # nothing can be checked without
-    config = check_keys(config, known_fields(), problems)
+    config = check_keys(config, problems)
     before_devices = len(problems)
     devices, gpus = inspect_devices(config, env, problems)
-    nodes = inspect_nodes(config, env, problems)
+    nodes = problems.attempt(read_count, env, "NNODES", 1) or 1
+    problems += check_nodes(config, nodes, env)
     has_devices = len(problems) == before_devices
     ranks = max(devices.processes, 1) * nodes
     config = problems.attempt(derive_accumulation, config, ranks) or config
     where = config.where("deepspeed")
     zero = problems.attempt(read_deepspeed, config.values, where=where) or Zero()
-    check_packages(config, zero, env, problems)
+    if zero.used:
+        problems.attempt(require_packages, "deepspeed")
+    problems += check_packages(config, zero, env)
     where = config.where("model_name_or_path")
     model = problems.attempt(read_model, config.values, where=where) or Model("unknown")
     rows = inspect_data(config, "dataset", problems)
@@ -545,18 +552,19 @@ SECRET_ENVIRONMENT = {
     "hub_token": "HF_TOKEN",
     "swanlab_api_key": "SWANLAB_API_KEY",
 }
-INPUT_PATHS = (
+MODEL_PATHS = ("model_name_or_path", "adapter_name_or_path", "ref_model", "reward_model")
+OUTPUT_PATHS = ("output_dir", "cache_dir", "swanlab_logdir", "profiler_output_dir")
+PATHS = (
     "deepspeed",
     "dataset_dir",
     "media_dir",
     "resume_from_checkpoint",
     "tokenized_path",
     "fsdp_config",
+    *MODEL_PATHS,
+    *OUTPUT_PATHS,
 )
-MODEL_PATHS = ("model_name_or_path", "adapter_name_or_path", "ref_model", "reward_model")
-OUTPUT_PATHS = ("output_dir", "cache_dir", "swanlab_logdir", "profiler_output_dir")
-# Here 1.10 is a name, not a number.
-NAMES = ("run_name", *INPUT_PATHS, *MODEL_PATHS, *OUTPUT_PATHS)
+NAMES = ("run_name", *PATHS)  # here 1.10 is a name, not a number
 FLOAT_TAG = "tag:yaml.org,2002:float"
 
 
@@ -589,8 +597,7 @@ def read_text(path: Path) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        byte = f"0x{content[error.start]:02x}"
-        text = f"{path}:{line}: not UTF-8 text (byte {byte}); save the file as UTF-8"
+        text = f"{path}:{line}: not UTF-8 text; save the file as UTF-8"
     except OSError as error:
         text = f"{describe_os_error(error)}: expected a YAML file; the demo is {DEMO_COMMAND}"
     raise LaunchError(text)
@@ -663,9 +670,9 @@ def parse_yaml(text: str, source: str, key: str = "") -> tuple[object, dict[str,
             lines = {str(name.value): name.start_mark.line + 1 for name, _ in node.value}
         return loader.construct_document(node), lines
     except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        hint = "; indent with spaces, not tabs" if "\\t" in str(error.problem) else ""
-        raise LaunchError(f"{source}{line}: not valid YAML: {error.problem}{hint}") from None
+        place = f"{source}:{error.problem_mark.line + 1}"
+        hint = "; indent with spaces, not tabs" if "\\t" in error.problem else ""
+        raise LaunchError(f"{place}: not valid YAML: {error.problem}{hint}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise LaunchError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
 
@@ -682,7 +689,7 @@ def resolve_paths(values: dict) -> dict:
     A model that is no folder in either place stays as it is: it is a hub id.
     """
     resolved = dict(values)
-    for key in (*INPUT_PATHS, *MODEL_PATHS, *OUTPUT_PATHS):
+    for key in PATHS:
         text = values.get(key)
         if not isinstance(text, str) or text.startswith(("ONLINE", "REMOTE:")):
             continue
@@ -726,7 +733,7 @@ class Field:
     words.
     """
 
-    kinds: frozenset[str] = frozenset()
+    kinds: Set[str] = frozenset()
     choices: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -738,10 +745,10 @@ class Field:
 
 LAUNCHER_FIELDS = {
     "cuda_visible_devices": Field(),
-    "global_batch_size": Field(frozenset({"int"})),
-    "max_restarts": Field(frozenset({"int"})),
-    "hang_timeout": Field(frozenset({"int"})),
-    "notify": Field(frozenset({"str"})),
+    "global_batch_size": Field({"int"}),
+    "max_restarts": Field({"int"}),
+    "hang_timeout": Field({"int"}),
+    "notify": Field({"str"}),
 }
 FIELD_SOURCES = (
     "llamafactory/hparams/model_args.py",
@@ -768,8 +775,10 @@ SPLIT_KEYS = """
 
 def known_fields() -> dict[str, Field]:
     """Every key of the installed LLaMA-Factory and transformers."""
-    choices = {node.name: enum_values(node) for node in classes_of(CHOICE_SOURCES)}
-    fields = dict(LAUNCHER_FIELDS)
+    choices, fields = {}, dict(LAUNCHER_FIELDS)
+    for node in classes_of(CHOICE_SOURCES):  # of an enumeration: its words
+        text = ast.unparse(node)
+        choices[node.name] = re.findall(r"^ +\w+ = '(.*)'$", text, re.MULTILINE)
     for line in (line for node in classes_of(FIELD_SOURCES) for line in node.body):
         if isinstance(line, ast.AnnAssign) and "init=False" not in ast.unparse(line):
             key, annotation = line.target.id, ast.unparse(line.annotation)
@@ -795,18 +804,13 @@ def source_of(name: str) -> str:
     return Path(folder, path).read_text(encoding="utf-8")
 
 
-def enum_values(node: ast.ClassDef) -> tuple[str, ...]:
-    """The string values of an Enum class."""
-    return tuple(re.findall(r"^ +\w+ = '(.*)'$", ast.unparse(node), re.MULTILINE))
-
-
-def read_annotation(text: str, choices: dict[str, tuple[str, ...]]) -> Field:
+def read_annotation(text: str, choices: dict[str, list[str]]) -> Field:
     """Turn an annotation, such as `IntervalStrategy | Literal['no'] | None`, into a Field."""
     text = re.sub(r"\b(list|dict)\[[^|\]]*\]", r"\1", text)  # of a list any elements will do
     words, names = re.findall(r"'(.*?)'", text), re.findall(r"\w+", text)
     for name in names:
         words += choices.get(name, ())
-    return Field(frozenset(KINDS.keys() & names), tuple(words))
+    return Field(KINDS.keys() & names, tuple(words))
 
 
 # (what fits, what is expected, keys)
@@ -864,9 +868,9 @@ RANGES = (
 )
 
 
-def check_keys(config: Config, fields: dict[str, Field], problems: Problems) -> Config:
+def check_keys(config: Config, problems: Problems) -> Config:
     """The configuration with every value cast to its type; a wrong one is reported and left out."""
-    values, refused = {}, set()
+    fields, values, refused = known_fields(), {}, set()
     for key in [*config.values, *config.secrets]:
         try:
             if key not in fields:
@@ -892,43 +896,33 @@ def checked_value(key: str, value: object, wanted: Field) -> object:
 def cast(value: object, wanted: Field) -> object:
     """`value` as the type the key takes; LLaMA-Factory casts nothing that comes as a dict.
 
-    Raises ValueError that says what was expected.
+    Where it has the choice `no`, false means that (save_strategy: false). Raises ValueError
+    that says what was expected.
     """
-    try:
-        if wanted.choices:
-            return cast_choice(value, wanted)
-        return cast_kind(value, wanted.kinds)
-    except (ValueError, OverflowError):
-        hint = did_you_mean(str(value), wanted.choices)
-        raise ValueError(f"expected {wanted}, got {value!r}{hint}") from None
+    with contextlib.suppress(ValueError, OverflowError):
+        if not wanted.choices:
+            return cast_kind(value, wanted.kinds)
+        choice = "no" if value is False else value
+        if choice in wanted.choices or (isinstance(value, list) and "list" in wanted.kinds):
+            return choice
+    hint = did_you_mean(str(value), wanted.choices)
+    raise ValueError(f"expected {wanted}, got {value!r}{hint}")
 
 
-def cast_choice(value: object, wanted: Field) -> object:
-    """One of the choices; false is the word `no` where the choices have it (save_strategy:
-    false).
-    """
-    if value is False and "no" in wanted.choices:
-        return "no"
-    if value in wanted.choices or (isinstance(value, list) and "list" in wanted.kinds):
-        return value
-    raise ValueError
-
-
-def cast_kind(value: object, kinds: frozenset[str]) -> object:
+def cast_kind(value: object, kinds: Set[str]) -> object:
     """A value of a type; the words yes, no, on, off of YAML 1.1 are booleans here."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError
-    if not kinds or type(value).__name__ in kinds:
+    if not kinds or (type(value).__name__ in kinds and not isinstance(value, float)):
         return value
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise ValueError
     word, words = str(value).lower(), ConfigLoader.bool_values
     if "bool" in kinds and word in words:
         return words[word]
-    if "int" in kinds and float(value) == int(float(value)):
-        return int(float(value))
-    if "float" in kinds and math.isfinite(float(value)):
-        return float(value)
+    number = float(value)
+    if "int" in kinds and number == int(number):
+        return int(number)
+    if "float" in kinds and math.isfinite(number):
+        return number
     if "str" in kinds:
         return str(value)
     raise ValueError
@@ -936,37 +930,29 @@ def cast_kind(value: object, kinds: frozenset[str]) -> object:
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
     """`; did you mean WORD?` with the closest of `words`; '' where none is close."""
-    spelled = {other.lower(): other for other in words}
     word = word.replace("-", "_").lower()
-    found = difflib.get_close_matches(word, spelled, 1)
-    if not found:
-        return ""
-    close = found[0]
     if "eval" not in word:  # per_device_batch_size is the training one
-        close = close.replace("_eval_", "_train_")
-    return f"; did you mean {spelled.get(close, spelled[found[0]])}?"
+        words = [other for other in words if "_eval_" not in other]
+    spelled = {other.lower(): other for other in words}
+    found = difflib.get_close_matches(word, spelled, 1)
+    return f"; did you mean {spelled[found[0]]}?" if found else ""
 
 
 # --- devices and nodes --------------------------------------------------------------------------
 
 
-def inspect_devices(
-    config: Config, env: dict[str, str], problems: Problems
-) -> tuple[Devices, list[Gpu]]:
+def inspect_devices(config: Config, env: Env, problems: Problems) -> tuple[Devices, list[Gpu]]:
     """The devices to train on, and what NVML knows of them; their problems are gathered."""
     on_cpu = config.values.use_cpu is True
     gpus, note = ([], "") if on_cpu else query_gpus()
     devices = problems.attempt(resolve_devices, config, env, gpus)
-    if devices is None:
-        return Devices((), "unknown", 0), []
-    if on_cpu:
-        return devices, []
-    check_devices(devices, gpus, note, problems)
+    if devices is None or on_cpu:
+        return devices or Devices((), "unknown", 0), []
+    problems += check_devices(devices, gpus, note)
     if gpus is None:
-        devices, chosen = replace(devices, reason=f"{devices.reason}; {note}"), []
-    else:
-        chosen = choose_gpus(devices, gpus, note, problems)
-    check_cuda(config, devices, chosen, problems)
+        devices = replace(devices, reason=f"{devices.reason}; {note}")
+    chosen = [gpu for device in devices.ids for gpu in gpus or () if gpu.is_named(device)]
+    problems += check_cuda(config, devices, chosen)
     return devices, chosen
 
 
@@ -1021,7 +1007,7 @@ def read_gpu(pynvml, index: int) -> Gpu:
     )
 
 
-def resolve_devices(config: Config, env: dict[str, str], gpus: list[Gpu] | None) -> Devices:
+def resolve_devices(config: Config, env: Env, gpus: list[Gpu] | None) -> Devices:
     """Choose the GPUs: CUDA_VISIBLE_DEVICES in the environment, else in the YAML, else all
     there are.
 
@@ -1079,7 +1065,7 @@ def plural(count: float, unit: str) -> str:
     return f"{number} {unit}{'es' if unit.endswith('s') else 's'}"
 
 
-def read_count(env: dict[str, str], name: str, default: int) -> int:
+def read_count(env: Env, name: str, default: int) -> int:
     """A number of processes or nodes in the environment. Raises LaunchError."""
     text = env.get(name, str(default)).strip()
     if not text.isdecimal() or (int(text) == 0 and default):
@@ -1093,10 +1079,8 @@ SHARED_MEMORY = 256 << 20  # bytes; containers get 64 MiB where nobody asks for 
 TRY_DEMO = f" (to try the launcher on a CPU: {DEMO_COMMAND})"
 
 
-def check_devices(
-    devices: Devices, gpus: list[Gpu] | None, note: str, problems: Problems
-) -> None:
-    """No GPU, or several that cannot be used together."""
+def check_devices(devices: Devices, gpus: list[Gpu] | None, note: str) -> Iterator[str]:
+    """GPUs that do not exist, are named twice, or cannot be used together."""
     where, is_several = devices.where, len(devices.ids) > 1
     if not devices.ids:
         hint = "use a node with NVIDIA GPUs"
@@ -1104,60 +1088,59 @@ def check_devices(
             hint = "name them in cuda_visible_devices"
         elif gpus:
             note, hint = "none is named", "name one"
-        problems.add(f"{where}: no GPU to train on: {note}; {hint}{TRY_DEMO}")
+        yield f"{where}: no GPU to train on: {note}; {hint}{TRY_DEMO}"
     if is_several and any(device.startswith("MIG-") for device in devices.ids):
-        problems.add(f"{where}: CUDA shows a process one MIG instance only; name one")
+        yield f"{where}: CUDA shows a process one MIG instance only; name one"
     if is_several and shutil.disk_usage("/dev/shm").total < SHARED_MEMORY:
-        problems.add(
+        yield Forceable(
             "/dev/shm: too small for NCCL and data loading on several GPUs; start the "
-            "container with --shm-size=16g or --ipc=host",
-            can_force=True,
+            "container with --shm-size=16g or --ipc=host"
         )
+    if gpus is not None:
+        yield from check_ids(devices, gpus, note)
 
 
-def choose_gpus(devices: Devices, gpus: list[Gpu], note: str, problems: Problems) -> list[Gpu]:
-    """The GPUs that the ids name; each must name one, and another than the others."""
-    where, chosen, missing = devices.where, [], []
+def check_ids(devices: Devices, gpus: list[Gpu], note: str) -> Iterator[str]:
+    """Each id must name one GPU of the node, and another than the other ids."""
+    where, seen, missing = devices.where, set(), []
     for device in devices.ids:
-        named = [gpu for gpu in gpus if gpu.is_named(device)]
+        named = {gpu for gpu in gpus if gpu.is_named(device)}
         if len(named) > 1:
-            problems.add(
-                f"{where}: {device} is the beginning of several UUIDs; write more of it"
-            )
-        for gpu in set(named) & set(chosen):
-            problems.add(f"{where}: GPU {gpu.index} is also named as {gpu.uuid}; name it once")
+            yield f"{where}: {device} is the beginning of several UUIDs; write more of it"
+        for gpu in named & seen:
+            yield f"{where}: GPU {gpu.index} is also named as {gpu.uuid}; name it once"
+        seen |= named
         if not named and not device.startswith("MIG-"):
             missing.append(device)
-        chosen += named
     if missing:
         there = ", ".join(f"{gpu.index} ({gpu.name})" for gpu in gpus)
         there = there or f"none: {note}{TRY_DEMO}"
-        problems.add(f"{where}: GPU {','.join(missing)} does not exist; this node has {there}")
-    return chosen
+        yield f"{where}: GPU {','.join(missing)} does not exist; this node has {there}"
 
 
 # The oldest driver for each major version of CUDA (NVIDIA's minor version compatibility).
 OLDEST_DRIVERS = {"13": "580", "12": "525"}
-# What keys need of a GPU. torch emulates bf16 on older ones, slowly, so that can be forced.
+# Keys that need compute capability 8.0, with which value, and what to use instead. torch emulates
+# bf16 on older GPUs, slowly, so that can be forced.
 KEY_CAPABILITY = {
-    "flash_attn": ("fa2", (8, 0), "use sdpa"),
-    "bf16": (True, (8, 0), "use fp16: true"),
-    "pure_bf16": (True, (8, 0), "use fp16: true"),
+    "flash_attn": ("fa2", "use sdpa"),
+    "bf16": (True, "use fp16: true"),
+    "pure_bf16": (True, "use fp16: true"),
 }
 
 
-def check_cuda(config: Config, devices: Devices, gpus: list[Gpu], problems: Problems) -> None:
+def check_cuda(config: Config, devices: Devices, gpus: list[Gpu]) -> Iterator[str]:
     """A torch, driver or GPU with which torch would see no GPU: it would train on the CPU."""
     where, built = devices.where, torch_cuda()
     if devices.ids and built is None:
-        problems.add(
+        yield (
             f"{where}: the installed torch is a CPU build and cannot use a GPU; pip install -r "
             "requirements.txt"
         )
     driver = max((gpu.driver_cuda or 0 for gpu in gpus), default=0)
     major = (built or "0").split(".")[0]
     if driver and driver // 1000 < int(major):
-        problems.add(
+        yield (
             f"{where}: the NVIDIA driver supports CUDA {driver // 1000}.{driver % 1000 // 10}, "
             f"but torch was built for CUDA {built} and would see no GPU; install driver "
             f"{OLDEST_DRIVERS.get(major, 'for it')} or newer, or a torch for the older CUDA"
@@ -1166,12 +1149,11 @@ def check_cuda(config: Config, devices: Devices, gpus: list[Gpu], problems: Prob
         has = tuple(gpu.capability or (99, 0))
         shown = f"GPU {gpu.index} ({gpu.name}) has compute capability {has[0]}.{has[1]}"
         if major == "13" and has < (7, 5):
-            problems.add(f"{where}: {shown}, torch for CUDA {built} needs 7.5; use other GPUs")
-        for key, (value, least, advice) in KEY_CAPABILITY.items():
-            if config.values.get(key) == value and has < least:
-                needed = f"{key} needs {least[0]}.{least[1]}; {advice}"
-                text = f"{config.where(key)}: {shown}, {needed}"
-                problems.add(text, can_force=key != "flash_attn")
+            yield f"{where}: {shown}, torch for CUDA {built} needs 7.5; use other GPUs"
+        for key, (value, advice) in KEY_CAPABILITY.items():
+            if config.values[key] == value and has < (8, 0):
+                text = f"{config.where(key)}: {shown}, {key} needs 8.0; {advice}"
+                yield text if key == "flash_attn" else Forceable(text)
 
 
 def torch_cuda() -> str | None:
@@ -1180,33 +1162,28 @@ def torch_cuda() -> str | None:
     return found and found[1]
 
 
-def inspect_nodes(config: Config, env: dict[str, str], problems: Problems) -> int:
-    """The number of nodes; what several nodes, or a MASTER_PORT, need is checked."""
-    nodes, limits = problems.attempt(read_count, env, "NNODES", 1) or 1, {"MASTER_PORT": 65535}
+def check_nodes(config: Config, nodes: int, env: Env) -> Iterator[str]:
+    """What several nodes, or a MASTER_PORT, need."""
+    limits = {"MASTER_PORT": 65535}
     if nodes > 1:
         limits["NODE_RANK"] = nodes - 1
         for name in NODE_VARIABLES:
             if not env.get(name):
-                problems.add(f"environment variable {name}: is needed with NNODES={nodes}")
+                yield f"environment variable {name}: is needed with NNODES={nodes}"
         if "run_name" not in config.values:
-            problems.add(
+            yield (
                 f"run_name: is needed with NNODES={nodes}, the same on each node: they share "
                 "one run directory"
             )
     for name, limit in limits.items():
-        text = env.get(name) or "0"
+        text, where = env.get(name) or "0", f"environment variable {name}"
         if not text.isdecimal() or int(text) > limit:
-            problems.add(
-                f"environment variable {name}: expected a number up to {limit}, got {text!r}"
-            )
+            yield f"{where}: expected a number up to {limit}, got {text!r}"
         elif name == "MASTER_PORT" and node_rank(env) == 0 and port_in_use(int(text)):
-            problems.add(
-                f"environment variable {name}: port {text} is in use on this node; choose another"
-            )
-    return nodes
+            yield f"{where}: port {text} is in use on this node; choose another"
 
 
-def node_rank(env: dict[str, str]) -> int:
+def node_rank(env: Env) -> int:
     """This node's number; 0 where there is one node, whatever else left NODE_RANK behind."""
     if env.get("NNODES", "1") != "1" and env.get("NODE_RANK", "").isdecimal():
         return int(env["NODE_RANK"])
@@ -1247,20 +1224,20 @@ BACKENDS = {
     "trackio": "trackio",
     "azure_ml": "azureml",
 }
-# (key, whether its value needs the package, the name for pip)
+# (key, the values that need the package, the name for pip)
 PACKAGES = (
-    ("flash_attn", lambda value: value == "fa2", "flash-attn"),
-    ("enable_liger_kernel", bool, "liger-kernel"),
-    ("use_unsloth", bool, "unsloth"),
-    ("use_galore", bool, "galore-torch"),
-    ("use_apollo", bool, "apollo-torch"),
-    ("use_badam", bool, "badam"),
-    ("use_adam_mini", bool, "adam-mini"),
-    ("quantization_bit", bool, "bitsandbytes"),
-    ("optim", lambda value: re.search(r"bnb|8bit|paged_", value or ""), "bitsandbytes"),
-    ("predict_with_generate", bool, "jieba"),
-    ("predict_with_generate", bool, "nltk"),
-    ("predict_with_generate", bool, "rouge-chinese"),
+    ("flash_attn", "fa2", "flash-attn"),
+    ("enable_liger_kernel", "True", "liger-kernel"),
+    ("use_unsloth", "True", "unsloth"),
+    ("use_galore", "True", "galore-torch"),
+    ("use_apollo", "True", "apollo-torch"),
+    ("use_badam", "True", "badam"),
+    ("use_adam_mini", "True", "adam-mini"),
+    ("quantization_bit", r"\d", "bitsandbytes"),
+    ("optim", "bnb|8bit|paged_", "bitsandbytes"),
+    ("predict_with_generate", "True", "jieba"),
+    ("predict_with_generate", "True", "nltk"),
+    ("predict_with_generate", "True", "rouge-chinese"),
 )
 
 
@@ -1274,28 +1251,21 @@ def require_packages(*names: str) -> None:
         )
 
 
-def check_packages(config: Config, zero: Zero, env: dict[str, str], problems: Problems) -> None:
+def check_packages(config: Config, zero: Zero, env: Env) -> Iterator[str]:
     """Packages and tools that the run needs and the node lacks, or has in a wrong version."""
-    if zero.used:
-        problems.attempt(require_packages, "deepspeed")
-    for name in WORKING_VERSIONS:
-        if name != "deepspeed" or zero.used:
-            check_version(name, problems)
-    check_keyed_packages(config, env, problems)
-    check_backends(config, env, problems)
+    for name, wanted in WORKING_VERSIONS.items():
+        if name == "deepspeed" and not zero.used:
+            continue
+        found = installed_version(name)
+        if found and not version_fits(name, wanted):
+            yield Forceable(
+                f"{name} {found} is installed, but the launcher needs {name}{wanted}; pip "
+                "install -r requirements.txt"
+            )
+    yield from check_keyed_packages(config, env)
+    yield from check_backends(config, env)
     if zero.used and (config.values.use_cpu or zero.offload_optimizer):
-        check_compilers(env, not config.values.use_cpu, problems)
-
-
-def check_version(name: str, problems: Problems) -> None:
-    """Whether the version works with the pinned LLaMA-Factory."""
-    found, wanted = installed_version(name), WORKING_VERSIONS[name]
-    if found and not version_fits(name, wanted):
-        problems.add(
-            f"{name} {found} is installed, but the launcher needs {name}{wanted}; pip install "
-            "-r requirements.txt",
-            can_force=True,
-        )
+        yield from check_compilers(env, not config.values.use_cpu)
 
 
 def installed_version(name: str) -> str:
@@ -1312,53 +1282,51 @@ def version_fits(name: str, wanted: str) -> bool:
     return SpecifierSet(wanted, prereleases=True).contains(installed_version(name))
 
 
-def check_keyed_packages(config: Config, env: dict[str, str], problems: Problems) -> None:
+def check_keyed_packages(config: Config, env: Env) -> Iterator[str]:
     """Packages that only some keys need; LLaMA-Factory looks for them after its imports."""
-    values = Values(DEFAULTS | config.values)
-    for key, is_used, package in PACKAGES:
-        if is_used(values[key]) and find_spec(package.replace("-", "_")) is None:
-            problems.add(
+    for key, needing, package in PACKAGES:
+        is_needed = re.search(needing, str(config.values[key]))
+        if is_needed and find_spec(package.replace("-", "_")) is None:
+            yield (
                 f"{config.where(key)}: needs the package {package}, which is not installed; "
                 f"pip install {package}"
             )
     for hub in ("modelscope", "openmind"):
         variable = f"USE_{hub.upper()}_HUB"
         is_on = env.get(variable, "0").lower() in ("true", "y", "1")
-        is_local = os.path.isdir(values.model_name_or_path or "")
+        is_local = os.path.isdir(config.values.model_name_or_path or "")
         if is_on and not is_local and find_spec(hub) is None:
-            problems.add(f"environment variable {variable}: needs a package; pip install {hub}")
+            yield f"environment variable {variable}: needs a package; pip install {hub}"
 
 
-def check_backends(config: Config, env: dict[str, str], problems: Problems) -> None:
+def check_backends(config: Config, env: Env) -> Iterator[str]:
     """Trackers of report_to that are unknown, not installed, or would ask for a login."""
     where, names = config.where("report_to"), tracking_backends(config.values)
     for name in names:
         if name not in BACKENDS:
-            problems.add(f"{where}: {name} is unknown{did_you_mean(name, BACKENDS)}")
+            yield f"{where}: {name} is unknown{did_you_mean(name, BACKENDS)}"
         elif not find_spec(BACKENDS[name]):
-            problems.add(
+            yield (
                 f"{where}: {name} needs a package that is not installed; pip install "
                 f"{BACKENDS[name]}"
             )
     mode = env.get("SWANLAB_MODE") or "local"
     if "swanlab" in names and mode not in SWANLAB_MODES:
         expected = ", ".join(SWANLAB_MODES)
-        problems.add(
-            f"environment variable SWANLAB_MODE: expected one of {expected}, got {mode!r}"
-        )
+        yield f"environment variable SWANLAB_MODE: expected one of {expected}, got {mode!r}"
     if "wandb" in names and not has_wandb_login(env):
-        problems.add(
+        yield (
             f"{where}: wandb: no login was found and nobody is there to ask; run wandb login, "
             "or set WANDB_API_KEY or WANDB_MODE=offline"
         )
 
 
-def tracking_backends(values: dict) -> list[str]:
+def tracking_backends(values: Values) -> list[str]:
     """The backends of `report_to`; none is []. `use_swanlab` is LLaMA-Factory's older spelling."""
-    names = [name for name in name_list(values.get("report_to")) if name != "none"]
+    names = [name for name in name_list(values.report_to) if name != "none"]
     if "all" in names:
         names = [name for name, package in BACKENDS.items() if find_spec(package)]
-    if values.get("use_swanlab") is True and "swanlab" not in names:
+    if values.use_swanlab is True and "swanlab" not in names:
         names.append("swanlab")
     return names
 
@@ -1369,7 +1337,7 @@ def name_list(value: object) -> list[str]:
     return [str(item).strip() for item in items if str(item).strip()]
 
 
-def has_wandb_login(env: dict[str, str]) -> bool:
+def has_wandb_login(env: Env) -> bool:
     """Whether wandb will start without asking: offline, a key, or a saved login (also
     self-hosted).
     """
@@ -1382,7 +1350,7 @@ def has_wandb_login(env: dict[str, str]) -> bool:
     return False
 
 
-def check_compilers(env: dict[str, str], cuda: bool, problems: Problems) -> None:
+def check_compilers(env: Env, cuda: bool) -> Iterator[str]:
     """What keeps DeepSpeed from compiling its operator when training starts.
 
     torch looks for nvcc in CUDA_HOME, on PATH and in /usr/local/cuda. DeepSpeed wants it to be of
@@ -1390,7 +1358,7 @@ def check_compilers(env: dict[str, str], cuda: bool, problems: Problems) -> None
     """
     path, built = env.get("PATH", ""), torch_cuda()
     if not shutil.which(env.get("CXX", "c++"), path=path):
-        problems.add(
+        yield (
             "deepspeed compiles an operator when training starts and needs a C++ compiler; "
             "install g++"
         )
@@ -1399,7 +1367,7 @@ def check_compilers(env: dict[str, str], cuda: bool, problems: Problems) -> None
     home = env.get("CUDA_HOME") or env.get("CUDA_PATH")
     nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else f"{path}:/usr/local/cuda/bin")
     if not nvcc:
-        problems.add(
+        yield (
             "deepspeed compiles its CPU Adam with nvcc, which was not found; install the CUDA "
             f"{built} toolkit and set CUDA_HOME to it"
         )
@@ -1408,7 +1376,7 @@ def check_compilers(env: dict[str, str], cuda: bool, problems: Problems) -> None
     found = re.search(r"release ((\d+)\.\d+)", answer)
     major = built.split(".")[0]
     if found and found[1] != built and (found[2] != major or int(major) > 12):
-        problems.add(
+        yield (
             f"{nvcc} is CUDA {found[1]}, torch was built for CUDA {built}: deepspeed will not "
             "compile its CPU Adam; set CUDA_HOME to a matching toolkit, or "
             "DS_SKIP_CUDA_CHECK=1"
@@ -2105,7 +2073,7 @@ def check_webhooks(config: Config, problems: Problems) -> None:
 
 def check_access(config: Config, problems: Problems) -> None:
     """Paths that lead through a folder of another user."""
-    for key in (*INPUT_PATHS, *MODEL_PATHS, *OUTPUT_PATHS):
+    for key in PATHS:
         path = config.values.get(key)
         try:
             os.stat(path if isinstance(path, str) else "/")
