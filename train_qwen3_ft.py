@@ -75,10 +75,11 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -132,40 +133,34 @@ DEFAULTS = {
 }
 
 
-@dataclass(frozen=True)
-class Problem:
-    """What the user can fix: where, what was seen, what was expected, what to do."""
-
-    text: str
-    can_force: bool = False  # --force starts anyway
+class Forceable(str):
+    """A problem that --force starts anyway."""
 
 
 class LaunchError(Exception):
-    """Nothing was started, and why; exit code 2."""
+    """Nothing was started, and why: each argument is a problem; exit code 2.
 
-    def __init__(self, *problems: str | Problem):
-        self.problems = Problems()
-        for problem in problems:
-            self.problems.append(Problem(problem) if isinstance(problem, str) else problem)
-        super().__init__("\n".join(problem.text for problem in self.problems))
+    A problem is what the user can fix: where, what was seen, what was expected, what to do.
+    """
 
 
 class Problems(list):
     """Problems that were found so far: they are gathered, so that all are shown at once."""
 
     def add(self, text: str, can_force: bool = False) -> None:
-        self.append(Problem(text, can_force))
+        self.append(Forceable(text) if can_force else text)
 
     def attempt(self, function: Callable, *arguments: object, where: str = ""):
         """What the function returns; None where it raised LaunchError or OSError, now gathered."""
         try:
             return function(*arguments)
         except LaunchError as error:
-            found = error.problems
+            found = error.args
         except OSError as error:
-            found = [Problem(describe_os_error(error))]
+            found = [describe_os_error(error)]
         for problem in found:
-            self.add(f"{where}: {problem.text}" if where else problem.text, problem.can_force)
+            text = f"{where}: {problem}" if where else problem
+            self.add(text, isinstance(problem, Forceable))
         return None
 
 
@@ -201,7 +196,8 @@ class Config:
     refused: frozenset[str] = frozenset()
 
     def __post_init__(self):
-        object.__setattr__(self, "values", Values(self.values))
+        given = {key: value for key, value in self.values.items() if value is not None}
+        object.__setattr__(self, "values", Values(given))
 
     def place(self, key: str) -> str:
         """Where `key` was given: `file.yaml:12` or `command line`; the file where it was not."""
@@ -214,7 +210,7 @@ class Config:
         return f"{self.place(key)}: {key}"
 
     def update(self, **values: object) -> Config:
-        """A copy with other values."""
+        """A copy with other values; None takes a key out."""
         return replace(self, values={**self.values, **values})
 
 
@@ -369,24 +365,21 @@ def main(argv: list[str] | None = None) -> int:
     """Run the launcher, or the rank or tracker that it started; returns the exit code."""
     open_standard_streams()
     try:
-        options = parse_arguments(sys.argv[1:] if argv is None else argv)
-        env = dict(os.environ)
+        options, env = parse_arguments(sys.argv[1:] if argv is None else argv), dict(os.environ)
         if not (options.previewer or options.tracker or UNDER_TORCHRUN in env):
             return check_and_launch(options, env)
         if UNDER_TORCHRUN in env:
             return run_rank(Run(options.config.parent), env)
         if options.previewer:
-            return run_preview(Run(Path(options.previewer)), int(options.preview))
-        return run_tracker(Run(Path(options.tracker)))
+            return run_preview(Run(options.previewer), int(options.preview))
+        return run_tracker(Run(options.tracker))
     except LaunchError as error:
-        for problem in error.problems:
-            hint = " (use --force to start anyway)" if problem.can_force else ""
-            say(f"error: {problem.text}{hint}", sys.stderr)
+        for problem in error.args:
+            hint = " (use --force to start anyway)" if isinstance(problem, Forceable) else ""
+            say(f"error: {problem}{hint}", sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return (
-            128 + signal.SIGINT
-        )  # before the run began; from then on StopRequest takes Ctrl-C
+    except KeyboardInterrupt:  # before the run began; from then on StopRequest takes Ctrl-C
+        return 128 + signal.SIGINT
 
 
 def open_standard_streams() -> None:
@@ -434,20 +427,21 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    add("words", nargs="*", metavar="CONFIG.yaml, key=value", help=argparse.SUPPRESS)
-    add(
-        "--dry-run", action="store_true", help="print plan, problems and command; start nothing"
-    )
-    add("--json", action="store_true", help="with --dry-run: the plan as one JSON object")
+    add, hidden = parser.add_argument, argparse.SUPPRESS
+    add("words", nargs="*", metavar="CONFIG.yaml, key=value", help=hidden)
     preview_help = "N samples (default 2) as the model will see them, and the data's figures"
     add("--preview", nargs="?", const="2", metavar="N", help=preview_help)
     resume_help = "continue RUN_DIR, or the newest unfinished run under output_dir"
     add("--resume", nargs="?", const="", metavar="RUN_DIR", help=resume_help)
-    force_help = "start anyway: an estimate, a busy GPU or an untested version stops nothing"
-    add("--force", action="store_true", help=force_help)
-    add("--tracker", help=argparse.SUPPRESS)
-    add("--previewer", help=argparse.SUPPRESS)
+    switches = {
+        "--dry-run": "print plan, problems and command; start nothing",
+        "--json": "with --dry-run: the plan as one JSON object",
+        "--force": "start anyway: an estimate, a busy GPU or an untested version stops nothing",
+    }
+    for name, text in switches.items():
+        add(name, action="store_true", help=text)
+    for name in ("--previewer", "--tracker"):
+        add(name, type=Path, help=hidden)
     options = parser.parse_intermixed_args(argv)
     if options.json and not options.dry_run:
         raise LaunchError("--json goes with --dry-run")
@@ -457,25 +451,25 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def split_words(options: argparse.Namespace) -> None:
     """Set `config` and `overrides` from the words of the command line."""
-    words = options.words
+    words, run_dir = options.words, options.resume
     if options.preview and not options.preview.isdecimal():
         words = [options.preview, *words]  # --preview CONFIG.yaml: no N was given
         options.preview = "2"
-    if options.resume and (OVERRIDE.match(options.resume) or os.path.isfile(options.resume)):
-        words = [options.resume, *words]  # --resume CONFIG.yaml key=value: no RUN_DIR was given
-        options.resume = ""
+    if run_dir and (OVERRIDE.match(run_dir) or os.path.isfile(run_dir)):
+        words = [run_dir, *words]  # --resume CONFIG.yaml key=value: no RUN_DIR was given
+        options.resume = run_dir = ""
     options.overrides = dict(word.split("=", 1) for word in words if OVERRIDE.match(word))
     paths = [word for word in words if not OVERRIDE.match(word)]
     if len(paths) > 1:
         hint = "; write key=value without spaces" if "=" in paths else ""
         shown = hide_values(" ".join(paths))
         raise LaunchError(f"expected one CONFIG.yaml, got {len(paths)}: {shown}{hint}")
-    if paths and options.resume:
+    if paths and run_dir:
         raise LaunchError(
-            f"--resume {options.resume} uses that run's own config.yaml; leave out {paths[0]}, "
-            "and write changes as key=value"
+            f"--resume {run_dir} uses that run's own config.yaml; leave out {paths[0]}, and "
+            "write changes as key=value"
         )
-    options.config = Path(paths[0]) if paths else DEFAULT_CONFIG
+    options.config = Path(*paths) if paths else DEFAULT_CONFIG
 
 
 def hide_values(text: str) -> str:
@@ -486,7 +480,7 @@ def hide_values(text: str) -> str:
 # --- preflight ----------------------------------------------------------------------------------
 
 
-def check_and_launch(options: argparse.Namespace, env: dict[str, str]) -> int:
+def check_and_launch(options: argparse.Namespace, env: Environment) -> int:
     """The launcher from the preflight to the end of the run; returns the exit code."""
     found = preflight_or_stop(options, env)
     if not found:
@@ -496,7 +490,7 @@ def check_and_launch(options: argparse.Namespace, env: dict[str, str]) -> int:
     return launch(found, env)
 
 
-def preflight_or_stop(options: argparse.Namespace, env: dict[str, str]) -> Preflight | None:
+def preflight_or_stop(options: argparse.Namespace, env: Environment) -> Preflight | None:
     """The preflight of a run to start; None after a dry run, and where there is nothing to do.
 
     Raises LaunchError with all problems that --force does not start anyway.
@@ -515,36 +509,41 @@ def preflight_or_stop(options: argparse.Namespace, env: dict[str, str]) -> Prefl
         raise LaunchError(describe_os_error(error)) from None
     if options.dry_run:
         dry_run(found, options.json, env)
-    forced = options.force or options.preview
-    stopping = [item for item in found.problems if not (item.can_force and forced)]
+    stopping = found.problems
+    if options.force or options.preview:
+        stopping = [problem for problem in stopping if not isinstance(problem, Forceable)]
     if stopping:
         raise LaunchError(*stopping)
     return None if options.dry_run else found
 
 
-def preflight(options: argparse.Namespace, env: dict[str, str], run: Run | None) -> Preflight:
+def preflight(options: argparse.Namespace, env: Environment, run: Run | None) -> Preflight:
     """From the command line to a plan and all problems; writes nothing.
 
     Raises LaunchError for input that cannot be read at all.
     """
+    problems = Problems()
     config = load_config(run.config_file if run else options.config, options.overrides)
     if run:
         config = resumed_config(config, run)
     if options.preview:
         config = preview_config(config)
-    problems = Problems()
-    config = check_keys(config, known_fields(), problems)
+    require_packages("torch", "transformers", "llamafactory")  # nothing can be checked without
+    config = check_keys(config, problems)
     before_devices = len(problems)
     devices, gpus = inspect_devices(config, env, problems)
-    nodes = inspect_nodes(config, env, problems)
+    nodes = problems.attempt(read_count, env, "NNODES", 1) or 1
+    problems += check_nodes(config, nodes, env)
     has_devices = len(problems) == before_devices
     ranks = max(devices.processes, 1) * nodes
     config = problems.attempt(derive_accumulation, config, ranks) or config
     where = config.where("deepspeed")
     zero = problems.attempt(read_deepspeed, config.values, where=where) or Zero()
-    check_packages(config, zero, env, problems)
+    if zero.used:
+        problems.attempt(require_packages, "deepspeed")
+    problems += check_packages(config, zero, env)
     where = config.where("model_name_or_path")
-    model = problems.attempt(read_model, Values(config.values), where=where) or Model("unknown")
+    model = problems.attempt(read_model, config.values, where=where) or Model("unknown")
     rows = inspect_data(config, "dataset", problems)
     inspect_data(config, "eval_dataset", problems)
     plan = make_plan(config, devices, gpus, zero, model, rows, ranks)
@@ -585,8 +584,7 @@ def resumed_config(config: Config, run: Run) -> Config:
     config = config.update(output_dir=str(run.path.parent), run_name=run.path.name)
     batch = run.read("plan.json").get("global_batch_size")
     if batch and not {"global_batch_size", ACCUMULATION} & config.overridden:
-        config = replace(config, values=without(config.values, ACCUMULATION))
-        config = config.update(global_batch_size=batch)
+        config = config.update(global_batch_size=batch, gradient_accumulation_steps=None)
     return config
 
 
@@ -599,18 +597,19 @@ SECRET_ENVIRONMENT = {
     "hub_token": "HF_TOKEN",
     "swanlab_api_key": "SWANLAB_API_KEY",
 }
-INPUT_PATHS = (
+MODEL_PATHS = ("model_name_or_path", "adapter_name_or_path", "ref_model", "reward_model")
+OUTPUT_PATHS = ("output_dir", "cache_dir", "swanlab_logdir", "profiler_output_dir")
+PATHS = (
     "deepspeed",
     "dataset_dir",
     "media_dir",
     "resume_from_checkpoint",
     "tokenized_path",
     "fsdp_config",
+    *MODEL_PATHS,
+    *OUTPUT_PATHS,
 )
-MODEL_PATHS = ("model_name_or_path", "adapter_name_or_path", "ref_model", "reward_model")
-OUTPUT_PATHS = ("output_dir", "cache_dir", "swanlab_logdir", "profiler_output_dir")
-# Here 1.10 is a name, not a number.
-NAMES = ("run_name", *INPUT_PATHS, *MODEL_PATHS, *OUTPUT_PATHS)
+NAMES = ("run_name", *PATHS)  # here 1.10 is a name, not a number
 FLOAT_TAG = "tag:yaml.org,2002:float"
 
 
@@ -619,8 +618,7 @@ def load_config(path: Path, overrides: dict[str, str]) -> Config:
 
     A key whose value is empty or null counts as not given. Raises LaunchError.
     """
-    if not path.exists():
-        path = find_input(str(path), Path.cwd()) or path
+    path = find_input(path)
     values, lines = parse_yaml(read_text(path), str(path))
     if not isinstance(values, dict) or not values:
         found = {list: "found a list", str: "found plain text"}.get(type(values), "it is empty")
@@ -632,8 +630,8 @@ def load_config(path: Path, overrides: dict[str, str]) -> Config:
     for key, text in overrides.items():
         values[key] = parse_yaml(text, f"command line: {key}", key)[0]
     values = {key: value for key, value in values.items() if value is not None}
-    secrets = {key: str(values.pop(key)) for key in list(values) if SECRET_KEY.search(key)}
-    values = resolve_paths(values, Path.cwd())
+    secrets = {key: str(value) for key, value in values.items() if SECRET_KEY.search(key)}
+    values = resolve_paths(without(values, *secrets))
     return Config(str(path), values, lines, secrets, frozenset(overrides))
 
 
@@ -644,15 +642,10 @@ def read_text(path: Path) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        byte = f"0x{content[error.start]:02x}"
-        raise LaunchError(
-            f"{path}:{line}: not UTF-8 text (byte {byte}); save the file as UTF-8"
-        ) from None
+        text = f"{path}:{line}: not UTF-8 text; save the file as UTF-8"
     except OSError as error:
-        hint = f"; the demo is {DEMO_COMMAND}" if isinstance(error, FileNotFoundError) else ""
-        raise LaunchError(
-            f"{path}: {error.strerror.lower()}: expected a YAML file{hint}"
-        ) from None
+        text = f"{describe_os_error(error)}: expected a YAML file; the demo is {DEMO_COMMAND}"
+    raise LaunchError(text)
 
 
 class ConfigDumper(yaml.SafeDumper):
@@ -671,6 +664,19 @@ class ConfigLoader(yaml.SafeLoader):
             return int(text, 0)
         except ValueError:
             return float(text)
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        """Refuses a key that is given twice; a number stays text where NAMES has its key."""
+        node, first = super().compose_mapping_node(anchor), {}
+        for key, value in node.value:
+            if key.value in NAMES:
+                keep_as_text(value)
+            old = first.setdefault(str(key.value), key)
+            if old is not key and key.value != "<<":
+                line = old.start_mark.line + 1
+                text = f"{key.value}: duplicate key, first on line {line}; keep one of them"
+                raise yaml.MarkedYAMLError(problem=text, problem_mark=key.start_mark)
+        return node
 
 
 for _tag, _pattern, _first in (
@@ -700,79 +706,51 @@ def parse_yaml(text: str, source: str, key: str = "") -> tuple[object, dict[str,
     """
     try:
         loader = ConfigLoader(text)
-        node = loader.get_single_node()
-        lines = key_lines(node, source)
+        node, lines = loader.get_single_node(), {}
         if node is None:
             return None, lines
-        keep_names_as_text(node, key)
+        if key in NAMES:
+            keep_as_text(node)
+        if isinstance(node, yaml.MappingNode):
+            lines = {str(name.value): name.start_mark.line + 1 for name, _ in node.value}
         return loader.construct_document(node), lines
     except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        hint = "; indent with spaces, not tabs" if "\\t" in str(error.problem) else ""
-        raise LaunchError(f"{source}{line}: not valid YAML: {error.problem}{hint}") from None
+        place = f"{source}:{error.problem_mark.line + 1}"
+        hint = "; indent with spaces, not tabs" if "\\t" in error.problem else ""
+        raise LaunchError(f"{place}: not valid YAML: {error.problem}{hint}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise LaunchError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def key_lines(node: yaml.Node | None, source: str) -> dict[str, int]:
-    """The line (from 1) of each top-level key; refuses a duplicate key at any depth."""
-    lines: dict[str, int] = {}
-    if isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            key_lines(item, source)
-    if not isinstance(node, yaml.MappingNode):
-        return lines
-    for key, value in node.value:
-        line = key.start_mark.line + 1
-        if not isinstance(key, yaml.ScalarNode):
-            raise LaunchError(
-                f"{source}:{line}: expected a key that is a word, found a {key.id}"
-            )
-        if key.value in lines and key.value != "<<":
-            raise LaunchError(
-                f"{source}:{line}: {key.value}: duplicate key, first on line "
-                f"{lines[key.value]}; keep one of them"
-            )
-        lines[str(key.value)] = line
-        key_lines(value, source)
-    return lines
+def keep_as_text(node: yaml.Node) -> None:
+    """Let a number stay the text that was written."""
+    if node.tag == FLOAT_TAG:
+        node.tag = "tag:yaml.org,2002:str"
 
 
-def keep_names_as_text(node: yaml.Node, key: str) -> None:
-    """Let a number stay the text that was written where NAMES has its key."""
-    pairs = [(key, node)]
-    if isinstance(node, yaml.MappingNode):
-        pairs += [(name.value, value) for name, value in node.value]
-    for name, value in pairs:
-        if name in NAMES and value.tag == FLOAT_TAG:
-            value.tag = "tag:yaml.org,2002:str"
-
-
-def resolve_paths(values: dict, cwd: Path) -> dict:
-    """Absolute paths: inputs from the working directory, else the script's; outputs from `cwd`.
+def resolve_paths(values: dict) -> dict:
+    """Absolute paths: inputs as find_input looks for them, outputs in the working directory.
 
     A model that is no folder in either place stays as it is: it is a hub id.
     """
     resolved = dict(values)
-    for key in (*INPUT_PATHS, *MODEL_PATHS, *OUTPUT_PATHS):
+    for key in PATHS:
         text = values.get(key)
         if not isinstance(text, str) or text.startswith(("ONLINE", "REMOTE:")):
             continue
         text = os.path.expanduser(text)
-        path = cwd / text
-        if key not in OUTPUT_PATHS:
-            path = find_input(text, cwd) or path
-        if key not in MODEL_PATHS or os.path.exists(path):
-            resolved[key] = str(path)
-        else:
-            resolved[key] = text
+        path = text if key in OUTPUT_PATHS else find_input(text)
+        is_hub_id = key in MODEL_PATHS and not os.path.exists(path)
+        resolved[key] = text if is_hub_id else str(Path.cwd() / path)
     return resolved
 
 
-def find_input(text: str, cwd: Path) -> Path | None:
-    """Where an input is: under the working directory, else beside the script; None: nowhere."""
-    places = (base / text for base in (cwd, SCRIPT.parent))
-    return next((path for path in places if os.path.exists(path)), None)
+def find_input(path: str | Path) -> Path:
+    """Where an input is: under the working directory, else beside the script."""
+    beside = SCRIPT.parent / path
+    if os.path.exists(beside) and not os.path.exists(path):
+        return beside
+    return Path(path)
 
 
 def without(values: dict, *keys: str) -> dict:
@@ -783,40 +761,46 @@ def without(values: dict, *keys: str) -> dict:
 # --- keys ---------------------------------------------------------------------------------------
 
 
+# Python's types as messages call them.
+KINDS = {
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "list": "a list",
+    "dict": "a mapping",
+}
+
+
 @dataclass(frozen=True)
 class Field:
     """What a key takes: names of Python types (none: anything) and, for an enumeration, the
     words.
     """
 
-    kinds: frozenset[str] = frozenset()
+    kinds: Set[str] = frozenset()
     choices: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if self.choices:
             return "one of " + ", ".join(self.choices)
-        words = {
-            "bool": "true or false",
-            "int": "a whole number",
-            "float": "a number",
-            "str": "text",
-            "list": "a list",
-            "dict": "a mapping",
-        }
         kinds = self.kinds - {"int"} if "float" in self.kinds else self.kinds
-        return " or ".join(text for kind, text in words.items() if kind in kinds)
+        return " or ".join(text for kind, text in KINDS.items() if kind in kinds)
 
 
 LAUNCHER_FIELDS = {
     "cuda_visible_devices": Field(),
-    "global_batch_size": Field(frozenset({"int"})),
-    "max_restarts": Field(frozenset({"int"})),
-    "hang_timeout": Field(frozenset({"int"})),
-    "notify": Field(frozenset({"str"})),
+    "global_batch_size": Field({"int"}),
+    "max_restarts": Field({"int"}),
+    "hang_timeout": Field({"int"}),
+    "notify": Field({"str"}),
 }
 FIELD_SOURCES = (
-    *(f"llamafactory/hparams/{name}_args.py" for name in ("model", "data", "training")),
-    *(f"llamafactory/hparams/{name}_args.py" for name in ("finetuning", "generating")),
+    "llamafactory/hparams/model_args.py",
+    "llamafactory/hparams/data_args.py",
+    "llamafactory/hparams/training_args.py",
+    "llamafactory/hparams/finetuning_args.py",
+    "llamafactory/hparams/generating_args.py",
     "transformers/training_args.py",
     "transformers/training_args_seq2seq.py",
 )
@@ -835,162 +819,155 @@ SPLIT_KEYS = """
 
 
 def known_fields() -> dict[str, Field]:
-    """Every key of the installed LLaMA-Factory and transformers; {} where they are missing."""
-    try:
-        trees = {name: ast.parse(source_of(name)) for name in {*FIELD_SOURCES, *CHOICE_SOURCES}}
-    except OSError:
-        return {}
-    choices = {}
-    for node in (node for name in CHOICE_SOURCES for node in trees[name].body):
-        if isinstance(node, ast.ClassDef) and any("Enum" in ast.unparse(n) for n in node.bases):
-            choices[node.name] = enum_values(node)
-    fields = dict(LAUNCHER_FIELDS)
-    for node in (node for name in FIELD_SOURCES for node in trees[name].body):
-        for line in node.body if isinstance(node, ast.ClassDef) else ():
-            if isinstance(line, ast.AnnAssign) and "init=False" not in ast.unparse(line):
-                fields[line.target.id] = read_annotation(line.annotation, choices)
-    for key in fields.keys() & SPLIT_KEYS:
-        fields[key] = replace(fields[key], kinds=fields[key].kinds | {"list"})
+    """Every key of the installed LLaMA-Factory and transformers."""
+    choices, fields = {}, dict(LAUNCHER_FIELDS)
+    for node in classes_of(CHOICE_SOURCES):  # of an enumeration: its words
+        text = ast.unparse(node)
+        choices[node.name] = re.findall(r"^ +\w+ = '(.*)'$", text, re.MULTILINE)
+    for line in (line for node in classes_of(FIELD_SOURCES) for line in node.body):
+        if isinstance(line, ast.AnnAssign) and "init=False" not in ast.unparse(line):
+            key, annotation = line.target.id, ast.unparse(line.annotation)
+            if key in SPLIT_KEYS:
+                annotation += " | list"
+            fields[key] = read_annotation(annotation, choices)
     fields["swanlab_mode"] = Field(choices=SWANLAB_MODES)
     return fields
 
 
+def classes_of(names: Iterable[str]) -> Iterator[ast.ClassDef]:
+    """The classes in files of installed packages."""
+    for name in names:
+        for node in ast.parse(source_of(name)).body:
+            if isinstance(node, ast.ClassDef):
+                yield node
+
+
 def source_of(name: str) -> str:
-    """The text of a file of an installed package, `package/path.py`. Raises OSError."""
+    """The text of a file of an installed package, `package/path.py`."""
     package, _, path = name.partition("/")
-    spec = find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(name)
-    return Path(spec.submodule_search_locations[0], path).read_text(encoding="utf-8")
+    [folder] = find_spec(package).submodule_search_locations
+    return Path(folder, path).read_text(encoding="utf-8")
 
 
-def enum_values(node: ast.ClassDef) -> tuple[str, ...]:
-    """The string values of an Enum class."""
-    values = [line.value for line in node.body if isinstance(line, ast.Assign)]
-    constants = [getattr(value, "value", None) for value in values]
-    return tuple(value for value in constants if isinstance(value, str))
+def read_annotation(text: str, choices: dict[str, list[str]]) -> Field:
+    """Turn an annotation, such as `IntervalStrategy | Literal['no'] | None`, into a Field."""
+    text = re.sub(r"\b(list|dict)\[[^|\]]*\]", r"\1", text)  # of a list any elements will do
+    words, names = re.findall(r"'(.*?)'", text), re.findall(r"\w+", text)
+    for name in names:
+        words += choices.get(name, ())
+    return Field(KINDS.keys() & names, tuple(words))
 
 
-def read_annotation(node: ast.expr, choices: dict[str, tuple[str, ...]]) -> Field:
-    """Turn a field's annotation, such as `IntervalStrategy | str | None`, into a Field."""
-    if isinstance(node, ast.BinOp):
-        left, right = (read_annotation(side, choices) for side in (node.left, node.right))
-        return Field(left.kinds | right.kinds, left.choices + right.choices)
-    if isinstance(node, ast.Subscript):
-        name = ast.unparse(node.value)
-        if name == "Literal":
-            words = ast.literal_eval(node.slice)
-            return Field(choices=words if isinstance(words, tuple) else (words,))
-        return read_annotation(node.slice if name == "Optional" else node.value, choices)
-    name = ast.unparse(node)
-    if name in choices:
-        return Field(choices=choices[name])
-    return Field(frozenset({name} & {"bool", "int", "float", "str", "list", "dict"}))
-
-
-# (keys, what fits, what is expected)
+# (what fits, what is expected, keys)
 RANGES = (
     (
-        *("per_device_train_batch_size", "per_device_eval_batch_size", "cutoff_len"),
-        *("gradient_accumulation_steps", "max_samples", "global_batch_size", "ddp_timeout"),
-        *("preprocessing_num_workers", "preprocessing_batch_size", "save_total_limit"),
-        *("buffer_size", "hang_timeout"),
         lambda number: number >= 1,
         "1 or more",
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "cutoff_len",
+        "gradient_accumulation_steps",
+        "max_samples",
+        "global_batch_size",
+        "ddp_timeout",
+        "preprocessing_num_workers",
+        "preprocessing_batch_size",
+        "save_total_limit",
+        "buffer_size",
+        "hang_timeout",
     ),
     (
-        *("num_train_epochs", "logging_steps", "save_steps", "eval_steps"),
         lambda number: number > 0,
         "more than 0",
+        "num_train_epochs",
+        "logging_steps",
+        "save_steps",
+        "eval_steps",
     ),
     (
-        *("learning_rate", "weight_decay", "warmup_ratio", "warmup_steps", "max_grad_norm"),
-        *("val_size", "dataloader_num_workers", "max_restarts", "label_smoothing_factor"),
-        "neftune_noise_alpha",
         lambda number: number >= 0,
         "0 or more",
+        "learning_rate",
+        "weight_decay",
+        "warmup_ratio",
+        "warmup_steps",
+        "max_grad_norm",
+        "val_size",
+        "dataloader_num_workers",
+        "max_restarts",
+        "label_smoothing_factor",
+        "neftune_noise_alpha",
     ),
-    ("warmup_ratio", lambda number: number <= 1, "a share up to 1"),
+    (lambda number: number <= 1, "a share up to 1", "warmup_ratio"),
     (
-        *("logging_steps", "save_steps", "eval_steps", "warmup_steps"),
         lambda number: number < 1 or number == int(number),
         "a whole number, or a share below 1",
-    ),
-    (
+        "logging_steps",
+        "save_steps",
+        "eval_steps",
+        "warmup_steps",
         "val_size",
-        lambda number: number < 1 or number == int(number) > 1,
-        "a share below 1, or a whole number above 1",
     ),
-    ("max_steps", lambda number: number != 0, "-1 (as many as the epochs have) or 1 or more"),
+    (lambda number: number != 1, "a share below 1, or a whole number above 1", "val_size"),
+    (lambda number: number != 0, "-1 (as many as the epochs have) or 1 or more", "max_steps"),
 )
 
 
-def check_keys(config: Config, fields: dict[str, Field], problems: Problems) -> Config:
+def check_keys(config: Config, problems: Problems) -> Config:
     """The configuration with every value cast to its type; a wrong one is reported and left out."""
-    values = dict(config.values)
+    fields, values, refused = known_fields(), {}, set()
     for key in [*config.values, *config.secrets]:
         try:
-            if fields and key not in fields:
+            if key not in fields:
                 hint = did_you_mean(key, fields) or "; LLaMA-Factory has no such key"
                 raise ValueError(f"unknown key{hint}")
-            if fields and key in values:
-                values[key] = cast(values[key], fields[key])
-            check_range(key, values.get(key))
+            if key in config.values:
+                values[key] = checked_value(key, config.values[key], fields[key])
         except (ValueError, OverflowError) as error:
             problems.add(f"{config.where(key)}: {error}")
-            values.pop(key, None)
-    return replace(
-        config, values=values, refused=frozenset(config.values.keys() - values.keys())
-    )
+            refused.add(key)
+    return replace(config, values=values, refused=frozenset(refused))
 
 
-def check_range(key: str, value: object) -> None:
-    """Raises ValueError where a number cannot be what `key` takes."""
-    for *keys, fits, expected in RANGES:
+def checked_value(key: str, value: object, wanted: Field) -> object:
+    """`value` as the type that `key` takes. Raises ValueError where it cannot be."""
+    value = cast(value, wanted)
+    for fits, expected, *keys in RANGES:
         if key in keys and isinstance(value, (int, float)) and not fits(value):
             raise ValueError(f"expected {expected}, got {value}")
+    return value
 
 
 def cast(value: object, wanted: Field) -> object:
     """`value` as the type the key takes; LLaMA-Factory casts nothing that comes as a dict.
 
-    Raises ValueError that says what was expected.
+    Where it has the choice `no`, false means that (save_strategy: false). Raises ValueError
+    that says what was expected.
     """
-    try:
-        if wanted.choices:
-            return cast_choice(value, wanted)
-        if not wanted.kinds or type(value).__name__ in wanted.kinds:
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError
-            return value
-        return cast_number(value, wanted.kinds)
-    except (ValueError, OverflowError):
-        hint = did_you_mean(str(value), wanted.choices)
-        raise ValueError(f"expected {wanted}, got {value!r}{hint}") from None
+    with contextlib.suppress(ValueError, OverflowError):
+        if not wanted.choices:
+            return cast_kind(value, wanted.kinds)
+        choice = "no" if value is False else value
+        if choice in wanted.choices or (isinstance(value, list) and "list" in wanted.kinds):
+            return choice
+    hint = did_you_mean(str(value), wanted.choices)
+    raise ValueError(f"expected {wanted}, got {value!r}{hint}")
 
 
-def cast_choice(value: object, wanted: Field) -> object:
-    """One of the choices; false is the word `no` where the choices have it (save_strategy:
-    false).
-    """
-    if value is False and "no" in wanted.choices:
-        return "no"
-    if value in wanted.choices or (isinstance(value, list) and "list" in wanted.kinds):
+def cast_kind(value: object, kinds: Set[str]) -> object:
+    """A value of a type; the words yes, no, on, off of YAML 1.1 are booleans here."""
+    if not kinds or (type(value).__name__ in kinds and not isinstance(value, float)):
         return value
-    raise ValueError
-
-
-def cast_number(value: object, kinds: frozenset[str]) -> object:
-    """A value of another type; the words yes, no, on, off of YAML 1.1 are booleans here."""
-    words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise ValueError
-    if "bool" in kinds and str(value).lower() in words:
-        return words[str(value).lower()]
-    if "int" in kinds and float(value) == int(float(value)):
-        return int(float(value))
-    if "float" in kinds and math.isfinite(float(value)):
-        return float(value)
+    word, words = str(value).lower(), ConfigLoader.bool_values
+    if "bool" in kinds and word in words:
+        return words[word]
+    number = float(value)
+    if "int" in kinds and number == int(number):
+        return int(number)
+    if "float" in kinds and math.isfinite(number):
+        return number
     if "str" in kinds:
         return str(value)
     raise ValueError
@@ -998,48 +975,44 @@ def cast_number(value: object, kinds: frozenset[str]) -> object:
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
     """`; did you mean WORD?` with the closest of `words`; '' where none is close."""
-    spelled = {other.lower(): other for other in words}
     word = word.replace("-", "_").lower()
-    found = difflib.get_close_matches(word, spelled, 1)
-    if not found:
-        return ""
-    close = found[0]
     if "eval" not in word:  # per_device_batch_size is the training one
-        close = close.replace("_eval_", "_train_")
-    return f"; did you mean {spelled.get(close, spelled[found[0]])}?"
+        words = [other for other in words if "_eval_" not in other]
+    spelled = {other.lower(): other for other in words}
+    found = difflib.get_close_matches(word, spelled, 1)
+    return f"; did you mean {spelled[found[0]]}?" if found else ""
 
 
 # --- devices and nodes --------------------------------------------------------------------------
 
 
 def inspect_devices(
-    config: Config, env: dict[str, str], problems: Problems
+    config: Config, env: Environment, problems: Problems
 ) -> tuple[Devices, list[Gpu]]:
     """The devices to train on, and what NVML knows of them; their problems are gathered."""
     on_cpu = config.values.use_cpu is True
     gpus, note = ([], "") if on_cpu else query_gpus()
     devices = problems.attempt(resolve_devices, config, env, gpus)
-    if devices is None:
-        return Devices((), "unknown", 0), []
-    if on_cpu:
-        return devices, []
-    check_devices(devices, gpus, note, problems)
+    if devices is None or on_cpu:
+        return devices or Devices((), "unknown", 0), []
+    problems += check_devices(devices, gpus, note)
     if gpus is None:
         devices = replace(devices, reason=f"{devices.reason}; {note}")
-    chosen = [gpu for device in devices.ids for gpu in gpus or [] if gpu.is_named(device)]
-    check_cuda(config, devices, chosen, problems)
+    chosen = [gpu for device in devices.ids for gpu in gpus or () if gpu.is_named(device)]
+    problems += check_cuda(config, devices, chosen)
     return devices, chosen
 
 
 def query_gpus() -> tuple[list[Gpu] | None, str]:
-    """The node's GPUs in nvidia-smi's order, and a note; None where NVML cannot be asked."""
+    """The node's GPUs in nvidia-smi's order, and why there are none; None: cannot be asked."""
     try:
         import pynvml
     except ImportError:
         return None, "not checked, since nvidia-ml-py is not installed"
     try:
         pynvml.nvmlInit()
-        return [read_gpu(pynvml, n) for n in range(pynvml.nvmlDeviceGetCount())], ""
+        gpus = [read_gpu(pynvml, n) for n in range(pynvml.nvmlDeviceGetCount())]
+        return gpus, "NVML finds none"
     except pynvml.NVMLError as error:
         return [], f"no NVIDIA driver answers on this node (NVML: {error})"
 
@@ -1081,7 +1054,7 @@ def read_gpu(pynvml, index: int) -> Gpu:
     )
 
 
-def resolve_devices(config: Config, env: dict[str, str], gpus: list[Gpu] | None) -> Devices:
+def resolve_devices(config: Config, env: Environment, gpus: list[Gpu] | None) -> Devices:
     """Choose the GPUs: CUDA_VISIBLE_DEVICES in the environment, else in the YAML, else all
     there are.
 
@@ -1089,22 +1062,18 @@ def resolve_devices(config: Config, env: dict[str, str], gpus: list[Gpu] | None)
     """
     if config.values.use_cpu is True:
         return Devices((), "use_cpu: true", read_count(env, "NPROC_PER_NODE", 1))
-    where, asked = config.where("cuda_visible_devices"), None
-    if "cuda_visible_devices" in config.values:
-        asked = parse_device_ids(config.values["cuda_visible_devices"], where)
-    if "CUDA_VISIBLE_DEVICES" in env:
-        where, reason = "environment variable CUDA_VISIBLE_DEVICES", "from CUDA_VISIBLE_DEVICES"
-        ids = parse_device_ids(env["CUDA_VISIBLE_DEVICES"], where)
+    key, variable, ids = "cuda_visible_devices", "CUDA_VISIBLE_DEVICES", None
+    where, reason = config.where(key), f"from {key}, {config.place(key)}"
+    if key in config.values:
+        ids = parse_device_ids(config.values[key], where)
+    if variable in env:
+        asked, where, reason = ids, f"environment variable {variable}", f"from {variable}"
+        ids = parse_device_ids(env[variable], where)
         if asked not in (None, ids):
             reason += f", which wins over the config's {','.join(asked) or 'none'}"
-    elif asked is not None:
-        ids, reason = (
-            asked,
-            f"from cuda_visible_devices, {config.place('cuda_visible_devices')}",
-        )
-    else:
-        where = "cuda_visible_devices"
-        ids, reason = tuple(str(gpu.index) for gpu in gpus or ()), "all GPUs of this node"
+    elif ids is None:
+        ids, where = tuple(str(gpu.index) for gpu in gpus or ()), key
+        reason = "all GPUs of this node"
     processes = read_count(env, "NPROC_PER_NODE", len(ids))
     if processes > len(ids) > 0:
         raise LaunchError(
@@ -1122,12 +1091,7 @@ def parse_device_ids(value: object, where: str) -> tuple[str, ...]:
     """
     items = value if isinstance(value, list) else str(value).split(",")
     ids = tuple(str(item).strip() for item in items)
-    if ids in (
-        (),
-        ("",),
-        ("-1",),
-        ("NoDevFiles",),
-    ):  # the last is Slurm's for a job without GPUs
+    if ",".join(ids) in ("", "-1", "NoDevFiles"):  # the last is Slurm's for a job without GPUs
         return ()
     for device in ids:
         if not re.fullmatch(r"\d+|(GPU|MIG)-[\w/-]+", device):
@@ -1148,7 +1112,7 @@ def plural(count: float, unit: str) -> str:
     return f"{number} {unit}{'es' if unit.endswith('s') else 's'}"
 
 
-def read_count(env: dict[str, str], name: str, default: int) -> int:
+def read_count(env: Environment, name: str, default: int) -> int:
     """A number of processes or nodes in the environment. Raises LaunchError."""
     text = env.get(name, str(default)).strip()
     if not text.isdecimal() or (int(text) == 0 and default):
@@ -1159,71 +1123,71 @@ def read_count(env: dict[str, str], name: str, default: int) -> int:
 
 
 SHARED_MEMORY = 256 << 20  # bytes; containers get 64 MiB where nobody asks for more
+TRY_DEMO = f" (to try the launcher on a CPU: {DEMO_COMMAND})"
 
 
-def check_devices(
-    devices: Devices, gpus: list[Gpu] | None, note: str, problems: Problems
-) -> None:
+def check_devices(devices: Devices, gpus: list[Gpu] | None, note: str) -> Iterator[str]:
     """GPUs that do not exist, are named twice, or cannot be used together."""
-    where, demo = devices.where, f" (to try the launcher on a CPU: {DEMO_COMMAND})"
+    where, is_several = devices.where, len(devices.ids) > 1
     if not devices.ids:
         hint = "use a node with NVIDIA GPUs"
         if gpus is None:
             hint = "name them in cuda_visible_devices"
         elif gpus:
-            note = "none is named"
-            hint = "name one"
-        problems.add(f"{where}: no GPU to train on: {note or 'NVML finds none'}; {hint}{demo}")
-    if len(devices.ids) > 1 and any(device.startswith("MIG-") for device in devices.ids):
-        problems.add(f"{where}: CUDA shows a process one MIG instance only; name one")
-    if len(devices.ids) > 1 and shutil.disk_usage("/dev/shm").total < SHARED_MEMORY:
-        problems.add(
+            note, hint = "none is named", "name one"
+        yield f"{where}: no GPU to train on: {note}; {hint}{TRY_DEMO}"
+    if is_several and any(device.startswith("MIG-") for device in devices.ids):
+        yield f"{where}: CUDA shows a process one MIG instance only; name one"
+    if is_several and shutil.disk_usage("/dev/shm").total < SHARED_MEMORY:
+        yield Forceable(
             "/dev/shm: too small for NCCL and data loading on several GPUs; start the "
-            "container with --shm-size=16g or --ipc=host",
-            can_force=True,
+            "container with --shm-size=16g or --ipc=host"
         )
-    if gpus is None:
-        return
-    found = []
+    if gpus is not None:
+        yield from check_ids(devices, gpus, note)
+
+
+def check_ids(devices: Devices, gpus: list[Gpu], note: str) -> Iterator[str]:
+    """Each id must name one GPU of the node, and another than the other ids."""
+    where, seen, missing = devices.where, set(), []
     for device in devices.ids:
-        named = [gpu for gpu in gpus if gpu.is_named(device)]
+        named = {gpu for gpu in gpus if gpu.is_named(device)}
         if len(named) > 1:
-            problems.add(
-                f"{where}: {device} is the beginning of several UUIDs; write more of it"
-            )
-        for gpu in set(named) & set(found):
-            problems.add(f"{where}: GPU {gpu.index} is also named as {gpu.uuid}; name it once")
-        found += named or [device]
-    missing = [device for device in found if isinstance(device, str) and device[:4] != "MIG-"]
+            yield f"{where}: {device} is the beginning of several UUIDs; write more of it"
+        for gpu in named & seen:
+            yield f"{where}: GPU {gpu.index} is also named as {gpu.uuid}; name it once"
+        seen |= named
+        if not named and not device.startswith("MIG-"):
+            missing.append(device)
     if missing:
         there = ", ".join(f"{gpu.index} ({gpu.name})" for gpu in gpus)
-        if not gpus:
-            there = f"none: {note}{demo}"
-        problems.add(f"{where}: GPU {','.join(missing)} does not exist; this node has {there}")
+        there = there or f"none: {note}{TRY_DEMO}"
+        yield f"{where}: GPU {','.join(missing)} does not exist; this node has {there}"
 
 
 # The oldest driver for each major version of CUDA (NVIDIA's minor version compatibility).
 OLDEST_DRIVERS = {"13": "580", "12": "525"}
-# What keys need of a GPU. torch emulates bf16 on older ones, slowly, so that can be forced.
+# Keys that need compute capability 8.0, with which value, and what to use instead. torch emulates
+# bf16 on older GPUs, slowly, so that can be forced.
 KEY_CAPABILITY = {
-    "flash_attn": ("fa2", (8, 0), "use sdpa"),
-    "bf16": (True, (8, 0), "use fp16: true"),
-    "pure_bf16": (True, (8, 0), "use fp16: true"),
+    "flash_attn": ("fa2", "use sdpa"),
+    "bf16": (True, "use fp16: true"),
+    "pure_bf16": (True, "use fp16: true"),
 }
 
 
-def check_cuda(config: Config, devices: Devices, gpus: list[Gpu], problems: Problems) -> None:
+def check_cuda(config: Config, devices: Devices, gpus: list[Gpu]) -> Iterator[str]:
     """A torch, driver or GPU with which torch would see no GPU: it would train on the CPU."""
     where, built = devices.where, torch_cuda()
     if devices.ids and built is None:
-        problems.add(
+        yield (
             f"{where}: the installed torch is a CPU build and cannot use a GPU; pip install -r "
             "requirements.txt"
         )
     driver = max((gpu.driver_cuda or 0 for gpu in gpus), default=0)
     major = (built or "0").split(".")[0]
     if driver and driver // 1000 < int(major):
-        problems.add(
+        yield (
             f"{where}: the NVIDIA driver supports CUDA {driver // 1000}.{driver % 1000 // 10}, "
             f"but torch was built for CUDA {built} and would see no GPU; install driver "
             f"{OLDEST_DRIVERS.get(major, 'for it')} or newer, or a torch for the older CUDA"
@@ -1232,56 +1196,41 @@ def check_cuda(config: Config, devices: Devices, gpus: list[Gpu], problems: Prob
         has = tuple(gpu.capability or (99, 0))
         shown = f"GPU {gpu.index} ({gpu.name}) has compute capability {has[0]}.{has[1]}"
         if major == "13" and has < (7, 5):
-            problems.add(f"{where}: {shown}, torch for CUDA {built} needs 7.5; use other GPUs")
-        for key, (value, least, advice) in KEY_CAPABILITY.items():
-            if config.values.get(key) == value and has < least:
-                needed = f"{key} needs {least[0]}.{least[1]}; {advice}"
-                text = f"{config.where(key)}: {shown}, {needed}"
-                problems.add(text, can_force=key != "flash_attn")
+            yield f"{where}: {shown}, torch for CUDA {built} needs 7.5; use other GPUs"
+        for key, (value, advice) in KEY_CAPABILITY.items():
+            if config.values[key] == value and has < (8, 0):
+                text = f"{config.where(key)}: {shown}, {key} needs 8.0; {advice}"
+                yield text if key == "flash_attn" else Forceable(text)
 
 
 def torch_cuda() -> str | None:
-    """The CUDA version that torch was built for; None for a CPU build, '' where torch is
-    missing.
-    """
-    try:
-        found = re.search(r"^cuda\b[^=]*= *(.+)$", source_of("torch/version.py"), re.MULTILINE)
-    except OSError:
-        return ""
-    return ast.literal_eval(found[1]) if found else ""
+    """The CUDA version that torch was built for; None for a CPU build."""
+    found = re.search(r"^cuda\b.*= *'(.+)'", source_of("torch/version.py"), re.MULTILINE)
+    return found and found[1]
 
 
-def inspect_nodes(config: Config, env: dict[str, str], problems: Problems) -> int:
-    """The number of nodes; what several nodes, or a MASTER_PORT, need is checked."""
-    nodes = problems.attempt(read_count, env, "NNODES", 1) or 1
-    rank = env.get("NODE_RANK")
+def check_nodes(config: Config, nodes: int, env: Environment) -> Iterator[str]:
+    """What several nodes, or a MASTER_PORT, need."""
+    limits = {"MASTER_PORT": 65535}
     if nodes > 1:
+        limits["NODE_RANK"] = nodes - 1
         for name in NODE_VARIABLES:
             if not env.get(name):
-                problems.add(f"environment variable {name}: is needed with NNODES={nodes}")
-        if rank and not (rank.isdecimal() and int(rank) < nodes):
-            problems.add(
-                f"environment variable NODE_RANK: expected a number below NNODES={nodes}, got "
-                f"{rank!r}"
-            )
+                yield f"environment variable {name}: is needed with NNODES={nodes}"
         if "run_name" not in config.values:
-            problems.add(
+            yield (
                 f"run_name: is needed with NNODES={nodes}, the same on each node: they share "
                 "one run directory"
             )
-    port = env.get("MASTER_PORT", "").strip()
-    if port and not (port.isdecimal() and 0 < int(port) < 65536):
-        problems.add(
-            f"environment variable MASTER_PORT: expected a number up to 65535, got {port!r}"
-        )
-    elif port and node_rank(env) == 0 and port_in_use(int(port)):
-        problems.add(
-            f"environment variable MASTER_PORT: port {port} is in use on this node; choose another"
-        )
-    return nodes
+    for name, limit in limits.items():
+        text, where = env.get(name) or "0", f"environment variable {name}"
+        if not text.isdecimal() or int(text) > limit:
+            yield f"{where}: expected a number up to {limit}, got {text!r}"
+        elif name == "MASTER_PORT" and node_rank(env) == 0 and port_in_use(int(text)):
+            yield f"{where}: port {text} is in use on this node; choose another"
 
 
-def node_rank(env: dict[str, str]) -> int:
+def node_rank(env: Environment) -> int:
     """This node's number; 0 where there is one node, whatever else left NODE_RANK behind."""
     if env.get("NNODES", "1") != "1" and env.get("NODE_RANK", "").isdecimal():
         return int(env["NODE_RANK"])
@@ -1290,153 +1239,141 @@ def node_rank(env: dict[str, str]) -> int:
 
 def port_in_use(port: int) -> bool:
     """Whether a server of this node listens on `port`."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return True
+    try:
+        socket.create_server(("", port)).close()
+    except OSError:
+        return True
     return False
 
 
 # --- packages -----------------------------------------------------------------------------------
 
-# From .. up to but not including: what LLaMA-Factory 0.9.5 works with. transformers 5.6 breaks
-# flash attention.
+# What LLaMA-Factory 0.9.5 works with. transformers 5.6 breaks flash attention.
 WORKING_VERSIONS = {
-    "torch": ((2, 4), (2, 12)),
-    "transformers": ((4, 55), (5, 6)),
-    "llamafactory": ((0, 9, 5), (0, 9, 6)),
-    "deepspeed": ((0, 10), (0, 18, 5)),
+    "torch": ">=2.4,<2.12",
+    "transformers": ">=4.55,<5.6",
+    "llamafactory": ">=0.9.5,<0.9.6",
+    "deepspeed": ">=0.10,<0.18.5",
 }
-# The packages behind each backend of report_to.
+# The package behind each backend of report_to.
 BACKENDS = {
-    "tensorboard": ("tensorboard", "tensorboardX"),
-    "wandb": ("wandb",),
-    "mlflow": ("mlflow",),
-    "swanlab": ("swanlab",),
-    "comet_ml": ("comet_ml",),
-    "clearml": ("clearml",),
-    "neptune": ("neptune",),
-    "codecarbon": ("codecarbon",),
-    "dvclive": ("dvclive",),
-    "dagshub": ("dagshub",),
-    "flyte": ("flytekit",),
-    "trackio": ("trackio",),
-    "azure_ml": ("azureml",),
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
+    "swanlab": "swanlab",
+    "comet_ml": "comet_ml",
+    "clearml": "clearml",
+    "neptune": "neptune",
+    "codecarbon": "codecarbon",
+    "dvclive": "dvclive",
+    "dagshub": "dagshub",
+    "flyte": "flytekit",
+    "trackio": "trackio",
+    "azure_ml": "azureml",
 }
-
-
-# (key, whether its value needs the package, the name for pip)
+# (key, the values that need the package, the name for pip)
 PACKAGES = (
-    ("flash_attn", lambda value: value == "fa2", "flash-attn"),
-    ("enable_liger_kernel", bool, "liger-kernel"),
-    ("use_unsloth", bool, "unsloth"),
-    ("use_galore", bool, "galore-torch"),
-    ("use_apollo", bool, "apollo-torch"),
-    ("use_badam", bool, "badam"),
-    ("use_adam_mini", bool, "adam-mini"),
-    ("quantization_bit", bool, "bitsandbytes"),
-    ("optim", lambda value: re.search(r"bnb|8bit|paged_", value or ""), "bitsandbytes"),
-    *(("predict_with_generate", bool, name) for name in ("jieba", "nltk", "rouge-chinese")),
+    ("flash_attn", "fa2", "flash-attn"),
+    ("enable_liger_kernel", "True", "liger-kernel"),
+    ("use_unsloth", "True", "unsloth"),
+    ("use_galore", "True", "galore-torch"),
+    ("use_apollo", "True", "apollo-torch"),
+    ("use_badam", "True", "badam"),
+    ("use_adam_mini", "True", "adam-mini"),
+    ("quantization_bit", r"\d", "bitsandbytes"),
+    ("optim", "bnb|8bit|paged_", "bitsandbytes"),
+    ("predict_with_generate", "True", "jieba"),
+    ("predict_with_generate", "True", "nltk"),
+    ("predict_with_generate", "True", "rouge-chinese"),
 )
 
 
-def check_packages(config: Config, zero: Zero, env: dict[str, str], problems: Problems) -> None:
-    """Packages and tools that the run needs and the node lacks, or has in a wrong version."""
-    needed = ["torch", "transformers", "llamafactory"]
-    if zero.used:
-        needed.append("deepspeed")
-    missing = [name for name in needed if find_spec(name) is None]
+def require_packages(*names: str) -> None:
+    """Raises LaunchError where one of them is not installed."""
+    missing = [name for name in names if find_spec(name) is None]
     if missing:
-        problems.add(
+        raise LaunchError(
             f"package {', '.join(missing)} is not installed in {sys.prefix}; pip install -r "
             "requirements.txt"
         )
-        return
-    for name in needed:
-        problems.attempt(check_version, name)
-    check_keyed_packages(config, env, problems)
-    check_backends(config, env, problems)
-    if zero.used and (config.values.use_cpu or zero.offload_optimizer):
-        check_compilers(env, not config.values.use_cpu, problems)
 
 
-def check_version(name: str) -> None:
-    """Raises LaunchError where the version does not work with the pinned LLaMA-Factory."""
-    found, (low, high) = installed_version(name), WORKING_VERSIONS[name]
-    if found and not low <= version_numbers(name) < high:
-        wanted = f">={'.'.join(map(str, low))},<{'.'.join(map(str, high))}"
-        raise LaunchError(
-            Problem(
+def check_packages(config: Config, zero: Zero, env: Environment) -> Iterator[str]:
+    """Packages and tools that the run needs and the node lacks, or has in a wrong version."""
+    for name, wanted in WORKING_VERSIONS.items():
+        if name == "deepspeed" and not zero.used:
+            continue
+        found = installed_version(name)
+        if found and not version_fits(name, wanted):
+            yield Forceable(
                 f"{name} {found} is installed, but the launcher needs {name}{wanted}; pip "
-                "install -r requirements.txt",
-                can_force=True,
+                "install -r requirements.txt"
             )
-        )
+    yield from check_keyed_packages(config, env)
+    yield from check_backends(config, env)
+    if zero.used and (config.values.use_cpu or zero.offload_optimizer):
+        yield from check_compilers(env, not config.values.use_cpu)
 
 
 def installed_version(name: str) -> str:
     """The version of an installed package; '' where it has none, such as a source checkout."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    with contextlib.suppress(PackageNotFoundError):
-        return version(name)
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version(name)
     return ""
 
 
-def version_numbers(name: str) -> tuple[int, ...]:
-    """The version of an installed package as numbers, to compare."""
-    return tuple(int(part) for part in re.findall(r"\d+", installed_version(name))[:3])
+def version_fits(name: str, wanted: str) -> bool:
+    """Whether the version of an installed package is in a range such as `>=2.4,<2.12`."""
+    from packaging.specifiers import SpecifierSet
+
+    return SpecifierSet(wanted, prereleases=True).contains(installed_version(name))
 
 
-def check_keyed_packages(config: Config, env: dict[str, str], problems: Problems) -> None:
+def check_keyed_packages(config: Config, env: Environment) -> Iterator[str]:
     """Packages that only some keys need; LLaMA-Factory looks for them after its imports."""
-    values = Values(DEFAULTS | config.values)
-    for key, is_used, package in PACKAGES:
-        if is_used(values[key]) and find_spec(package.replace("-", "_")) is None:
-            problems.add(
+    for key, needing, package in PACKAGES:
+        is_needed = re.search(needing, str(config.values[key]))
+        if is_needed and find_spec(package.replace("-", "_")) is None:
+            yield (
                 f"{config.where(key)}: needs the package {package}, which is not installed; "
                 f"pip install {package}"
             )
     for hub in ("modelscope", "openmind"):
         variable = f"USE_{hub.upper()}_HUB"
         is_on = env.get(variable, "0").lower() in ("true", "y", "1")
-        is_local = os.path.isdir(values.model_name_or_path or "")
+        is_local = os.path.isdir(config.values.model_name_or_path or "")
         if is_on and not is_local and find_spec(hub) is None:
-            problems.add(f"environment variable {variable}: needs a package; pip install {hub}")
+            yield f"environment variable {variable}: needs a package; pip install {hub}"
 
 
-def check_backends(config: Config, env: dict[str, str], problems: Problems) -> None:
+def check_backends(config: Config, env: Environment) -> Iterator[str]:
     """Trackers of report_to that are unknown, not installed, or would ask for a login."""
     where, names = config.where("report_to"), tracking_backends(config.values)
     for name in names:
         if name not in BACKENDS:
-            problems.add(f"{where}: {name} is unknown{did_you_mean(name, BACKENDS)}")
-        elif not any(map(find_spec, BACKENDS[name])):
-            problems.add(
+            yield f"{where}: {name} is unknown{did_you_mean(name, BACKENDS)}"
+        elif not find_spec(BACKENDS[name]):
+            yield (
                 f"{where}: {name} needs a package that is not installed; pip install "
-                f"{BACKENDS[name][0]}"
+                f"{BACKENDS[name]}"
             )
     mode = env.get("SWANLAB_MODE") or "local"
     if "swanlab" in names and mode not in SWANLAB_MODES:
         expected = ", ".join(SWANLAB_MODES)
-        problems.add(
-            f"environment variable SWANLAB_MODE: expected one of {expected}, got {mode!r}"
-        )
+        yield f"environment variable SWANLAB_MODE: expected one of {expected}, got {mode!r}"
     if "wandb" in names and not has_wandb_login(env):
-        problems.add(
+        yield (
             f"{where}: wandb: no login was found and nobody is there to ask; run wandb login, "
             "or set WANDB_API_KEY or WANDB_MODE=offline"
         )
 
 
-def tracking_backends(values: dict) -> list[str]:
+def tracking_backends(values: Values) -> list[str]:
     """The backends of `report_to`; none is []. `use_swanlab` is LLaMA-Factory's older spelling."""
-    names = [name for name in name_list(values.get("report_to")) if name != "none"]
+    names = [name for name in name_list(values.report_to) if name != "none"]
     if "all" in names:
-        names = [name for name, packages in BACKENDS.items() if any(map(find_spec, packages))]
-    if values.get("use_swanlab") is True and "swanlab" not in names:
+        names = [name for name, package in BACKENDS.items() if find_spec(package)]
+    if values.use_swanlab is True and "swanlab" not in names:
         names.append("swanlab")
     return names
 
@@ -1447,7 +1384,7 @@ def name_list(value: object) -> list[str]:
     return [str(item).strip() for item in items if str(item).strip()]
 
 
-def has_wandb_login(env: dict[str, str]) -> bool:
+def has_wandb_login(env: Environment) -> bool:
     """Whether wandb will start without asking: offline, a key, or a saved login (also
     self-hosted).
     """
@@ -1460,7 +1397,7 @@ def has_wandb_login(env: dict[str, str]) -> bool:
     return False
 
 
-def check_compilers(env: dict[str, str], cuda: bool, problems: Problems) -> None:
+def check_compilers(env: Environment, cuda: bool) -> Iterator[str]:
     """What keeps DeepSpeed from compiling its operator when training starts.
 
     torch looks for nvcc in CUDA_HOME, on PATH and in /usr/local/cuda. DeepSpeed wants it to be of
@@ -1468,7 +1405,7 @@ def check_compilers(env: dict[str, str], cuda: bool, problems: Problems) -> None
     """
     path, built = env.get("PATH", ""), torch_cuda()
     if not shutil.which(env.get("CXX", "c++"), path=path):
-        problems.add(
+        yield (
             "deepspeed compiles an operator when training starts and needs a C++ compiler; "
             "install g++"
         )
@@ -1477,7 +1414,7 @@ def check_compilers(env: dict[str, str], cuda: bool, problems: Problems) -> None
     home = env.get("CUDA_HOME") or env.get("CUDA_PATH")
     nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else f"{path}:/usr/local/cuda/bin")
     if not nvcc:
-        problems.add(
+        yield (
             "deepspeed compiles its CPU Adam with nvcc, which was not found; install the CUDA "
             f"{built} toolkit and set CUDA_HOME to it"
         )
@@ -1486,7 +1423,7 @@ def check_compilers(env: dict[str, str], cuda: bool, problems: Problems) -> None
     found = re.search(r"release ((\d+)\.\d+)", answer)
     major = built.split(".")[0]
     if found and found[1] != built and (found[2] != major or int(major) > 12):
-        problems.add(
+        yield (
             f"{nvcc} is CUDA {found[1]}, torch was built for CUDA {built}: deepspeed will not "
             "compile its CPU Adam; set CUDA_HOME to a matching toolkit, or "
             "DS_SKIP_CUDA_CHECK=1"
@@ -1530,18 +1467,17 @@ def read_model(values: Values) -> Model:
             f"the folder {name} does not exist; expected a folder with a config.json, or a hub "
             "id such as Qwen/Qwen3-14B"
         )
-    snapshot = hub_snapshot(name, values)
-    if snapshot and (from_scratch or not missing_weights(snapshot)):
-        return read_model_folder(snapshot, name, from_scratch)
-    shape = qwen3_config(name)
+    shape, snapshot = qwen3_config(name), hub_snapshot(name, values)
     if snapshot:
+        if from_scratch or not missing_weights(snapshot):
+            return read_model_folder(snapshot, name, from_scratch)
         shape = read_json(snapshot / "config.json")
-    parameters = count_parameters(shape or {})
-    size = f"{format_bytes(2 * parameters)} to " if parameters else "to "
-    label = f"{name} (not in the local cache: {size}download)"
-    if snapshot:
-        label = f"{name} (not in the local cache, the rest is downloaded)"
-    return Model(label, parameters, shape or {}, 2 * (parameters or 0))
+    parameters = count_parameters(shape)
+    size = 2 * (parameters or 0)
+    note = ", the rest is downloaded"
+    if not snapshot:
+        note = f": {format_bytes(size)} to download" if size else ": to download"
+    return Model(f"{name} (not in the local cache{note})", parameters, shape, size)
 
 
 def read_model_folder(folder: Path, label: str, from_scratch: bool) -> Model:
@@ -1550,15 +1486,13 @@ def read_model_folder(folder: Path, label: str, from_scratch: bool) -> Model:
     lacking = sorted(NEEDED_SHAPE_KEYS - shape.keys())
     if lacking and shape.get("model_type") in LLAMA_LIKE:
         raise LaunchError(f"{folder}/config.json: has no {', '.join(lacking)}")
-    stored = None
-    if not from_scratch:
-        missing = missing_weights(folder)
-        if missing:
-            raise LaunchError(
-                f"{folder}: {', '.join(missing)} missing; copy the weights there, or set "
-                "train_from_scratch: true to train without any"
-            )
-        stored = count_stored(folder)
+    missing = [] if from_scratch else missing_weights(folder)
+    if missing:
+        raise LaunchError(
+            f"{folder}: {', '.join(missing)} missing; copy the weights there, or set "
+            "train_from_scratch: true to train without any"
+        )
+    stored = None if from_scratch else count_stored(folder)
     if lacking:
         return Model(label)
     return Model(label, count_parameters(shape) or stored, shape)
@@ -1579,11 +1513,11 @@ def hub_cache(values: Values) -> Path:
     return Path(values.cache_dir or os.environ.get("HF_HUB_CACHE") or Path(home, "hub"))
 
 
-def qwen3_config(name: str) -> dict | None:
-    """The config.json of a released Qwen3 model by its hub id, such as Qwen/Qwen3-14B."""
+def qwen3_config(name: str) -> dict:
+    """The config.json of a released Qwen3 model by its hub id, such as Qwen/Qwen3-14B; else {}."""
     shape = QWEN3_SHAPES.get(re.sub(r"^Qwen/Qwen3-(.+?)(-Base)?$", r"\1", name))
     if shape is None:
-        return None
+        return {}
     fixed = {"model_type": "qwen3", "vocab_size": 151936, "head_dim": 128}
     return fixed | dict(zip(SHAPE_KEYS, shape, strict=True))
 
@@ -1595,22 +1529,20 @@ def count_parameters(config: dict) -> int | None:
     their biases and Qwen3's query and key norms, three MLP matrices for each expert with their
     router, two norms; a last norm.
     """
-    kind = config.get("model_type")
-    mixed = config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1
-    if kind not in LLAMA_LIKE or mixed:
+    kind, get = config.get("model_type"), config.get
+    if kind not in LLAMA_LIKE or get("mlp_only_layers") or get("decoder_sparse_step", 1) != 1:
         return None
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    head = config.get("head_dim") or hidden // heads
-    queries, keys = heads * head, (config.get("num_key_value_heads") or heads) * head
-    attention = 2 * hidden * (queries + keys)
+    head = get("head_dim") or hidden // heads
+    queries, keys = heads * head, (get("num_key_value_heads") or heads) * head
+    layer = 2 * hidden * (queries + keys) + count_mlp_parameters(config) + 2 * hidden
     if kind.startswith("qwen3"):
-        attention += 2 * head
-    if kind == "qwen2" or config.get("attention_bias"):
-        attention += queries + 2 * keys
-        if kind != "qwen2":
-            attention += hidden
-    matrices = 1 if config.get("tie_word_embeddings") else 2
-    layer = attention + count_mlp_parameters(config) + 2 * hidden
+        layer += 2 * head
+    if kind == "qwen2":
+        layer += queries + 2 * keys
+    elif get("attention_bias"):
+        layer += queries + 2 * keys + hidden
+    matrices = 1 if get("tie_word_embeddings") else 2
     layers = config["num_hidden_layers"] * layer
     return matrices * config["vocab_size"] * hidden + layers + hidden
 
@@ -1640,43 +1572,38 @@ def missing_weights(folder: Path) -> list[str]:
 def count_stored(folder: Path) -> int | None:
     """Parameters by the headers of the safetensors files; None where there are none.
 
-    A file is 8 bytes of length, then JSON with shapes and places. Raises LaunchError for a file
-    that is incomplete.
+    Raises LaunchError for a file that is incomplete.
     """
+    from safetensors import SafetensorError, safe_open
+
     total = 0
     for path in folder.glob("*.safetensors"):
-        size = path.stat().st_size
         try:
-            with open(path, "rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length)) if length < size else {}
-            header.pop("__metadata__", None)
-            total += sum(math.prod(entry["shape"]) for entry in header.values())
-            end = max(entry["data_offsets"][1] for entry in header.values())
-        except (ValueError, KeyError, TypeError, AttributeError):
-            end = None
-        if end is None or 8 + length + end != size:
+            with safe_open(path, framework="numpy") as file:
+                for name in file.keys():
+                    total += math.prod(file.get_slice(name).get_shape())
+        except SafetensorError:
             raise LaunchError(
                 f"{path}: incomplete safetensors file; copy it again (after git clone: git lfs "
                 "pull)"
-            )
+            ) from None
     return total or None
 
 
-def read_deepspeed(values: dict) -> Zero:
+def read_deepspeed(values: Values) -> Zero:
     """Read the DeepSpeed configuration, a JSON file or a mapping in the YAML. Raises
     LaunchError.
     """
-    given = values.get("deepspeed")
-    if given is None:
+    content = values.deepspeed
+    if content is None:
         return Zero()
     hint = (
         'expected {"zero_optimization": {"stage": 0 to 3, ...}, ...} as in '
         "configs/deepspeed/ds_z3_config.json"
     )
-    name, content = "the mapping", given
-    if isinstance(given, str):
-        name, content = given, read_json(Path(given), hint)
+    name = "the mapping"
+    if isinstance(content, str):
+        name, content = content, read_json(Path(content), hint)
     try:
         section = content["zero_optimization"]
         stage = (0, 1, 2, 3).index(section["stage"])
@@ -1695,7 +1622,7 @@ def read_json(path: Path, hint: str = "copy it again") -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise LaunchError(f"{path}: {error.strerror.lower()}; {hint}") from None
+        raise LaunchError(f"{describe_os_error(error)}; {hint}") from None
     except ValueError as error:
         raise LaunchError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(content, dict):
@@ -1920,10 +1847,9 @@ def check_columns(path: Path, entry: dict) -> None:
         }
         hint = f'"columns": {json.dumps(shown)}'
     raise LaunchError(
-        Problem(
+        Forceable(
             f"{path} has no column {', '.join(missing)}, only {', '.join(sorted(found))}; "
-            f"describe it in dataset_info.json with {hint}",
-            can_force=True,
+            f"describe it in dataset_info.json with {hint}"
         )
     )
 
@@ -1954,7 +1880,7 @@ def derive_accumulation(config: Config, ranks: int) -> Config:
     given = config.values.get(ACCUMULATION)
     newer = config.overridden & {"global_batch_size", ACCUMULATION}
     if wanted is None or newer == {ACCUMULATION}:
-        return replace(config, values=without(config.values, "global_batch_size"))
+        return config.update(global_batch_size=None)
     micro = config.values.per_device_train_batch_size
     at_once = micro * ranks
     where = config.where("global_batch_size")
@@ -2176,7 +2102,7 @@ def check_webhooks(config: Config, problems: Problems) -> None:
 
 def check_access(config: Config, problems: Problems) -> None:
     """Paths that lead through a folder of another user."""
-    for key in (*INPUT_PATHS, *MODEL_PATHS, *OUTPUT_PATHS):
+    for key in PATHS:
         path = str(config.values.get(key))
         try:
             os.stat(path)
@@ -2383,7 +2309,7 @@ def unknown_template(v: Values) -> str:
 
 
 def read_templates() -> dict[str, str]:
-    """The chat templates of the installed LLaMA-Factory and their source; {} where it is missing."""
+    """LLaMA-Factory's chat templates and the source of each; {} where it is missing."""
     with contextlib.suppress(OSError):
         source = source_of("llamafactory/data/template.py")
         return dict(
@@ -2431,7 +2357,7 @@ RULES = (
     ),
     Rule(
         "stage",
-        lambda v: v.stage == "ppo" and version_numbers("trl") >= (0, 10),
+        lambda v: v.stage == "ppo" and version_fits("trl", ">=0.10"),
         "ppo needs trl 0.9.6 or older, which this LLaMA-Factory does not take; use dpo or kto",
     ),
     Rule(
@@ -2921,7 +2847,7 @@ def plan_as_data(found: Preflight, run: Run, env: Environment) -> dict:
         "checkpoint_bytes": plan.checkpoint_bytes,
         "disk_bytes": plan.disk_bytes,
         "data": data_fingerprints(found.config.values),
-        "problems": [problem.text for problem in found.problems],
+        "problems": found.problems,
         "command": build_torchrun_command(plan.devices, run.config_file, env),
         "environment": shown_environment(build_rank_environment(found, run, env), env),
     }
