@@ -3428,19 +3428,13 @@ def quarantine_incomplete_checkpoints(run: Run) -> list[str]:
     for folder in run.checkpoints():
         problem = incomplete_files(folder)
         if problem and checkpoint_step(folder) > good:
-            aside = free_name(run.path / f"incomplete-{folder.name}")
+            aside, number = run.path / f"incomplete-{folder.name}", 0
+            while aside.exists():  # from an earlier start
+                number += 1
+                aside = aside.with_name(f"incomplete-{folder.name}.{number}")
             folder.rename(aside)
             lines.append(f"{folder.name} is incomplete ({problem}); moved to {aside.name}")
     return lines
-
-
-def free_name(path: Path) -> Path:
-    """`path`, or `path` with the first number behind it that is not taken."""
-    number, name = 0, path
-    while name.exists():
-        number += 1
-        name = path.with_name(f"{path.name}.{number}")
-    return name
 
 
 def before_torchrun(parent: int) -> None:
@@ -3502,9 +3496,8 @@ class StopRequest:
 
     def exit_code(self) -> int:
         """128 + the signal that the STOP file names; SIGTERM where it was made by hand."""
-        with contextlib.suppress(OSError, KeyError):
-            return 128 + signal.Signals[self.run.stop_file.read_text(encoding="utf-8").strip()]
-        return 128 + signal.SIGTERM
+        name = read_from(self.run.stop_file).strip()
+        return 128 + signal.Signals.__members__.get(name, signal.SIGTERM)
 
 
 def modified(path: Path) -> int | None:
@@ -3792,10 +3785,10 @@ class TrackerProcess:
     def finish(self, state: str, cause: str) -> None:
         """End the record as success, aborted or crashed, and wait for it, but not for ever."""
         endings = {
-            "finished": {"finish": "success", "error": None},
-            "stopped": {"finish": "aborted", "error": "stopped by the user"},
+            "finished": {"state": "success"},
+            "stopped": {"state": "aborted", "error": "stopped by the user"},
         }
-        self.end = json.dumps(endings.get(state, {"finish": "crashed", "error": cause[-300:]}))
+        self.end = json.dumps(endings.get(state, {"state": "crashed", "error": cause[-300:]}))
         if self.process:
             self.write(self.end)
         limit = self.END if self.place else self.READY + self.END
@@ -3878,9 +3871,12 @@ def describe_failure(run: Run, log: Path, position: int) -> str:
     `log` is torchrun's; what this start has said there begins at byte `position`.
     """
     messages, evidence = read_from(log, position), ""
-    killed, errors = killed_rank(messages), sorted(run.logs.glob("rank*.error"), key=modified)
+    errors = sorted(run.logs.glob("rank*.error"), key=modified)
+    # But for torchrun's own SIGTERM. Another rank's error is then a consequence of it, even where
+    # torchrun saw it first.
+    killed = re.search(r"rank +: (\d+) [^\n]*\n *exitcode +: -(?!15 )(\d+) ", messages)
     if killed:
-        rank, name = killed
+        rank, name = killed[1], signal.Signals(int(killed[2])).name
         text, log = f"rank {rank} was killed by {name}", run.logs / f"rank{rank}.log"
         if name != "SIGKILL":  # NCCL and CUDA abort: their reason is in the rank's log
             evidence = read_from(log, max(file_size(log) - (64 << 10), 0)).split(RANK_START)[-1]
@@ -3906,16 +3902,6 @@ def read_from(path: Path, position: int = 0) -> str:
         file.seek(position)
         return file.read().decode("utf-8", errors="replace")
     return ""
-
-
-def killed_rank(messages: str) -> tuple[str, str] | None:
-    """(rank, signal name) where torchrun says that a rank was killed, other than by its own
-    SIGTERM.
-
-    Another rank's error is then a consequence, even where torchrun saw it first.
-    """
-    found = re.search(r"rank +: (\d+) [^\n]*\n *exitcode +: -(?!15 )(\d+) ", messages)
-    return (found[1], signal.Signals(int(found[2])).name) if found else None
 
 
 def disk_is_full(folder: Path) -> bool:
@@ -4053,7 +4039,7 @@ def sign_for_lark(secret: str, now: int) -> dict[str, str]:
     import base64
     import hmac
 
-    digest = hmac.new(f"{now}\n{secret}".encode(), digestmod=hashlib.sha256).digest()
+    digest = hmac.digest(f"{now}\n{secret}".encode(), b"", "sha256")
     return {"timestamp": str(now), "sign": base64.b64encode(digest).decode()}
 
 
@@ -4328,8 +4314,7 @@ class RankCallback:
             rotate_checkpoints(self.run, self.config.values.save_total_limit, best)
         self.saved = None
 
-    def on_epoch_begin(self, args, state, control, model=None, **kwargs):
-        self.commit_saved(args, state, model)
+    def on_epoch_begin(self, args, state, control, **kwargs):
         if args.train_sampling_strategy == "group_by_length":
             self.repeat_order(args.seed + int(state.epoch))
 
@@ -4693,8 +4678,8 @@ def run_tracker(run: Run) -> int:
     end = follow_to_the_end(record, metrics, orders)
     if end is None:
         threading.Timer(6, os._exit, (1,)).start()  # in an outage finish() has no end
-        end = {"finish": "crashed", "error": "the launcher died"}
-    record.finish(state=end["finish"], error=end["error"])
+        end = {"state": "crashed", "error": "the launcher died"}
+    record.finish(**end)
     os._exit(0)
 
 
@@ -4808,9 +4793,8 @@ class Run:
 
     def read_progress(self) -> int:
         """The last step that rank 0 has told of."""
-        with contextlib.suppress(OSError, ValueError):
-            return int((self.logs / "rank0.progress").read_text().split()[0])
-        return 0
+        words = read_from(self.logs / "rank0.progress").split()
+        return int(words[0]) if words else 0
 
     def checkpoints(self) -> list[Path]:
         """The checkpoint folders, newest first."""
@@ -4924,8 +4908,8 @@ def rotate_checkpoints(run: Run, keep: int | None, best: str) -> None:
 
 def read_json_or_empty(path: Path) -> dict:
     """A JSON object of ours; {} where the file is missing or broken."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(path.read_text(encoding="utf-8"))
+    with contextlib.suppress(ValueError):
+        return json.loads(read_from(path))
     return {}
 
 
