@@ -75,6 +75,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -83,7 +84,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TextIO
+from typing import IO, TextIO
 
 try:
     import yaml
@@ -522,19 +523,14 @@ def preflight(options: argparse.Namespace, env: Environment, run: Run | None) ->
 
     Raises LaunchError for input that cannot be read at all.
     """
-    problems = Problems()
-    config = load_config(run.config_file if run else options.config, options.overrides)
-    if run:
-        config = resumed_config(config, run)
-    if options.preview:
-        config = preview_config(config)
+    problems, config = Problems(), chosen_config(options, run)
     require_packages("torch", "transformers", "llamafactory")  # nothing can be checked without
     config = check_keys(config, problems)
     before_devices = len(problems)
     devices, gpus = inspect_devices(config, env, problems)
     nodes = problems.attempt(read_count, env, "NNODES", 1) or 1
     problems += check_nodes(config, nodes, env)
-    has_devices = len(problems) == before_devices
+    has_devices = all(isinstance(found, Forceable) for found in problems[before_devices:])
     ranks = max(devices.processes, 1) * nodes
     config = problems.attempt(derive_accumulation, config, ranks) or config
     where = config.where("deepspeed")
@@ -560,6 +556,25 @@ def preflight(options: argparse.Namespace, env: Environment, run: Run | None) ->
     return Preflight(config, plan, problems, run)
 
 
+def chosen_config(options: argparse.Namespace, run: Run | None) -> Config:
+    """The configuration of the run that the command line asks for. Raises LaunchError."""
+    config = load_config(run.config_file if run else options.config, options.overrides)
+    if run:
+        config = resumed_config(config, run)
+    return preview_config(config) if options.preview else config
+
+
+def resumed_config(config: Config, run: Run) -> Config:
+    """The configuration to resume with: the samples per step stay the same on any number of
+    GPUs.
+    """
+    config = config.update(output_dir=str(run.path.parent), run_name=run.path.name)
+    batch = run.read("plan.json").get("global_batch_size")
+    if batch and not {"global_batch_size", ACCUMULATION} & config.overridden:
+        config = config.update(global_batch_size=batch, gradient_accumulation_steps=None)
+    return config
+
+
 PREVIEW_ROWS = 10_000  # a preview tokenizes the first rows of each data set
 # What says how to train, not on which data.
 NOT_PREVIEWED = (
@@ -575,17 +590,6 @@ def preview_config(config: Config) -> Config:
     if not values.get("streaming"):
         values["max_samples"] = min(values.get("max_samples") or PREVIEW_ROWS, PREVIEW_ROWS)
     return replace(config, values=values)
-
-
-def resumed_config(config: Config, run: Run) -> Config:
-    """The configuration to resume with: the samples per step stay the same on any number of
-    GPUs.
-    """
-    config = config.update(output_dir=str(run.path.parent), run_name=run.path.name)
-    batch = run.read("plan.json").get("global_batch_size")
-    if batch and not {"global_batch_size", ACCUMULATION} & config.overridden:
-        config = config.update(global_batch_size=batch, gradient_accumulation_steps=None)
-    return config
 
 
 # --- configuration ------------------------------------------------------------------------------
@@ -1211,9 +1215,9 @@ def torch_cuda() -> str | None:
 
 def check_nodes(config: Config, nodes: int, env: Environment) -> Iterator[str]:
     """What several nodes, or a MASTER_PORT, need."""
-    limits = {"MASTER_PORT": 65535}
+    numbers = {"MASTER_PORT": range(1, 65536)}
     if nodes > 1:
-        limits["NODE_RANK"] = nodes - 1
+        numbers["NODE_RANK"] = range(nodes)
         for name in NODE_VARIABLES:
             if not env.get(name):
                 yield f"environment variable {name}: is needed with NNODES={nodes}"
@@ -1222,11 +1226,11 @@ def check_nodes(config: Config, nodes: int, env: Environment) -> Iterator[str]:
                 f"run_name: is needed with NNODES={nodes}, the same on each node: they share "
                 "one run directory"
             )
-    for name, limit in limits.items():
-        text, where = env.get(name) or "0", f"environment variable {name}"
-        if not text.isdecimal() or int(text) > limit:
-            yield f"{where}: expected a number up to {limit}, got {text!r}"
-        elif name == "MASTER_PORT" and node_rank(env) == 0 and port_in_use(int(text)):
+    for name, allowed in numbers.items():
+        text, where = env.get(name), f"environment variable {name}"
+        if text and not (text.isdecimal() and int(text) in allowed):
+            yield f"{where}: expected a number up to {allowed[-1]}, got {text!r}"
+        elif text and name == "MASTER_PORT" and node_rank(env) == 0 and port_in_use(int(text)):
             yield f"{where}: port {text} is in use on this node; choose another"
 
 
@@ -3168,7 +3172,7 @@ class Supervisor:
     Node 0 leads: it looks after the run directory, the console, the tracker and the summary.
     """
 
-    def __init__(self, found: Preflight, run: Run, command: list[str], env: dict[str, str]):
+    def __init__(self, found: Preflight, run: Run, command: list[str], env: Environment):
         self.config, self.run, self.command, self.env = found.config, run, command, env
         self.leads, self.started = node_rank(env) == 0, time.time()
         self.log = run.logs / f"torchrun{'' if self.leads else node_rank(env)}.log"
@@ -3179,8 +3183,8 @@ class Supervisor:
         tracking = setup_experiment_tracking(found.config, run, env)
         self.tracker = None
         if self.leads and tracking and tracking.mode != "disabled":
-            shown = describe_run(found, run)
-            self.tracker = TrackerProcess(tracking, run, shown, env, self.metrics.position)
+            init = tracking.init | {"mode": tracking.mode, "config": describe_run(found, run)}
+            self.tracker = TrackerProcess(run, env, init)
 
     def supervise(self) -> int:
         """Run torchrun, and again as long as it fails after progress; returns the exit code."""
@@ -3190,7 +3194,7 @@ class Supervisor:
             if self.leads:
                 roll_back_to_checkpoint(self.run)
             said = file_size(self.log)
-            state, cause = self.outcome(self.run_torchrun())
+            state, cause = self.run_torchrun()
             self.stop.handle_signals()
             if state not in ("failed", "hung"):
                 break
@@ -3214,11 +3218,12 @@ class Supervisor:
         """After a GPU was out of memory: the same optimizer step in smaller parts, where
         possible.
         """
-        values = Values(DEFAULTS | self.config.values)
-        micro, steps = values.per_device_train_batch_size // 2, values[ACCUMULATION] * 2
-        if self.halvings == 3 or values.per_device_train_batch_size % 2:
+        values = self.config.values
+        micro, rest = divmod(values.per_device_train_batch_size, 2)
+        if rest or self.halvings == 3:
             return False
         self.halvings += 1
+        steps = values[ACCUMULATION] * 2
         self.config = self.config.update(
             per_device_train_batch_size=micro, **{ACCUMULATION: steps}
         )
@@ -3230,32 +3235,51 @@ class Supervisor:
         )
         return True
 
-    def outcome(self, status: int | None) -> tuple[str, str]:
-        """(state, cause) after torchrun ended with `status`; None: stopped early.
-
-        The state is finished, stopped, diverged, hung, failed, or refused: nothing can be learned
-        from the data.
-        """
-        if status is None:
-            return "stopped", ""
-        problem = self.run.read("data.json").get("problem")
-        if status and problem:
-            return "refused", problem
-        if status:
-            return ("hung", self.hang_watch.cause) if self.hang_watch.cause else ("failed", "")
-        end = {"state": "finished"}
-        for line in self.run.read_metrics():
-            if line.get("event") == "end":
-                end = line
-        if end["state"] == "finished" and not has_weights(self.run.path):
+    def read_end(self) -> tuple[str, str]:
+        """How the ranks say that training ended, and why."""
+        end = [{}, *self.run.read_metrics()][-1]
+        state = end.get("state", "finished")
+        if state == "diverged":
+            return state, f"diverged at step {end['step']}: {end['cause']}"
+        if state == "finished" and not has_weights(self.run.path):
             return "failed", f"training ended, but {self.run.path} has no model weights"
-        cause = end.get("cause", "")
-        if cause:
-            cause = f"diverged at step {end['step']}: {cause}"
-        return end["state"], cause
+        return state, ""
 
-    def run_torchrun(self) -> int | None:
-        """One torchrun from start to end; returns its status, None where it was stopped early."""
+    def run_torchrun(self) -> tuple[str, str]:
+        """One torchrun from start to end; returns how it ended, and why where that is known.
+
+        It is finished, stopped, diverged, hung, failed, or refused: the data teaches nothing.
+        """
+        self.start_torchrun()
+        if not self.wait_for_ranks():
+            return "stopped", ""
+        heartbeat, cause = NodeHeartbeat(self.run, self.env), ""
+        hang_watch = HangWatch(self.run, self.config.values.hang_timeout or 600)
+        while self.process.poll() is None:
+            self.stop.handle_signals()
+            self.follow()
+            for node in heartbeat.lost_nodes():
+                say(f"node {node} sent no heartbeat for {heartbeat.patience:g} s; restarting")
+                self.kill()
+            if hang_watch.is_stuck():
+                cause = hang_watch.describe(self.ranks)
+                say(cause)
+                self.kill()
+            time.sleep(0.2)
+        heartbeat.end()
+        for waited in wait_for(""):  # a rank that still writes would disturb the next start
+            if waited > 60 or not any(process_state(rank) for rank in self.ranks):
+                break
+        self.follow()
+        if cause:
+            return "hung", cause
+        problem = self.run.read("data.json").get("problem")
+        if problem:
+            return "refused", problem
+        return ("failed", "") if self.process.returncode else self.read_end()
+
+    def start_torchrun(self) -> None:
+        """Start torchrun in a session of its own."""
         with open(self.log, "ab") as messages:
             self.process = subprocess.Popen(
                 self.command,
@@ -3266,40 +3290,22 @@ class Supervisor:
                 start_new_session=True,
                 preexec_fn=partial(before_torchrun, os.getpid()),
             )
-        if not self.wait_for_ranks():
-            return None
-        heartbeat = NodeHeartbeat(self.run, self.env)
-        self.hang_watch = HangWatch(self.run, self.config.values.hang_timeout or 600)
-        while self.process.poll() is None:
-            self.stop.handle_signals()
-            self.follow()
-            for node in heartbeat.lost_nodes():
-                say(f"node {node} sent no heartbeat for {heartbeat.patience:g} s; restarting")
-                self.kill()
-            if self.hang_watch.is_stuck():
-                say(self.hang_watch.describe(self.ranks))
-                self.kill()
-            time.sleep(0.2)
-        heartbeat.end()
-        for waited in wait_for(""):  # a rank that still writes would disturb the next start
-            if waited > 60 or not any(map(is_alive, self.ranks)):
-                break
-        self.follow()
-        return self.process.returncode
 
     def wait_for_ranks(self) -> bool:
         """Wait until torchrun has ranks, which takes as long as another node does not come.
 
         False: the run was asked to stop before, and torchrun is gone.
         """
-        missing = ""
+        import psutil
+
+        missing, torchrun = "", psutil.Process(self.process.pid)
         if read_count(self.env, "NNODES", 1) > 1:
             missing = "the other nodes at {MASTER_ADDR}:{MASTER_PORT}".format_map(self.env)
         for _ in wait_for(missing):
-            self.ranks = children_of(self.process.pid)
+            self.ranks = torchrun.children()
             if self.process.poll() is not None or len(self.ranks) >= self.devices.processes:
                 break
-            self.stop.handle_signals(has_ranks=False)
+            self.stop.handle_signals()
             if self.stop.is_requested():
                 self.kill()
                 return False
@@ -3312,7 +3318,6 @@ class Supervisor:
         self.console.show_data(self.run)
         for line in self.metrics.new_lines():
             self.console.show(line)
-            self.hang_watch.learn(line)
             if self.tracker:
                 self.tracker.begin()  # not before: its imports would slow down those of the ranks
         self.console.advance(self.run)
@@ -3330,7 +3335,8 @@ class Supervisor:
         if self.tracker:
             self.tracker.finish(state, cause)
         if state != "finished":
-            draw_curve_apart(self.run)
+            with contextlib.suppress(Exception):  # a full disk; the summary matters more
+                draw_curve(self.run)
         summary = summarize(self.run, state, cause, self.started)
         with contextlib.suppress(OSError):
             write_atomically(
@@ -3344,13 +3350,8 @@ def roll_back_to_checkpoint(run: Run) -> None:
     """Before a start: no incomplete checkpoint in the way, nothing that tells of an older end."""
     for line in quarantine_incomplete_checkpoints(run):
         say(line)
-    old = [
-        run.path / "summary.json",
-        run.path / "training_loss.png",
-        run.path / "data.json",
-        *run.logs.glob("rank*.error"),
-    ]
-    for path in old:
+    names = ("summary.json", "training_loss.png", "data.json")
+    for path in (*map(run.path.joinpath, names), *run.logs.glob("rank*.error")):
         path.unlink(missing_ok=True)
 
 
@@ -3363,31 +3364,28 @@ def quarantine_incomplete_checkpoints(run: Run) -> list[str]:
     for folder in run.checkpoints():
         problem = incomplete_files(folder)
         if problem and checkpoint_step(folder) > good:
-            aside = free_name(run.path / f"incomplete-{folder.name}")
+            aside, number = run.path / f"incomplete-{folder.name}", 0
+            while aside.exists():  # from an earlier start
+                number += 1
+                aside = aside.with_name(f"incomplete-{folder.name}.{number}")
             folder.rename(aside)
             lines.append(f"{folder.name} is incomplete ({problem}); moved to {aside.name}")
     return lines
 
 
-def free_name(path: Path) -> Path:
-    """`path`, or `path` with the first number behind it that is not taken."""
-    number, name = 0, path
-    while name.exists():
-        number += 1
-        name = path.with_name(f"{path.name}.{number}")
-    return name
-
-
 def before_torchrun(parent: int) -> None:
     """In torchrun's process: die with the launcher, and leave stopping to the STOP file."""
     die_with_parent(parent)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    ignore_stop_signals()
+
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def ignore_stop_signals() -> None:
+    """In a process that the launcher has started: it stops by other means."""
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-
-def has_weights(folder: Path) -> bool:
-    """Whether a folder holds a model, or an adapter."""
-    return any(any(folder.glob(f"*.{kind}")) for kind in ("safetensors", "bin", "pt"))
 
 
 class StopRequest:
@@ -3401,13 +3399,11 @@ class StopRequest:
     def __init__(self, run: Run, kill: Callable[[], None]):
         self.run, self.kill, self.arrived, self.presses = run, kill, [], 0
         self.old = modified(run.stop_file)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if (
-                signal.getsignal(number) != signal.SIG_IGN
-            ):  # nohup ignores SIGHUP: the run continues
+        for number in STOP_SIGNALS:  # nohup ignores SIGHUP: the run continues
+            if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, lambda number, frame: self.arrived.append(number))
 
-    def handle_signals(self, has_ranks: bool = True) -> None:
+    def handle_signals(self) -> None:
         """Do what the signals since the last time ask for.
 
         Only Ctrl-C is counted, since schedulers repeat SIGTERM.
@@ -3417,12 +3413,10 @@ class StopRequest:
             self.presses += number == signal.SIGINT
             if not self.is_requested():
                 self.run.request_stop(number)
-                when = ""
-                if has_ranks:
-                    when = (
-                        " at the end of this step, after a checkpoint, which may take a while"
-                    )
-                say(f"{signal.Signals(number).name}: stopping{when}")
+                say(
+                    f"{signal.Signals(number).name}: stopping; a step that has begun is finished "
+                    "and saved first, which may take a while"
+                )
             elif self.presses == 2:
                 say(
                     "still stopping; press Ctrl-C once more to kill the run now, without a "
@@ -3438,9 +3432,8 @@ class StopRequest:
 
     def exit_code(self) -> int:
         """128 + the signal that the STOP file names; SIGTERM where it was made by hand."""
-        with contextlib.suppress(OSError, KeyError):
-            return 128 + signal.Signals[self.run.stop_file.read_text(encoding="utf-8").strip()]
-        return 128 + signal.SIGTERM
+        name = read_from(self.run.stop_file).strip()
+        return 128 + signal.Signals.__members__.get(name, signal.SIGTERM)
 
 
 def modified(path: Path) -> int | None:
@@ -3458,25 +3451,26 @@ class NodeHeartbeat:
     shared file system that hangs for a while must not count.
     """
 
-    def __init__(self, run: Run, env: dict[str, str]):
+    def __init__(self, run: Run, env: Environment):
         interval, missed = env.get(HEARTBEAT_VARIABLE, "10,18").split(",")
         self.interval, self.missed = float(interval), int(missed)
         self.patience = self.interval * self.missed
         files = [run.logs / f"node{number}" for number in range(read_count(env, "NNODES", 1))]
         self.own, self.next = files.pop(node_rank(env)), 0.0
-        self.looks = {path: (None, 0) for path in files}
+        self.looks = {path: deque(maxlen=self.missed + 1) for path in files}
 
     def lost_nodes(self) -> list[str]:
         """The numbers of the nodes that are lost."""
-        if self.looks and time.monotonic() > self.next:
-            self.next = time.monotonic() + self.interval
-            with contextlib.suppress(OSError):
-                self.own.touch()
-            for path, (before, count) in self.looks.items():
-                now = modified(path)
-                self.looks[path] = (now, count + 1 if now and now == before else 0)
-        lost = [path for path, (_, count) in self.looks.items() if count >= self.missed]
-        return [path.name.removeprefix("node") for path in lost]
+        if not self.looks or time.monotonic() < self.next:
+            return []
+        self.next, lost = time.monotonic() + self.interval, []
+        with contextlib.suppress(OSError):
+            self.own.touch()
+        for path, seen in self.looks.items():
+            seen.append(modified(path))
+            if seen[-1] and seen.count(seen[-1]) > self.missed:
+                lost.append(path.name.removeprefix("node"))
+        return lost
 
     def end(self) -> None:
         """Torchrun has ended: the others need not wait for a heartbeat."""
@@ -3487,65 +3481,65 @@ class NodeHeartbeat:
 class HangWatch:
     """Notices that no rank makes progress; each tells in logs/rank<R>.progress what it is doing.
 
-    `timeout` is in seconds: so long may a micro-batch or an evaluation batch take, and LONGER times
-    so long loading, tokenizing or saving; or 10 median steps, where that is longer.
+    `timeout` is in seconds: so long may a micro-batch or an evaluation batch take, or 10 median
+    steps where that is longer, and LONGER times so long loading, tokenizing or saving.
     """
 
     LONGER = 6
 
     def __init__(self, run: Run, timeout: float):
-        self.run, self.timeout, self.cause = run, timeout, ""
-        self.seen, self.since = None, time.monotonic()
-        self.last, self.paces = {}, [0.0]
-
-    def learn(self, line: dict) -> None:
-        """Learn from a line of metrics.jsonl how long a step takes."""
-        if "loss" in line and line["step"] > self.last.get("step", line["step"]):
-            seconds = line["time"] - self.last["time"]
-            self.paces.append(seconds / (line["step"] - self.last["step"]))
-        self.last = line
+        self.run, self.timeout = run, timeout
+        self.seen, self.since = set(), time.monotonic()
+        self.step, self.step_began, self.paces = run.read_progress(), self.since, []
 
     def is_stuck(self) -> bool:
-        """Whether nobody has made progress for too long; once for each start."""
-        files = list(self.run.logs.glob("rank*.progress"))
-        newest = max((modified(path) or 0 for path in files), default=0)
-        if newest != self.seen:
-            self.seen, self.since = newest, time.monotonic()
-        waited = time.monotonic() - self.since
-        if self.cause or waited < self.timeout:
-            return False
-        limit = max(self.timeout, 10 * statistics.median(self.paces))
-        if any(read_from(path, 0).endswith(("starting", "saving")) for path in files):
+        """Whether nobody has made progress for too long."""
+        files, now = list(self.run.logs.glob("rank*.progress")), time.monotonic()
+        self.learn_pace(now)
+        seen = set(map(modified, files))
+        if seen != self.seen:
+            self.seen, self.since = seen, now
+        pace = statistics.median(self.paces) if len(self.paces) >= 5 else 0
+        limit = max(self.timeout, 10 * pace)
+        if any(read_from(path).endswith(("starting", "saving")) for path in files):
             limit = max(limit, self.LONGER * self.timeout)
-        return waited > limit
+        return now - self.since > limit
 
-    def describe(self, ranks: list[int]) -> str:
-        """Where the ranks of this node, by process id, stand; their stacks go to their logs."""
+    def learn_pace(self, now: float) -> None:
+        """Learn from rank 0's progress how long a step takes."""
+        step = self.run.read_progress()
+        if step > self.step > 0:
+            self.paces.append((now - self.step_began) / (step - self.step))
+        if step != self.step:
+            self.step, self.step_began = step, now
+
+    def describe(self, ranks: list) -> str:
+        """Where the ranks of this node, psutil's processes, stand; their stacks go to their
+        logs.
+        """
+        import psutil
+
         where: dict[str, list[str]] = {}
-        for pid in ranks:
-            rank = environment_of(pid).get("RANK", "?")
-            where.setdefault(self.place_of(pid, rank), []).append(rank)
-        parts = []
-        for place, numbers in where.items():
-            parts.append(
-                f"{'ranks' if len(numbers) > 1 else 'rank'} {','.join(numbers)} {place}"
-            )
+        for process in ranks:
+            number, place = "?", "is gone"
+            with contextlib.suppress(psutil.Error):
+                number = process.environ()["RANK"]
+                place = self.place_of(process, number)
+            where.setdefault(place, []).append(number)
+        parts = [f"rank {' and '.join(numbers)} {place}" for place, numbers in where.items()]
         waited = time.monotonic() - self.since
-        self.cause = f"no progress for {waited:.0f} s: {'; '.join(parts)}"
-        return self.cause
+        return f"no progress for {waited:.0f} s: {'; '.join(parts)}"
 
-    def place_of(self, pid: int, rank: str) -> str:
+    def place_of(self, process, rank: str) -> str:
         """`in all_reduce (distributed_c10d.py:2810)`, as faulthandler writes it into the log."""
-        if not is_alive(pid):
-            return "is gone"
-        if read_process(pid)[0] == "T":
+        if process_state(process) == "stopped":
             return "is stopped by a signal (SIGSTOP)"
         log = self.run.logs / f"rank{rank}.log"
         position = file_size(log)
-        os.kill(pid, signal.SIGUSR1)
+        process.send_signal(signal.SIGUSR1)
         time.sleep(1)
         for stack in read_from(log, position).split("\n\n"):
-            found = re.search(r'File "([^"]*)", line (\d+) in (\w+)', stack)
+            found = re.search(r'File "([^"]*)(?<!nvtx.py)", line (\d+) in (\w+)', stack)
             if found and "in run_rank" in stack:  # the main thread
                 return f"in {found[3]} ({Path(found[1]).name}:{found[2]})"
         return "does not answer"
@@ -3560,7 +3554,8 @@ class Console:
     LINES = 30
 
     def __init__(self):
-        self.bar, self.begin, self.shown, self.spoke = None, {}, set(), 0.0
+        self.bar, self.begin, self.evaluated = None, {}, set()
+        self.spoke, self.due = 0.0, 0.0  # when the last line was, and the step of the next one
         self.knows_data = False
 
     def show_data(self, run: Run) -> None:
@@ -3573,7 +3568,7 @@ class Console:
     def show(self, line: dict) -> None:
         """Show one line of metrics.jsonl."""
         if line.get("event") == "begin":
-            self.begin = line
+            self.begin, self.due = line, 0.0
             self.open_bar()
         elif "loss" in line:
             self.show_loss(line)
@@ -3604,11 +3599,9 @@ class Console:
             self.bar.set_description_str(text)
             return
         step, total = line["step"], self.begin["total_steps"]
-        every = max(self.begin["logging_steps"], 1)
-        stride = math.ceil(total / every / self.LINES)
-        if step // every % stride and line["time"] - self.spoke < 60:
+        if step < self.due and line["time"] - self.spoke < 60:
             return
-        self.spoke = line["time"]
+        self.spoke, self.due = line["time"], step + total / self.LINES
         pace = (line["time"] - self.begin["time"]) / max(step - self.begin["step"], 1)
         say(
             f"step {step}/{total}  {text}  {line['tokens_per_second']:.0f} tokens/s  "
@@ -3620,16 +3613,16 @@ class Console:
         data.
         """
         for name in line:
-            seen = (line["step"], name)
-            if re.fullmatch(r"eval_(.*_)?loss", name) and seen not in self.shown:
-                self.shown.add(seen)
-                data = name[len("eval_") : -len("loss")].strip("_")
+            found, seen = re.fullmatch(r"eval_(.+_)?loss", name), (line["step"], name)
+            if found and seen not in self.evaluated:
+                self.evaluated.add(seen)
+                text = f"step {line['step']}/{self.begin['total_steps']}  evaluation loss "
+                text += f"{line[name]:.4f}"
+                if found[1]:
+                    text += f" on {found[1].rstrip('_')}"
                 if self.bar is not None:
                     self.bar.clear()
-                say(
-                    f"step {line['step']}/{self.begin['total_steps']}  evaluation loss "
-                    f"{line[name]:.4f}" + (f" on {data}" if data else "")
-                )
+                say(text)
 
     def advance(self, run: Run) -> None:
         """Move the bar to the step that rank 0 has done."""
@@ -3687,48 +3680,44 @@ class TrackerProcess:
 
     READY, END, STARTS = 25, 25, 3
 
-    def __init__(
-        self, tracking: Tracking, run: Run, shown: dict, env: dict[str, str], position: int
-    ):
-        self.tracking, self.run, self.env = tracking, run, env
-        self.init = tracking.init | {"config": shown, "position": position}
+    def __init__(self, run: Run, env: Environment, init: dict):
+        self.run, self.env, self.online = run, env, init["mode"] == "online"
+        self.init = init | {"position": file_size(run.metrics_file)}
         self.process, self.begun, self.starts = None, 0.0, 0
         self.place = self.end = self.problem = ""
 
     def begin(self) -> None:
-        """Start the process, once; the record is one experiment however often the run restarts."""
-        if self.starts == 0:
-            self.init |= self.next_record()
-            self.start(self.tracking.mode)
-
-    def next_record(self) -> dict:
-        """The SwanLab id of this run, and the name of this launch's record.
+        """Start the process, once; the record is one experiment however often the run restarts.
 
         Online a resumed run continues its experiment; elsewhere each launch is a record of its
         own, so its name tells which resume it is.
         """
-        known = self.run.read_swanlab_state()
-        launches, name = known.get("launches", 0), self.init["name"]
-        prefix = re.sub(r"[^a-zA-Z0-9]", "-", self.run.path.name)
-        identity = known.get("id") or f"{prefix}-{os.urandom(4).hex()}"
-        self.run.update_swanlab_state(id=identity, launches=launches + 1)
-        if launches and self.tracking.mode != "online":
-            name += f" (resume {launches})"
-        return {"id": identity, "name": name}
+        if self.starts:
+            return
+        known = self.run.read("logs/swanlab.json")
+        launches, prefix = (
+            known.get("launches", 0),
+            re.sub(r"[^a-zA-Z0-9]", "-", self.run.path.name),
+        )
+        self.init["id"] = known.get("id", f"{prefix}-{os.urandom(4).hex()}")
+        self.run.update_swanlab_state(id=self.init["id"], launches=launches + 1)
+        if launches and not self.online:
+            self.init["name"] += f" (resume {launches})"
+        self.start()
 
-    def start(self, mode: str) -> None:
+    def start(self) -> None:
         """Start a tracker, which reads its settings from stdin."""
         self.starts, self.begun, self.place = self.starts + 1, time.monotonic(), ""
         with open(self.run.logs / "swanlab.log", "ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(SCRIPT), "--tracker", str(self.run.path)],
+                [sys.executable, "-u", str(SCRIPT), "--tracker", str(self.run.path)],
                 env=self.env,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
             )
-        self.write(json.dumps(self.init | {"mode": mode}))
+        self.write(json.dumps(self.init))
         if self.end:
             self.write(self.end)
 
@@ -3747,10 +3736,10 @@ class TrackerProcess:
                 self.start_again("its process ended")
         elif select.select([self.process.stdout], [], [], 0)[0]:
             answer = json.loads(self.process.stdout.readline() or "{}")
-            if "place" not in answer:
-                self.start_again(answer.get("problem", "its process ended"))
-            else:
+            if "place" in answer:
                 self.confirm(**answer)
+            else:
+                self.start_again(answer.get("problem", "its process ended"))
         elif time.monotonic() - self.begun > self.READY:
             self.start_again(f"no answer in {self.READY} s")
 
@@ -3758,11 +3747,8 @@ class TrackerProcess:
         """The tracker records in the folder `place`; tell why, where it is not the first to try."""
         self.place = place
         self.run.update_swanlab_state(dashboard=dashboard)
-        if self.problem and self.tracking.mode == "online":
-            say(
-                f"SwanLab cannot be reached ({self.problem}), but the run is recorded "
-                f"locally.{self.sync_hint()}"
-            )
+        if self.problem and self.online:
+            self.say_local(f"SwanLab cannot be reached ({self.problem})")
         elif self.problem:
             say(f"SwanLab's process ended ({self.problem}); it was started again")
 
@@ -3773,8 +3759,10 @@ class TrackerProcess:
         self.process.kill()
         self.process.wait()
         self.problem = problem
+        if self.online:
+            self.init["mode"] = "local"
         if self.starts < self.STARTS:
-            self.start("local" if self.tracking.mode == "online" else self.tracking.mode)
+            self.start()
         else:
             self.process = None
             say(
@@ -3784,37 +3772,35 @@ class TrackerProcess:
     def finish(self, state: str, cause: str) -> None:
         """End the record as success, aborted or crashed, and wait for it, but not for ever."""
         endings = {
-            "finished": {"finish": "success", "error": None},
-            "stopped": {"finish": "aborted", "error": "stopped by the user"},
+            "finished": {"state": "success"},
+            "stopped": {"state": "aborted", "error": "stopped by the user"},
         }
-        self.end = json.dumps(endings.get(state, {"finish": "crashed", "error": cause[-300:]}))
+        self.end = json.dumps(endings.get(state, {"state": "crashed", "error": cause[-300:]}))
         if self.process:
             self.write(self.end)
         limit = self.END if self.place else self.READY + self.END
-        deadline = time.monotonic() + limit
-        while self.process and self.process.poll() != 0:
+        for waited in wait_for(""):
+            if self.process is None or self.process.poll() == 0:
+                break
             self.watch()
-            if time.monotonic() > deadline:
+            if waited > limit and self.process:
                 self.process.kill()
                 self.process = None
-                say(
-                    "SwanLab did not take the whole run in time, but it is recorded "
-                    f"locally.{self.sync_hint()}"
-                )
-            time.sleep(0.1)
+                self.say_local("SwanLab did not take the whole run in time")
 
-    def sync_hint(self) -> str:
-        """How to bring a local record to the service."""
-        return f" Later: swanlab sync {shlex.quote(self.place)} -i {self.init['id']}"
+    def say_local(self, problem: str) -> None:
+        """Say how to bring a local record to the service."""
+        command = f"swanlab sync {shlex.quote(self.place)} -i {self.init['id']}"
+        say(f"{problem}, but the run is recorded locally. Later: {command}")
 
 
 def describe_run(found: Preflight, run: Run) -> dict:
     """What a tracker shows beside the curves: the configuration, the plan's numbers, versions."""
     plan = plan_as_data(found, run, {})
-    shown = ("world_size", "global_batch_size", "samples", "steps_per_epoch", "total_steps")
+    shown = "world_size global_batch_size samples steps_per_epoch total_steps parameters"
     return {
         **found.config.values,
-        "plan": {key: plan[key] for key in (*shown, "parameters")},
+        "plan": {key: plan[key] for key in shown.split()},
         "gpus": [gpu.name for gpu in found.plan.gpus],
         "versions": {name: installed_version(name) for name in (*WORKING_VERSIONS, "swanlab")},
     }
@@ -3871,37 +3857,33 @@ def describe_failure(run: Run, log: Path, position: int) -> str:
 
     `log` is torchrun's; what this start has said there begins at byte `position`.
     """
-    messages = read_from(log, position)
-    killed, errors = killed_rank(messages), sorted(run.logs.glob("rank*.error"), key=modified)
-    evidence = ""
+    messages, evidence = read_from(log, position), ""
+    errors = sorted(run.logs.glob("rank*.error"), key=modified)
+    # But for torchrun's own SIGTERM. Another rank's error is then a consequence of it, even where
+    # torchrun saw it first.
+    killed = re.search(r"rank +: (\d+) [^\n]*\n *exitcode +: -(?!15 )(\d+) ", messages)
     if killed:
-        rank, name = killed
-        text = f"rank {rank} was killed by {name}"
+        rank, name = killed[1], signal.Signals(int(killed[2])).name
+        text, log = f"rank {rank} was killed by {name}", run.logs / f"rank{rank}.log"
         if name != "SIGKILL":  # NCCL and CUDA abort: their reason is in the rank's log
-            own = run.logs / f"rank{rank}.log"
-            evidence = read_from(own, max(file_size(own) - (64 << 10), 0)).split(RANK_START)[-1]
+            evidence = read_from(log, max(file_size(log) - (64 << 10), 0)).split(RANK_START)[-1]
     elif errors:
-        rank = errors[0].stem.removeprefix("rank")
-        text = errors[0].read_text(encoding="utf-8").strip()
+        text, log = read_from(errors[0]).strip(), errors[0].with_suffix(".log")
     else:
-        rank, known = (
-            "",
-            re.findall(r"Rendezvous\w*Error[^\n]*|[^\n]*EADDRINUSE[^\n]*", messages),
-        )
+        known = re.findall(r"Rendezvous\w*Error[^\n]*|[^\n]*EADDRINUSE[^\n]*", messages)
         text = "\n".join(known[-1:] or messages.splitlines()[-15:]) or "torchrun failed"
         evidence = messages
     if disk_is_full(run.path):
         evidence = "No space left on device"
         text += f"\n{evidence}: {run.path}"
     for pattern, hint in CAUSES:
-        if re.search(pattern, text) or re.search(pattern, evidence):
+        if re.search(pattern, f"{text}\n{evidence}"):
             text += f"\nlikely cause: {hint}"
             break
-    own = run.logs / f"rank{rank}.log"
-    return f"{text}\nfull log: {own if own.exists() else log}"
+    return f"{text}\nfull log: {log}"
 
 
-def read_from(path: Path, position: int) -> str:
+def read_from(path: Path, position: int = 0) -> str:
     """The text of a file from a byte on; '' where it cannot be read."""
     with contextlib.suppress(OSError), open(path, "rb") as file:
         file.seek(position)
@@ -3909,14 +3891,10 @@ def read_from(path: Path, position: int) -> str:
     return ""
 
 
-def killed_rank(messages: str) -> tuple[str, str] | None:
-    """(rank, signal name) where torchrun says that a rank was killed, other than by its own
-    SIGTERM.
-
-    Another rank's error is then a consequence, even where torchrun saw it first.
-    """
-    found = re.search(r"rank +: (\d+) [^\n]*\n *exitcode +: -(?!15 )(\d+) ", messages)
-    return (found[1], signal.Signals(int(found[2])).name) if found else None
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds a model, or an adapter."""
+    kinds = {path.suffix for path in folder.glob("*model*")}
+    return bool(kinds & {".safetensors", ".bin"})
 
 
 def disk_is_full(folder: Path) -> bool:
@@ -3930,29 +3908,26 @@ def disk_is_full(folder: Path) -> bool:
 def summarize(run: Run, state: str, cause: str, started: float) -> dict:
     """How the run ended, in numbers from its own files; `started` is in seconds since 1970."""
     lines, good = run.read_metrics(), run.newest_checkpoint()
-    losses, totals = logged(lines, "loss"), logged(lines, "total_steps")
-    steps = [*logged(lines, "step"), checkpoint_step(good)]
-    curve, resume, model = run.path / "training_loss.png", None, None
-    if state == "finished":
-        model = str(run.path)
-    elif good:
-        resume, model = resume_command(run), has_weights(good) and str(good)
+    losses, rates = logged(lines, "loss"), logged(lines, "tokens_per_second")
+    planned, curve = run.read("plan.json").get("total_steps"), run.path / "training_loss.png"
+    finished = state == "finished"
+    model = run.path if finished else good
     return {
         "run": str(run.path),
         "state": state,
         "cause": cause,
-        "model": model or None,
-        "steps": max(steps),
-        "total_steps": max(totals, default=run.read("plan.json").get("total_steps")),
+        "model": str(model) if model and has_weights(model) else None,
+        "steps": max([*logged(lines, "step"), checkpoint_step(good)]),
+        "total_steps": max(logged(lines, "total_steps"), default=planned),
         "first_loss": next(iter(losses), None),
         "last_loss": next(reversed(losses), None),
         "seconds": round(time.time() - started, 1),
-        "tokens_per_second": throughput(lines),
+        "tokens_per_second": statistics.median(rates) if rates else None,
         "peak_memory": next(reversed(logged(lines, "peak_memory")), None),
         "checkpoints": [path.name for path in run.checkpoints() if (path / MANIFEST).exists()],
         "curve": str(curve) if curve.exists() else None,
-        "dashboard": run.read_swanlab_state().get("dashboard"),
-        "resume": resume,
+        "dashboard": run.read("logs/swanlab.json").get("dashboard"),
+        "resume": resume_command(run) if good and not finished else None,
     }
 
 
@@ -3961,37 +3936,16 @@ def logged(lines: list[dict], key: str) -> list:
     return [line[key] for line in lines if key in line]
 
 
-def throughput(lines: list[dict]) -> float | None:
-    """Tokens per second of the whole job, from the beginning of the last start to its last log."""
-    begins = [line for line in lines if line.get("event") == "begin"]
-    logs = [line for line in lines if "loss" in line]
-    if not begins or not logs or logs[-1]["tokens"] <= begins[-1]["tokens"]:
-        return None
-    seconds = logs[-1]["time"] - begins[-1]["time"]
-    return (logs[-1]["tokens"] - begins[-1]["tokens"]) / seconds
-
-
-def draw_curve_apart(run: Run) -> None:
-    """draw_curve in another process, since matplotlib would triple the launcher's memory."""
-    code = f"import sys, {SCRIPT.stem}; {SCRIPT.stem}.draw_curve(sys.argv[1])"
-    command = [sys.executable, "-c", code, str(run.path)]
-    subprocess.run(command, cwd=SCRIPT.parent, capture_output=True)
-
-
-def draw_curve(run_dir: str) -> None:
+def draw_curve(run: Run) -> None:
     """Draw training_loss.png from metrics.jsonl, where there is anything to draw."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    run, (figure, axes) = Run(Path(run_dir)), pyplot.subplots(figsize=(8, 5))
-    lines = run.read_metrics()
+    figure, lines = Figure(figsize=(8, 5)), run.read_metrics()
+    axes = figure.subplots()
     for key, label in (("loss", "training loss"), ("eval_loss", "evaluation loss")):
-        points = [(line["step"], line[key]) for line in lines if key in line]
-        if points:
-            marker = "." if len(points) < 50 else None
-            axes.plot(*zip(*points, strict=True), label=label, marker=marker)
+        steps = [line["step"] for line in lines if key in line]
+        if steps:
+            axes.plot(steps, logged(lines, key), ".-", label=label)
     if axes.lines:
         axes.set(xlabel="optimizer step", ylabel="loss", title=run.path.name)
         axes.legend()
@@ -4006,28 +3960,24 @@ DIVERGED_HINT = (
 
 def print_summary(run: Run, config: Config, summary: dict) -> None:
     """Print how the run ended."""
-    rate, peak = summary["tokens_per_second"], summary["peak_memory"]
-    losses = []
-    for key, when in (("first_loss", "first"), ("last_loss", "last")):
-        if summary[key] is not None:
-            losses.append(f"{summary[key]:.4f} at {when}")
+    state, rate, peak = summary["state"], summary["tokens_per_second"], summary["peak_memory"]
+    loss, seconds, resume = "", format_seconds(summary["seconds"]), summary["resume"]
+    if summary["last_loss"] is not None:
+        loss = "{first_loss:.4f} at first, {last_loss:.4f} at last".format_map(summary)
     chat, serve = "", ""
     if summary["model"]:
-        values = Values(DEFAULTS | config.values)
         model = Path(summary["model"])
-        chat, serve = chat_command(model, values), serve_command(model, values)
-    resume = summary["resume"]
-    if not resume and summary["state"] != "finished":
+        chat, serve = chat_command(model, config.values), serve_command(model, config.values)
+    if not resume and state != "finished":
         resume = "there is no checkpoint to resume from"
     total = summary["total_steps"] or "an unknown number"
     print_lines(
         {
-            "state": f"{summary['state']} at step {summary['steps']} of {total}",
-            "cause": summary["state"] != "failed" and summary["cause"],
-            "hint": summary["state"] == "diverged" and DIVERGED_HINT,
-            "loss": ", ".join(losses),
-            "time": format_seconds(summary["seconds"])
-            + (f", {rate:.0f} tokens/s" if rate else ""),
+            "state": f"{state} at step {summary['steps']} of {total}",
+            "cause": state != "failed" and summary["cause"],
+            "hint": state == "diverged" and DIVERGED_HINT,
+            "loss": loss,
+            "time": f"{seconds}, {rate:.0f} tokens/s" if rate else seconds,
             "memory": peak and f"{format_bytes(peak)} at the peak on rank 0",
             "checkpoints": ", ".join(summary["checkpoints"]),
             "curve": summary["curve"],
@@ -4042,15 +3992,10 @@ def print_summary(run: Run, config: Config, summary: dict) -> None:
 
 def resume_command(run: Run) -> str:
     """What resumes the run, with what no configuration holds: nodes and, on a CPU, processes."""
-    env, plan = os.environ, run.read("plan.json")
-    nodes = read_count(env, "NNODES", 1)
-    processes = (plan.get("world_size") or 1) // nodes
-    given = {}
-    if nodes > 1:
-        given = {name: env[name] for name in ("NNODES", *NODE_VARIABLES) if name in env}
-    if processes > 1 and not plan.get("devices"):
-        given["NPROC_PER_NODE"] = str(processes)
-    variables = [f"{name}={value}" for name, value in given.items()]
+    env, names = os.environ, ["NPROC_PER_NODE"]
+    if read_count(env, "NNODES", 1) > 1:
+        names = ["NNODES", *NODE_VARIABLES, *names]
+    variables = [f"{name}={env[name]}" for name in names if env.get(name, "1") != "1"]
     return shlex.join([*variables, "python", str(SCRIPT), "--resume", str(run.path)])
 
 
@@ -4058,14 +4003,13 @@ def chat_command(run_dir: Path, values: dict) -> str:
     """What talks to the model, or to the base model with its adapter; '' for a reward model."""
     if values["stage"] == "rm":
         return ""
-    model = f"--model_name_or_path {shlex.quote(str(run_dir))}"
+    words = ["llamafactory-cli", "chat", "--model_name_or_path", str(run_dir)]
     if values["finetuning_type"] in ("lora", "oft"):
-        base = shlex.quote(values["model_name_or_path"])
-        adapter = shlex.quote(str(run_dir))
-        model = f"--model_name_or_path {base} --adapter_name_or_path {adapter}"
-    thinking = " --enable_thinking false" if values.get("enable_thinking") is False else ""
-    template = values.get("template", "default")
-    return f"llamafactory-cli chat {model} --template {template}{thinking}"
+        words[3:] = [values["model_name_or_path"], "--adapter_name_or_path", str(run_dir)]
+    words += ["--template", values.get("template", "default")]
+    if values.get("enable_thinking") is False:
+        words += ["--enable_thinking", "false"]
+    return shlex.join(words)
 
 
 def serve_command(model: Path, values: Values) -> str:
@@ -4088,8 +4032,8 @@ WEBHOOKS = ("notify", "swanlab_lark_webhook_url")
 
 def send_notifications(config: Config, summary: dict) -> None:
     """Post the summary to `notify`, and a text to SwanLab's Lark webhook; in 10 s at most."""
-    parts = [f"{summary['run']}: {summary['state']} at step {summary['steps']}"]
-    text = "\n".join([*parts, *filter(None, [summary["cause"], summary["resume"]])])
+    head = f"{summary['run']}: {summary['state']} at step {summary['steps']}"
+    text = "\n".join(filter(None, [head, summary["cause"], summary["resume"]]))
     lark = {"msg_type": "text", "content": {"text": text}}
     secret = config.secrets.get("swanlab_lark_secret")
     if secret:
@@ -4100,9 +4044,8 @@ def send_notifications(config: Config, summary: dict) -> None:
             arguments = (key, config.secrets[key], message)
             threads.append(threading.Thread(target=post_json, args=arguments, daemon=True))
             threads[-1].start()
-    deadline = time.monotonic() + 10
     for thread in threads:
-        thread.join(max(deadline - time.monotonic(), 0))
+        thread.join(10)  # they wait side by side
 
 
 def sign_for_lark(secret: str, now: int) -> dict[str, str]:
@@ -4110,7 +4053,7 @@ def sign_for_lark(secret: str, now: int) -> dict[str, str]:
     import base64
     import hmac
 
-    digest = hmac.new(f"{now}\n{secret}".encode(), digestmod=hashlib.sha256).digest()
+    digest = hmac.digest(f"{now}\n{secret}".encode(), b"", "sha256")
     return {"timestamp": str(now), "sign": base64.b64encode(digest).decode()}
 
 
@@ -4136,30 +4079,40 @@ def format_seconds(seconds: float) -> str:
 # ================================================================================================
 
 
-def run_rank(run: Run, env: dict[str, str]) -> int:
+def run_rank(run: Run, env: Environment) -> int:
     """Train as one rank; whatever it prints goes to logs/rank<R>.log. Does not return."""
+    import psutil
+
     if LAUNCHER_VARIABLE not in env:
         refuse_torchrun(env)
-    agent, rank = os.getppid(), env["RANK"]
-    die_with_parent(agent)
-    if parent_of(agent) != int(env[LAUNCHER_VARIABLE]):
-        exit_now(1)  # torchrun died before this process could ask to die with it
-    os.register_at_fork(after_in_child=init_forked_child)
-    obey_sigterm_of(agent)
+    follow_parent()
+    if psutil.Process(os.getppid()).ppid() != int(env[LAUNCHER_VARIABLE]):
+        os._exit(1)  # torchrun died before this process could ask to die with it
+    os.register_at_fork(after_in_child=follow_parent)
+    rank = env["RANK"]
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    redirect_output(run.logs / f"rank{rank}.log")
+    send_output_to(run.logs / f"rank{rank}.log")
     say(RANK_START)
     faulthandler.register(signal.SIGUSR1)  # the stack of a rank that hangs goes to its log
     (run.logs / f"rank{rank}.progress").write_text("0 starting", encoding="utf-8")
     try:
         train(run, env)
     except BaseException:
-        write_rank_error(run, rank, traceback.format_exc())
-        exit_now(1)
-    exit_now(0)
+        say(traceback.format_exc())
+        with contextlib.suppress(OSError):  # a full disk, which the launcher sees
+            write_atomically(run.logs / f"rank{rank}.error", traceback.format_exc())
+        os._exit(1)
+    os._exit(0)  # no thread or hook of a library may keep a finished rank
 
 
-def refuse_torchrun(env: dict[str, str]) -> None:
+def send_output_to(path: Path) -> None:
+    """Append stdout and stderr to a file, also what C++ code prints."""
+    with open(path, "ab") as log:
+        for descriptor in (1, 2):
+            os.dup2(log.fileno(), descriptor)
+
+
+def refuse_torchrun(env: Environment) -> None:
     """Raises LaunchError: somebody else's torchrun would lose the checkpoint at SIGTERM and Ctrl-C.
 
     Its first process tells; the others leave it the time, since torchrun ends all with the first
@@ -4175,24 +4128,17 @@ def refuse_torchrun(env: dict[str, str]) -> None:
     )
 
 
-def init_forked_child() -> None:
-    """In a process that a rank forks, to tokenize or to load data: die with it, end at its SIGTERM.
+def follow_parent() -> None:
+    """In a rank, and in what it forks to tokenize or load data: die with the parent, or when it
+    sends SIGTERM, as torchrun does when another rank has failed.
 
-    A scheduler's SIGTERM to everybody must cost neither the checkpoint nor a pool the rank
-    waits for.
+    Anybody else's SIGTERM is ignored: a scheduler's to everybody must cost neither the
+    checkpoint, for which the launcher asks, nor a pool that a rank waits for. A thread waits for
+    it, since a rank inside a collective runs no Python signal handler. Blocked before any heavy
+    import, since OpenBLAS's threads would take it with its default action.
     """
     parent = os.getppid()
     die_with_parent(parent)
-    obey_sigterm_of(parent)
-
-
-def obey_sigterm_of(parent: int) -> None:
-    """End this process at its parent's SIGTERM, which torchrun sends when another rank has failed.
-
-    Anybody else's is ignored: the launcher gets it too, and asks for a checkpoint. A thread
-    waits for it, since a rank inside a collective runs no Python signal handler. Blocked before
-    any import, since OpenBLAS's threads would take it with its default action.
-    """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
@@ -4204,7 +4150,7 @@ def obey_sigterm_of(parent: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def train(run: Run, env: dict[str, str]) -> None:
+def train(run: Run, env: Environment) -> None:
     """LLaMA-Factory's run_exp with our callback."""
     ranks = int(env["WORLD_SIZE"])
     if ranks != int(env["LOCAL_WORLD_SIZE"]) * read_count(env, "NNODES", 1):
@@ -4233,7 +4179,7 @@ def train(run: Run, env: dict[str, str]) -> None:
         finish_wandb()
 
 
-def import_trainer(config: Config, env: dict[str, str]) -> Callable:
+def import_trainer(config: Config, env: Environment) -> Callable:
     """Import what a rank needs without Python's cycle collector, a quarter of the import time."""
     gc.disable()
     import torch
@@ -4248,7 +4194,10 @@ def import_trainer(config: Config, env: dict[str, str]) -> Callable:
     from llamafactory.train.tuner import run_exp
 
     if not planned:
-        allow_bf16_on_cpu()
+        import transformers.training_args as training_args
+
+        # It asks a GPU whether it can bf16 where use_cpu is not set, as under DeepSpeed.
+        training_args.is_torch_bf16_gpu_available = lambda: True
         # Several CPU ranks resume to the device cpu:0, which torch.load knows as cpu only.
         on_cpu = lambda storage, place: storage if place.startswith("cpu:") else None  # noqa: E731
         register_package(99, lambda storage: None, on_cpu)
@@ -4259,44 +4208,36 @@ def import_trainer(config: Config, env: dict[str, str]) -> Callable:
     return run_exp
 
 
-def allow_bf16_on_cpu() -> None:
-    """transformers asks a GPU whether it can bf16 where use_cpu is not set, as under DeepSpeed."""
-    import transformers.training_args
-
-    transformers.training_args.is_torch_bf16_gpu_available = lambda: True
-
-
 def build_training_args(config: Config, run: Run) -> dict:
     """The dict for LLaMA-Factory's run_exp: without the launcher's keys, writing into the run
     directory, resuming its newest committed checkpoint."""
-    args = without(config.values, *LAUNCHER_FIELDS, "use_swanlab")
-    # The callback rotates; overwrite_output_dir would delete the log at each restart.
-    args = without(args, "save_total_limit", "overwrite_output_dir")
-    args |= without(config.secrets, *SECRET_ENVIRONMENT)
-    args = {key: value for key, value in args.items() if not key.startswith("swanlab_")}
-    args |= {"output_dir": str(run.path), "run_name": run.path.name}
-    if args.get("deepspeed"):  # with use_cpu transformers would not initialize DeepSpeed
-        args.pop("use_cpu", None)
-    names = [name for name in tracking_backends(config.values) if name != "swanlab"]
+    values = config.values
+    args = {
+        "disable_tqdm": True,  # the console has a bar of ours; the logs need none
+        # For tokens per second; neat_packing's attention mask is no count of tokens.
+        "include_num_input_tokens_seen": "all" if values.neat_packing else "non_padding",
+        "logging_nan_inf_filter": False,  # it shows a NaN loss as the average so far
+        "ddp_timeout": 7200,  # ranks wait for rank 0's tokenization
+        **values,
+        **without(config.secrets, *SECRET_ENVIRONMENT),
+        "output_dir": str(run.path),
+        "run_name": run.path.name,
+    }
+    names = [name for name in tracking_backends(values) if name != "swanlab"]
     args["report_to"] = names or ["none"]
-    args.setdefault("disable_tqdm", True)  # the console has a bar of ours; the logs need none
-    # For tokens per second; neat_packing's attention mask is no count of tokens.
-    counted = "all" if args.get("neat_packing") else "non_padding"
-    args.setdefault("include_num_input_tokens_seen", counted)
-    args.setdefault(
-        "logging_nan_inf_filter", False
-    )  # it shows a NaN loss as the average so far
-    args.setdefault("ddp_timeout", 7200)  # ranks wait for rank 0's tokenization
-    if args.get(
-        "streaming"
-    ):  # accelerate's default joins rank 0's batches, which differ in length
+    if values.streaming:  # accelerate's default joins rank 0's batches, which differ in length
         args.setdefault("accelerator_config", {"dispatch_batches": False})
         # LLaMA-Factory cuts a file into as many shards as there are workers: none means no data.
-        args["dataloader_num_workers"] = args.get("dataloader_num_workers") or 1
-    return args | resume_args(run, args)
+        args["dataloader_num_workers"] = values.dataloader_num_workers or 1
+    # The callback rotates; overwrite_output_dir would delete the log at each restart.
+    left_out = {*LAUNCHER_FIELDS, "use_swanlab", "save_total_limit", "overwrite_output_dir"}
+    left_out |= {key for key in args if key.startswith("swanlab_")}
+    if values.deepspeed:  # with use_cpu transformers would not initialize DeepSpeed
+        left_out.add("use_cpu")
+    return without(args, *left_out) | resume_args(run, values)
 
 
-def resume_args(run: Run, args: dict) -> dict:
+def resume_args(run: Run, values: Values) -> dict:
     """What resumes the newest committed checkpoint; {} where there is none."""
     checkpoint = run.newest_checkpoint()
     if not checkpoint:
@@ -4304,9 +4245,9 @@ def resume_args(run: Run, args: dict) -> dict:
     total = run.read("plan.json").get("total_steps")
     total = total or read_json_or_empty(checkpoint / "trainer_state.json")["max_steps"]
     resume = {"resume_from_checkpoint": str(checkpoint)}
-    if checkpoint_step(checkpoint) >= total and not args.get("streaming"):
+    if checkpoint_step(checkpoint) >= total and not values.streaming:
         # The last checkpoint was saved, the model was not. The trainer would train a step more.
-        return resume | {"max_steps": -1, "num_train_epochs": 0.0}
+        resume |= {"max_steps": -1, "num_train_epochs": 0.0}
     return resume
 
 
@@ -4334,8 +4275,7 @@ class RankCallback:
         if self.agree_to_stop(args):
             raise Stopped
         self.mark = (time.time(), state.global_step, state.num_input_tokens_seen)
-        steps = {"total_steps": state.max_steps, "logging_steps": state.logging_steps}
-        self.write(event="begin", **steps)
+        self.write(event="begin", total_steps=state.max_steps)
 
     def tell(self, phase: str) -> None:
         """Let the launcher see what this rank is doing; it notices when nobody tells any more."""
@@ -4386,18 +4326,15 @@ class RankCallback:
             say(f"checkpoint-{self.saved} holds NaN or infinite weights and is not committed")
         elif state.is_world_process_zero:
             folder = self.run.path / f"checkpoint-{self.saved}"
-            problem = (
-                "save_only_model left out what resuming needs" if args.save_only_model else ""
-            )
-            commit_checkpoint(
-                folder, args.world_size, problem or resume_problem(self.config.values)
-            )
+            problem = resume_problem(self.config.values)
+            if args.save_only_model:
+                problem = "save_only_model left out what resuming needs"
+            commit_checkpoint(folder, args.world_size, problem)
             best = Path(state.best_model_checkpoint or "").name
             rotate_checkpoints(self.run, self.config.values.save_total_limit, best)
         self.saved = None
 
-    def on_epoch_begin(self, args, state, control, model=None, **kwargs):
-        self.commit_saved(args, state, model)
+    def on_epoch_begin(self, args, state, control, **kwargs):
         if args.train_sampling_strategy == "group_by_length":
             self.repeat_order(args.seed + int(state.epoch))
 
@@ -4407,8 +4344,12 @@ class RankCallback:
 
         torch.default_generator.manual_seed(seed)
 
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.tell("saving")  # which may follow
+
     def on_epoch_end(self, args, state, control, model=None, **kwargs):
         self.commit_saved(args, state, model)
+        self.tell("saving")  # which may follow, and at the end the best model is loaded
         if self.stopping or self.diverged:  # without what an epoch and a training end with
             control.should_save = control.should_evaluate = args.load_best_model_at_end = False
 
@@ -4427,11 +4368,8 @@ class RankCallback:
 
         Trainer.save_model = save_model
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        numbers = {}
-        for name, value in (logs or {}).items():
-            if isinstance(value, (int, float)):
-                numbers[name] = value
+    def on_log(self, args, state, control, logs, **kwargs):
+        numbers = {key: value for key, value in logs.items() if isinstance(value, (int, float))}
         if "loss" in numbers:
             numbers |= self.speed(args, state)
             warm = state.global_step > args.get_warmup_steps(state.max_steps)
@@ -4488,12 +4426,11 @@ class LossWatch:
     """
 
     def __init__(self):
-        self.losses, self.logs, self.high = [], 0, 0
+        self.losses, self.high = deque(maxlen=100), 0
         self.infinite: dict[str, int] = {}  # since which step a number is not finite
 
     def problem(self, step: int, numbers: dict, fp16: bool, warm: bool) -> str:
         """`grad_norm nan since step 30`; '' while the run is healthy."""
-        self.logs += 1
         for name in ("loss", "grad_norm"):
             value = numbers.get(name, 0.0)
             # fp16's loss scaler skips steps whose gradients overflow: not a divergence.
@@ -4507,8 +4444,8 @@ class LossWatch:
 
     def rising_loss(self, loss: float, warm: bool) -> str:
         """Why a loss that stays high is a divergence; '' where it is not."""
-        usual = statistics.median(self.losses[-100:] or [math.inf])
-        if warm and self.logs > 20 and loss > 5 * usual > 0:
+        usual = statistics.median(self.losses or [math.inf])
+        if warm and len(self.losses) >= 20 and loss > 5 * usual > 0:
             self.high += 1
             if self.high == 5:
                 return f"loss {loss:.4g}, over 5 times its median of {usual:.4g} for 5 logs"
@@ -4530,13 +4467,10 @@ def weights_are_finite(model, device) -> bool:
     return bool(torch.isfinite(total))
 
 
-def resume_problem(values: dict) -> str:
+def resume_problem(values: Values) -> str:
     """Why LLaMA-Factory cannot resume such a run at all; '' where it can."""
-    if values.get("stage") in ("rm", "ppo") and values.get("finetuning_type") in (
-        "full",
-        "freeze",
-    ):
-        return f"LLaMA-Factory cannot resume stage: {values['stage']} with full or freeze"
+    if values.stage in ("rm", "ppo") and values.finetuning_type in ("full", "freeze"):
+        return f"LLaMA-Factory cannot resume stage: {values.stage} with full or freeze"
     return ""
 
 
@@ -4561,21 +4495,6 @@ def peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def write_rank_error(run: Run, rank: str, text: str) -> None:
-    """Leave a rank's traceback in its log and, for the launcher, in rank<R>.error."""
-    say(text, sys.stderr)
-    with contextlib.suppress(OSError):  # a full disk, which the launcher sees
-        write_atomically(run.logs / f"rank{rank}.error", text)
-
-
-def exit_now(code: int) -> None:
-    """End this process now: no thread or hook of a library may keep a finished rank."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(code)
 
 
 # --- the data as the model sees it --------------------------------------------------------------
@@ -4800,7 +4719,8 @@ def run_preview(run: Run, count: int) -> int:
     """Tokenize as a run would, without a model, and show `count` samples and the figures of each
     data set; returns the exit code.
     """
-    console = redirect_output(run.logs / "rank0.log")
+    console = os.fdopen(os.dup(1), "w", buffering=1)
+    send_output_to(run.logs / "rank0.log")
     try:
         from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
         from llamafactory.hparams import get_train_args
@@ -5030,22 +4950,20 @@ def run_tracker(run: Run) -> int:
     the launcher has died, and the record ends as crashed. Answers on stdout with the place of
     the record, or with the problem.
     """
-    answers = redirect_output(None)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what SwanLab prints goes to the log
     orders = open(0, "rb", buffering=0, closefd=False)  # unbuffered, so that select() sees all
     init = json.loads(orders.readline())
     metrics = Follower(run.metrics_file, init.pop("position"))
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # they are for the launcher
-    die_with_parent(
-        os.getppid()
-    )  # without a network, init waits for longer than a dead run may
+    ignore_stop_signals()  # they are for the launcher
+    signal.alarm(30)  # without a network, init waits for longer than a dead launcher may
     try:
         record = open_record(init)
     except BaseException as error:  # whatever it is, training continues
         problem = f"{type(error).__name__}: {error}"[:300]
         say(json.dumps({"problem": problem}), answers)
         os._exit(1)
-    outlive_parent()  # to mark the record as crashed
+    signal.alarm(0)
     dashboard = {
         "local": f"swanlab watch {record.dir.parent}",
         "offline": f"swanlab sync {record.dir}",
@@ -5055,8 +4973,8 @@ def run_tracker(run: Run) -> int:
     end = follow_to_the_end(record, metrics, orders)
     if end is None:
         threading.Timer(6, os._exit, (1,)).start()  # in an outage finish() has no end
-        end = {"finish": "crashed", "error": "the launcher died"}
-    record.finish(state=end["finish"], error=end["error"])
+        end = {"state": "crashed", "error": "the launcher died"}
+    record.finish(**end)
     os._exit(0)
 
 
@@ -5111,13 +5029,13 @@ class Run:
         self.config_file, self.stop_file = path / "config.yaml", path / "STOP"
         self.metrics_file = path / "metrics.jsonl"
 
-    def lock(self) -> TextIO:
+    def lock(self) -> IO:
         """Hold the directory for this process; raises LaunchError while another launcher runs
         here.
         """
         try:
             self.logs.mkdir(exist_ok=True)
-            file = open(self.logs / "lock", "a+", encoding="utf-8")
+            file = open(self.logs / "lock", "a+b", buffering=0)
         except OSError as error:
             raise LaunchError(
                 f"{self.path}: cannot be written: {error.strerror.lower()}"
@@ -5127,14 +5045,14 @@ class Run:
         except BlockingIOError:
             file.seek(0)
             raise LaunchError(
-                f"{self.path}: this run is still running (launcher pid {file.read().strip()}); "
+                f"{self.path}: this run is still running (launcher pid {file.read().decode()}); "
                 "stop it first, or wait"
             ) from None
         except OSError:  # some shared file systems have no locks: nothing to hold
             return file
         with contextlib.suppress(OSError):  # a full disk; the pid is for a message only
-            os.ftruncate(file.fileno(), 0)
-            os.write(file.fileno(), str(os.getpid()).encode())
+            file.truncate(0)
+            file.write(str(os.getpid()).encode())
         return file
 
     def is_running(self) -> bool:
@@ -5170,15 +5088,14 @@ class Run:
 
     def read_progress(self) -> int:
         """The last step that rank 0 has told of."""
-        with contextlib.suppress(OSError, ValueError):
-            return int((self.logs / "rank0.progress").read_text().split()[0])
-        return 0
+        words = read_from(self.logs / "rank0.progress").split()
+        return int(words[0]) if words else 0
 
     def checkpoints(self) -> list[Path]:
         """The checkpoint folders, newest first."""
-        found = self.path.glob("checkpoint-*")
-        named = [path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)]
-        return sorted(named, key=checkpoint_step, reverse=True)
+        paths = self.path.glob("*")
+        found = [path for path in paths if re.fullmatch(r"checkpoint-\d+", path.name)]
+        return sorted(found, key=checkpoint_step, reverse=True)
 
     def checkpoint_ranks(self) -> int | None:
         """The number of ranks that saved the newest checkpoint; None: there is none."""
@@ -5189,13 +5106,9 @@ class Run:
         """The newest checkpoint that can be resumed from; None: there is none."""
         return next((path for path in self.checkpoints() if not checkpoint_problem(path)), None)
 
-    def read_swanlab_state(self) -> dict:
-        """What is known of the run's SwanLab record: id, launches, dashboard."""
-        return read_json_or_empty(self.logs / "swanlab.json")
-
     def update_swanlab_state(self, **more: object) -> None:
-        """Add to what is known of the run's SwanLab record."""
-        state = json.dumps({**self.read_swanlab_state(), **more})
+        """Add to what is known of the run's SwanLab record: id, launches, dashboard."""
+        state = json.dumps(self.read("logs/swanlab.json") | more)
         with contextlib.suppress(OSError):  # a full disk
             write_atomically(self.logs / "swanlab.json", state)
 
@@ -5229,14 +5142,11 @@ def commit_checkpoint(folder: Path, world_size: int, problem: str = "") -> None:
 
     `problem` is why it cannot be resumed from, though it is complete.
     """
-    files = {
-        str(path.relative_to(folder)): path.stat().st_size
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST  # one is there where a step is saved twice
-    }
-    folders = {folder, *((folder / name).parent for name in files)}
-    for path in (*(folder / name for name in files), *folders):
+    files = {}
+    for path in (folder, *sorted(folder.rglob("*"))):
         sync(path)
+        if path.is_file() and path.name != MANIFEST:  # one is there where a step is saved twice
+            files[str(path.relative_to(folder))] = path.stat().st_size
     content = {"world_size": world_size, "problem": problem, "files": files}
     write_atomically(folder / MANIFEST, json.dumps(content, indent=1), durable=True)
 
@@ -5264,11 +5174,10 @@ def incomplete_files(folder: Path) -> str:
     if not manifest:
         return "it has no manifest"
     for name, size in manifest["files"].items():
-        found = file_size(folder / name, None)
-        if found is None:
+        if not (folder / name).exists():
             return f"{name} is missing"
-        if found != size:
-            return f"{name} has {found} bytes instead of {size}"
+        if file_size(folder / name) != size:
+            return f"{name} has {file_size(folder / name)} bytes instead of {size}"
     return ""
 
 
@@ -5294,8 +5203,8 @@ def rotate_checkpoints(run: Run, keep: int | None, best: str) -> None:
 
 def read_json_or_empty(path: Path) -> dict:
     """A JSON object of ours; {} where the file is missing or broken."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(path.read_text(encoding="utf-8"))
+    with contextlib.suppress(ValueError):
+        return json.loads(read_from(path))
     return {}
 
 
@@ -5310,43 +5219,21 @@ def write_atomically(path: Path, text: str, durable: bool = False) -> None:
         sync(path.parent)
 
 
-def file_size(path: Path, missing: int | None = 0) -> int | None:
-    """A file's size in bytes; `missing` where there is none."""
+def file_size(path: Path) -> int:
+    """A file's size in bytes; 0 where there is none."""
     with contextlib.suppress(OSError):
         return path.stat().st_size
-    return missing
+    return 0
 
 
-def read_process(pid: int) -> tuple[str, int]:
-    """(state, parent) of a process by /proc; ("X", 0) where it is gone."""
-    with contextlib.suppress(OSError):
-        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
-        return state, int(parent)
-    return "X", 0
+def process_state(process) -> str:
+    """What one of psutil's processes does: `sleeping`, `stopped` ...; '' where it has ended."""
+    import psutil
 
-
-def parent_of(pid: int) -> int:
-    """The parent of a process; 0 where it is gone."""
-    return read_process(pid)[1]
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process still runs; a zombie does not."""
-    return read_process(pid)[0] not in "ZX"
-
-
-def environment_of(pid: int) -> dict[str, str]:
-    """The environment that a process was started with; {} where it is gone."""
-    with contextlib.suppress(OSError):
-        text = Path(f"/proc/{pid}/environ").read_text(errors="replace")
-        return dict(entry.split("=", 1) for entry in text.split("\0") if "=" in entry)
-    return {}
-
-
-def children_of(pid: int) -> list[int]:
-    """The processes that a process has started."""
-    found = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
-    return [child for child in found if parent_of(child) == pid]
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if process.status() != psutil.STATUS_ZOMBIE:
+            return process.status()
+    return ""
 
 
 def die_with_parent(parent: int) -> None:
@@ -5356,29 +5243,6 @@ def die_with_parent(parent: int) -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the call
         os.kill(os.getpid(), signal.SIGKILL)
-
-
-def outlive_parent() -> None:
-    """Take die_with_parent back."""
-    import ctypes
-
-    ctypes.CDLL(None).prctl(1, 0)
-
-
-def redirect_output(log: Path | None) -> TextIO:
-    """Send stdout and stderr, also of C++ code, to `log` (None: stdout to stderr).
-
-    Returns what was stdout.
-    """
-    console = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="replace")
-    if log is None:
-        os.dup2(2, 1)
-    else:
-        with open(log, "ab", buffering=0) as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-    sys.stdout.reconfigure(line_buffering=True)
-    return console
 
 
 if __name__ == "__main__":

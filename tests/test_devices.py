@@ -573,3 +573,13 @@ def test_missing_gpu_does_not_hide_another_problem(here, write_config, tmp_path)
 def test_json_reports_the_devices_problems_too(plan_on):
     problems = plan_on(fake_gpus(1), cuda_visible_devices="0,3")["problems"]
     assert any("GPU 3 does not exist" in text for text in problems)
+
+
+def test_an_old_gpu_hides_no_other_problem(write_config, launcher):
+    """What --force may ignore of the devices must not keep the memory from being checked."""
+    config = write_config(bf16=True, val_size=5000)
+    old = fake_gpus(1, capability=[7, 5], used=20)
+    done = launcher(config, "use_cpu=false", gpus=old)
+    assert done.returncode == 2
+    for text in ("bf16", "is busy", "leaves no sample"):
+        assert text in done.stderr, done.stderr

@@ -297,12 +297,13 @@ def test_a_kill_of_rank_0_leaves_the_curve_of_every_logged_step(
 ):
     from matplotlib.axes import Axes
 
+    from train_qwen3_ft import Run as RunDirectory
     from train_qwen3_ft import draw_curve
 
     assert (rank_0_killed.run_dir / "training_loss.png").stat().st_size > 0
     drawn = []
     monkeypatch.setattr(Axes, "plot", lambda self, *args, **options: drawn.append(args))
-    draw_curve(str(rank_0_killed.run_dir))
+    draw_curve(RunDirectory(rank_0_killed.run_dir))
     assert list(drawn[0][0]) == list(range(1, 8))
 
 

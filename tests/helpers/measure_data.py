@@ -12,11 +12,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from train_qwen3_ft import Run, Values, mark_learned, measure_data, record_data, redirect_output
+from train_qwen3_ft import Run, Values, mark_learned, measure_data, record_data, send_output_to
 
 os.environ["RANK"] = "0"
 log = Path(tempfile.mkdtemp(), "log")
-console = redirect_output(log)
+console = os.fdopen(os.dup(1), "w")
+send_output_to(log)
 told: list[tuple] = []
 given = Values()
 measure_data(given, lambda *args: told.append(args))
