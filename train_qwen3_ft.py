@@ -7,7 +7,7 @@
     python train_qwen3_ft.py my.yaml learning_rate=2e-5  # override any YAML key
 
 Usage: python train_qwen3_ft.py [CONFIG.yaml] [key=value ...]
-                                [--dry-run [--json] | --resume [RUN_DIR]] [--force]
+                                [--dry-run [--json] | --preview [N] | --resume [RUN_DIR]] [--force]
 
 CONFIG is a LLaMA-Factory training YAML. The launcher adds keys of its own: cuda_visible_devices
 (GPU ids as nvidia-smi shows them; CUDA_VISIBLE_DEVICES in the environment wins),
@@ -18,30 +18,32 @@ the summary as JSON when the run ends). The script starts torchrun on itself, on
 The preflight checks before anything starts, and reports all problems at once: keys, types and
 choices against the installed LLaMA-Factory; keys that exclude each other; model, data and
 DeepSpeed files; packages; driver and GPUs; memory and disk against an estimate. It cannot check
-what only a run can show: that a download works, that the data tokenizes, that an unknown
-architecture fits in memory.
+what only a run can show: that a download works, that the data tokenizes (--preview shows it),
+that an unknown architecture fits in memory.
 
 Everything of a run is in <output_dir>/<YYYYmmdd-HHMMSS> (run_name=NAME replaces the timestamp):
-config.yaml (can be launched again), plan.json, metrics.jsonl, logs/rank<R>.log, checkpoint-N/,
-training_loss.png, summary.json and the model. Beside it, <output_dir>/swanlog has the SwanLab
-records of all runs.
+config.yaml (can be launched again), plan.json, data.json, metrics.jsonl, logs/rank<R>.log,
+checkpoint-N/, training_loss.png, summary.json and the model. Beside it, <output_dir>/swanlog has
+the SwanLab records of all runs.
 
 Ctrl-C, SIGTERM or a file STOP in the run directory: the run saves a checkpoint at the end of
-the step and stops; --resume continues it. After a crash the launcher restarts from the last
-checkpoint.
+the step and stops; --resume continues it, on any number of GPUs. After a crash or a hang the
+launcher restarts from the last checkpoint; a run that diverges ends, with its good checkpoints.
 
-Exit codes: 0 done; 1 training failed; 2 nothing was started (arguments, config or machine);
-128+N stopped by signal N after a checkpoint.
+Exit codes: 0 done; 1 training failed or diverged; 2 nothing was started (arguments, config,
+machine, or data with nothing to learn); 128+N stopped by signal N after a checkpoint.
 
 Map of this file. Ranks write files in the run directory, the launcher watches them. Each
 chapter reads top-down: what calls stands above what it calls, each check with its subject.
 
-    types      what a run is made of: Config, Devices, Gpu, Model, Zero, Steps, Plan, Preflight
-    LAUNCHER   main; command line; preflight; configuration; keys; devices and nodes; packages;
-               model and DeepSpeed; data; plan; rules between keys; resume; the plan for people
-               and as data; SwanLab's settings; launch; supervision; console; SwanLab's process;
-               why a run failed; summary
-    RANK       one process per device, started by torchrun: training arguments, callback
+    types      what a run is made of: problems, Values, Config, Devices, Model, Plan, Preflight
+    LAUNCHER   main; command line; preflight; configuration; keys (also the launcher's own);
+               devices and nodes; packages; model and DeepSpeed; data; plan; rules between keys;
+               resume; the plan for people and as data; SwanLab's settings; launch; supervision
+               (stop, heartbeat, hang watch); console; SwanLab's process; why a run failed; summary
+    RANK       one process per device, started by torchrun: training arguments, the callback
+               (stop, commit, metrics, divergence); the data as the model sees it; resume on
+               another number of ranks
     TRACKER    one process per launch: metrics.jsonl -> SwanLab
     SHARED     the run directory, checkpoints, files and processes
 """
@@ -286,9 +288,7 @@ class Zero:
 
     @property
     def kind(self) -> str:
-        """What decides how the optimizer's state is stored: `ZeRO-3`, or `DDP` without
-        DeepSpeed.
-        """
+        """How the optimizer's state is stored: `ZeRO-3`, or `DDP` without DeepSpeed."""
         return f"ZeRO-{self.stage}" if self.used else "DDP"
 
     def __str__(self) -> str:
@@ -401,9 +401,8 @@ def say(text: str, stream: TextIO | None = None) -> None:
     try:
         print(text, file=stream, flush=True)
     except (OSError, ValueError):
-        with contextlib.suppress(
-            OSError, ValueError
-        ):  # the rest of the buffer must not fail at exit
+        # The rest of the buffer must not fail at exit.
+        with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -565,9 +564,7 @@ def chosen_config(options: argparse.Namespace, run: Run | None) -> Config:
 
 
 def resumed_config(config: Config, run: Run) -> Config:
-    """The configuration to resume with: the samples per step stay the same on any number of
-    GPUs.
-    """
+    """The configuration to resume with: the same samples per step on any number of GPUs."""
     config = config.update(output_dir=str(run.path.parent), run_name=run.path.name)
     batch = run.read("plan.json").get("global_batch_size")
     if batch and not {"global_batch_size", ACCUMULATION} & config.overridden:
@@ -778,9 +775,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Field:
-    """What a key takes: names of Python types (none: anything) and, for an enumeration, the
-    words.
-    """
+    """What a key takes: names of Python types (none: anything), or an enumeration's words."""
 
     kinds: Set[str] = frozenset()
     choices: tuple[str, ...] = ()
@@ -1031,9 +1026,7 @@ def format_bytes(count: float) -> str:
 
 
 def read_gpu(pynvml, index: int) -> Gpu:
-    """What NVML knows of GPU `index`; containers and unified memory leave some of it
-    unsupported.
-    """
+    """What NVML knows of GPU `index`; in containers some of it is unsupported."""
     handle = pynvml.nvmlDeviceGetHandleByIndex(index)
 
     def ask(name: str, *arguments: object):
@@ -1389,9 +1382,7 @@ def name_list(value: object) -> list[str]:
 
 
 def has_wandb_login(env: Environment) -> bool:
-    """Whether wandb will start without asking: offline, a key, or a saved login (also
-    self-hosted).
-    """
+    """Whether wandb will start without asking: offline, with a key, or with a saved login."""
     if env.get("WANDB_API_KEY") or env.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
         return True
     host = re.sub(r"^https?://|[:/].*$", "", env.get("WANDB_BASE_URL", "")) or "wandb"
@@ -1561,9 +1552,7 @@ def count_mlp_parameters(config: dict) -> int:
 
 
 def missing_weights(folder: Path) -> list[str]:
-    """Weight files that a model folder should have and lacks; safetensors count before
-    pytorch's.
-    """
+    """Weight files that a model folder lacks; safetensors count before pytorch's."""
     for kind in ("safetensors", "bin"):
         for index in folder.glob(f"*.{kind}.index.json"):
             files = sorted(set(read_json(index).get("weight_map", {}).values()))
@@ -1595,9 +1584,7 @@ def count_stored(folder: Path) -> int | None:
 
 
 def read_deepspeed(values: Values) -> Zero:
-    """Read the DeepSpeed configuration, a JSON file or a mapping in the YAML. Raises
-    LaunchError.
-    """
+    """Read the DeepSpeed configuration, a file or a mapping. Raises LaunchError."""
     content = values.deepspeed
     if content is None:
         return Zero()
@@ -1811,9 +1798,7 @@ def json_elements(file: TextIO, chunk: int = 1 << 20) -> Iterator[object]:
 
 
 def count_parquet(path: Path) -> int | None:
-    """Rows by a Parquet file's footer; in another process, since pyarrow would triple our
-    memory.
-    """
+    """Rows by a Parquet file's footer; in another process, since pyarrow is large."""
     code = (
         "import sys, pyarrow.parquet as p; print(p.ParquetFile(sys.argv[1]).metadata.num_rows)"
     )
@@ -1915,9 +1900,7 @@ def make_plan(
     rows: list[int | None],
     world_size: int,
 ) -> Plan:
-    """Work out the plan; pure but for asking the disk and the host's memory. `gpus` are the
-    chosen.
-    """
+    """Work out the plan; asks only the disk and the host's memory."""
     values = config.values
     if devices.ids:
         room = min((gpu.total for gpu in gpus if gpu.total), default=None)
@@ -2201,9 +2184,7 @@ def nearest_that_fits(plan: Plan) -> str:
 
 
 def split_step(plan: Plan, size: int, *words: str) -> tuple[str, Plan]:
-    """The same optimizer step in micro-batches of `size`: `words` and the keys to change, and the
-    plan.
-    """
+    """The same step in micro-batches of `size`: `words` and the keys to change; its plan."""
     values = plan.values
     samples = values.per_device_train_batch_size * values.gradient_accumulation_steps
     keys = {"per_device_train_batch_size": size, ACCUMULATION: samples // size}
@@ -2328,7 +2309,7 @@ RULES = (
     Rule(
         "tokenized_path",
         lambda v: is_incomplete_data(v.tokenized_path) and v.tokenized_path,
-        "{} holds incomplete tokenized data; remove the folder, and it is made again",
+        "{} holds incomplete tokenized data; remove the folder to tokenize again",
     ),
     keep_one("val_size", "eval_dataset"),
     keep_one("mask_history", "train_on_prompt"),
@@ -2904,9 +2885,7 @@ def setup_experiment_tracking(config: Config, run: Run, env: Environment) -> Tra
 
 
 def find_swanlab_key(config: Config, env: Environment) -> str:
-    """Where an API key for SwanLab is, without reading it: YAML, environment, login; '' if
-    nowhere.
-    """
+    """Where an API key for SwanLab is: YAML, environment, login; '' if nowhere."""
     if config.secrets.get("swanlab_api_key"):
         return "swanlab_api_key"
     if env.get("SWANLAB_API_KEY", "").strip():
@@ -2968,9 +2947,7 @@ def new_run(config: Config) -> Run:
 
 
 def create_run(config: Config) -> Run:
-    """Create `<output_dir>/<run name>` with logs/. Raises LaunchError where that is not
-    possible.
-    """
+    """Create `<output_dir>/<run name>` with logs/. Raises LaunchError."""
     while True:
         run = new_run(config)
         try:
@@ -3006,9 +2983,7 @@ def wait_for_run(config: Config) -> Run:
 
 
 def wait_for(what: str) -> Iterator[float]:
-    """The seconds waited so far, five times per second; after 10 it says once for what, if
-    given.
-    """
+    """The seconds waited so far, five times per second; after 10 s a line says for `what`."""
     begun = time.time()
     told = not what
     while True:
@@ -3032,9 +3007,7 @@ def write_run_files(found: Preflight, run: Run, env: Environment) -> None:
 
 
 def launchable_config(config: Config, devices: Devices) -> str:
-    """The text of the run's config.yaml: resolved, no secrets, with the command that launches
-    it.
-    """
+    """The text of the run's config.yaml: resolved, no secrets, with its command."""
     values = without(config.values, "run_name")
     count = f"NPROC_PER_NODE={devices.processes} "
     if "global_batch_size" in values:
@@ -3153,7 +3126,7 @@ def shown_environment(rank_env: Environment, env: Environment) -> dict[str, str]
 
 
 def clear_stale_locks(folder: Path) -> None:
-    """Remove build locks that no process holds open: torch would wait for them for ever."""
+    """Remove build locks that no process holds open: torch would wait for them forever."""
     for lock in folder.glob("*/lock"):
         held = set()
         for link in Path("/proc").glob("[0-9]*/fd/*"):
@@ -3215,9 +3188,7 @@ class Supervisor:
         return {"finished": 0, "refused": 2, "stopped": self.stop.exit_code()}.get(state, 1)
 
     def halve_micro_batch(self) -> bool:
-        """After a GPU was out of memory: the same optimizer step in smaller parts, where
-        possible.
-        """
+        """After a GPU was out of memory: the same optimizer step in smaller parts."""
         values = self.config.values
         micro, rest = divmod(values.per_device_train_batch_size, 2)
         if rest or self.halvings == 3:
@@ -3514,9 +3485,7 @@ class HangWatch:
             self.step, self.step_began = step, now
 
     def describe(self, ranks: list) -> str:
-        """Where the ranks of this node, psutil's processes, stand; their stacks go to their
-        logs.
-        """
+        """Where this node's ranks (psutil's processes) stand; their stacks go to the logs."""
         import psutil
 
         where: dict[str, list[str]] = {}
@@ -3609,9 +3578,7 @@ class Console:
         )
 
     def show_evaluation(self, line: dict) -> None:
-        """A line for each evaluation loss, once; with eval_on_each_dataset its name holds the
-        data.
-        """
+        """A line for each evaluation loss, once; its name may hold the data set's."""
         for name in line:
             found, seen = re.fullmatch(r"eval_(.+_)?loss", name), (line["step"], name)
             if found and seen not in self.evaluated:
@@ -3753,9 +3720,7 @@ class TrackerProcess:
             say(f"SwanLab's process ended ({self.problem}); it was started again")
 
     def start_again(self, problem: str) -> None:
-        """Replace a tracker that does not answer or has died; without a service where it needed
-        one.
-        """
+        """Replace a tracker that does not answer or has died; by a local one if it was online."""
         self.process.kill()
         self.process.wait()
         self.problem = problem
@@ -3770,7 +3735,7 @@ class TrackerProcess:
             )
 
     def finish(self, state: str, cause: str) -> None:
-        """End the record as success, aborted or crashed, and wait for it, but not for ever."""
+        """End the record as success, aborted or crashed, and wait for it, with a limit."""
         endings = {
             "finished": {"state": "success"},
             "stopped": {"state": "aborted", "error": "stopped by the user"},
@@ -4000,7 +3965,7 @@ def resume_command(run: Run) -> str:
 
 
 def chat_command(run_dir: Path, values: dict) -> str:
-    """What talks to the model, or to the base model with its adapter; '' for a reward model."""
+    """The command that chats with the model or its adapter; '' for a reward model."""
     if values["stage"] == "rm":
         return ""
     words = ["llamafactory-cli", "chat", "--model_name_or_path", str(run_dir)]
@@ -4115,8 +4080,7 @@ def send_output_to(path: Path) -> None:
 def refuse_torchrun(env: Environment) -> None:
     """Raises LaunchError: somebody else's torchrun would lose the checkpoint at SIGTERM and Ctrl-C.
 
-    Its first process tells; the others leave it the time, since torchrun ends all with the first
-    that ends.
+    Local rank 0 says so; the others wait, since torchrun ends all ranks with the first that ends.
     """
     if env.get("LOCAL_RANK") != "0":
         time.sleep(10)
@@ -4278,7 +4242,7 @@ class RankCallback:
         self.write(event="begin", total_steps=state.max_steps)
 
     def tell(self, phase: str) -> None:
-        """Let the launcher see what this rank is doing; it notices when nobody tells any more."""
+        """Let the launcher see what this rank is doing: the hang watch reads it."""
         with contextlib.suppress(OSError):  # a full disk
             self.progress.write_text(f"{self.state.global_step} {phase}", encoding="utf-8")
 
@@ -4300,9 +4264,7 @@ class RankCallback:
         self.tell("saving" if control.should_save else "training")
 
     def agree_to_stop(self, args) -> bool:
-        """Whether any rank sees the STOP file; one all-reduce, so that all stop at the same
-        step.
-        """
+        """Whether any rank sees the STOP file; an all-reduce: all stop at the same step."""
         import torch
 
         seen = torch.tensor(int(self.run.stop_file.exists()), device=args.device)
@@ -4405,9 +4367,7 @@ class RankCallback:
 
 def use_learning_rate(rate: float, scheduler) -> None:
     """Resume with the configuration's learning rate, not with the checkpoint's."""
-    scheduler = getattr(
-        scheduler, "scheduler", scheduler
-    )  # DeepSpeed's and accelerate's wrapper
+    scheduler = getattr(scheduler, "scheduler", scheduler)  # inside accelerate's wrapper
     if len(set(getattr(scheduler, "base_lrs", ()))) != 1 or scheduler.base_lrs[0] == rate:
         return
     scheduler.base_lrs = [rate] * len(scheduler.base_lrs)
@@ -5030,9 +4990,7 @@ class Run:
         self.metrics_file = path / "metrics.jsonl"
 
     def lock(self) -> IO:
-        """Hold the directory for this process; raises LaunchError while another launcher runs
-        here.
-        """
+        """Hold the directory; raises LaunchError while another launcher runs here."""
         try:
             self.logs.mkdir(exist_ok=True)
             file = open(self.logs / "lock", "a+b", buffering=0)

@@ -125,8 +125,13 @@ def test_a_stop_leaves_no_process(stopped: SimpleNamespace, kind: str):
 
 
 @pytest.mark.parametrize("kind", STOPS)
-def test_a_stop_writes_no_final_model(stopped: SimpleNamespace, kind: str):
-    assert not stopped.stops[kind].model
+def test_a_stop_writes_no_final_model_and_names_the_checkpoint_to_chat_with(
+    stopped: SimpleNamespace, kind: str
+):
+    seen = stopped.stops[kind]
+    assert not seen.model
+    model = seen.run_dir / f"checkpoint-{seen.step}"
+    assert f"chat        llamafactory-cli chat --model_name_or_path {model} " in seen.console
 
 
 @pytest.mark.parametrize("kind", STOPS)
