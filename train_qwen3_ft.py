@@ -1818,12 +1818,13 @@ def check_columns(path: Path, entry: dict) -> None:
     """Raises LaunchError where the rows lack a column that LLaMA-Factory reads.
 
     It reads what `columns` of dataset_info.json names or, without it, those of the format's
-    example. It can do without system and tools in some formats.
+    example.
     """
     found = first_columns(path)
     style = entry.get("formatting", "alpaca")
     columns = entry.get("columns", EXAMPLE_COLUMNS.get(style, {}))
-    wanted = {role: name for role, name in columns.items() if role not in ("system", "tools")}
+    optional = ("system", "tools") if style == "openai" else ()
+    wanted = {role: name for role, name in columns.items() if role not in optional}
     missing = [name for name in wanted.values() if name and name not in found]
     if not found or not missing:
         return
