@@ -166,7 +166,9 @@ def test_a_run_that_hung_ends_with_the_weights_of_one_that_did_not(
 
 
 def test_a_slow_save_is_waited_for_and_a_batch_that_never_comes_is_not(tmp_path: Path) -> None:
-    config = write_config(tmp_path, **ALONE, hang_timeout=8, max_restarts=0, save_steps=3)
+    evaluation = {"eval_strategy": "steps", "eval_steps": 3, "val_size": 2}  # before the save
+    changes = {**ALONE, **evaluation, "hang_timeout": 8, "max_restarts": 0, "save_steps": 3}
+    config = write_config(tmp_path, **changes)
     faults = [
         {"point": "save slowly", "step": 3, "seconds": 24},
         {"point": "sleep in collator", "step": 6},
