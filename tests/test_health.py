@@ -171,7 +171,7 @@ def test_a_slow_save_is_waited_for_and_a_batch_that_never_comes_is_not(tmp_path:
     config = write_config(tmp_path, **changes)
     faults = [
         {"point": "save slowly", "step": 3, "seconds": 24},
-        {"point": "sleep in collator", "step": 6},
+        {"point": "sleep in collator", "step": 9},
     ]
     done = run(tmp_path, config, ranks=1, faults=faults)
     assert committed(done.run_dir) == [3]
