@@ -2057,7 +2057,7 @@ def estimate_states(plan: Plan) -> tuple[dict[str, int], int]:
     if zero.stage == 3:
         parts["parameters"] += 2 * width * plan.model.largest_layer
         parts["buffers"] = width * min(count, 10**9)
-        host += width * count
+        host += width * count if host else 0
     elif not zero.used:
         parts["buffers"] = parts["gradients"]
     if not values.use_cpu:
@@ -2947,9 +2947,14 @@ def resource_lines(plan: Plan) -> dict[str, str]:
     if not plan.model.parameters:
         return {}
     lines = {"memory": describe_memory(plan)}
+    there = format_bytes(host_bytes())
+    weights = plan.model.parameters * weight_bytes(plan)
     if plan.host_memory:
-        there = format_bytes(host_bytes())
         lines["host"] = f"{format_bytes(plan.host_memory)} of {there} for offloading and saving"
+    elif plan.zero.stage == 3 and weights > host_bytes():
+        lines["host"] = (
+            f"saving gathers {format_bytes(weights)} on rank 0, the node has {there}"
+        )
     if not plan.checkpoint_bytes:
         return lines
     need = f", at most {format_bytes(plan.disk_bytes)} at once" if plan.disk_bytes else ""
