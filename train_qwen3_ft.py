@@ -1883,10 +1883,16 @@ OPTIMIZER_BYTES = {
     **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"), 2),
     "sgd": 0,
 }
-# Bytes per logit at the peak of a stage's loss, in training and in evaluation: the 16-bit logits,
-# the 32-bit ones, their log-softmax and its gradients; kto also has those of the KL samples.
-LOGIT_BYTES = {"pt": (12, 10), "sft": (12, 10), "dpo": (16, 12), "kto": (22, 18), "rm": (6, 6)}
-UNREFERENCED = ("orpo", "simpo")  # losses of dpo without a reference model
+# Bytes per logit at the peak of a loss, in training and in evaluation, as torch's tracker counts
+# them: the 16-bit logits, 32-bit ones, their log-softmax and the gradients; dpo and kto have those
+# of a reference model, kto also those of the KL samples.
+LOGIT_BYTES = {
+    **dict.fromkeys(("pt", "sft"), (12, 10)),
+    "dpo": (16, 12),
+    "orpo": (12, 8),
+    "kto": (20, 16),
+    "rm": (6, 6),
+}
 KNOWN_FOR_MEMORY = {
     "finetuning_type": ("full",),
     "stage": LOGIT_BYTES,
@@ -2032,9 +2038,10 @@ def estimate_states(plan: Plan) -> tuple[dict[str, int], int]:
     under DeepSpeed (ZeRO, Rajbhandari et al. 2020, section 3.1); stages 1, 2 and 3 divide the
     optimizer, the gradients and the weights by the ranks, ZeRO-3 also holds the largest layer and
     its gradients. Without DeepSpeed LLaMA-Factory keeps 32-bit weights, but for pure_bf16. A
-    reference model is divided by ZeRO-3 alone. Buffers: prefetched weights or DDP's buckets, and
-    1 GiB for CUDA. Host: offloaded states (gradients in 32 bit), half of them again for buffers
-    (estimate_zero3_model_states_mem_needs), and the weights that rank 0 gathers to save them.
+    reference model is divided by ZeRO-3 alone. Buffers: prefetched weights, or DDP's buckets and
+    autocast's 16-bit copies of the weights; 1 GiB for CUDA. Host: offloaded states (gradients in
+    32 bit), half of them again for buffers (estimate_zero3_model_states_mem_needs), and the
+    weights that rank 0 gathers to save them.
     """
     zero, values, count = plan.zero, plan.values, plan.model.parameters
     width = weight_bytes(plan)
@@ -2043,9 +2050,7 @@ def estimate_states(plan: Plan) -> tuple[dict[str, int], int]:
         "gradients": (4 if zero.offload_optimizer else width, 2, zero.offload_optimizer),
         "optimizer": (optimizer_bytes(plan), 1, zero.offload_optimizer),
     }
-    if values.stage == "kto" or (
-        values.stage == "dpo" and values.pref_loss not in UNREFERENCED
-    ):
+    if kind_of_loss(values) in ("dpo", "kto"):
         states["reference"] = (activation_bytes(values), 3, zero.offload_parameters)
     parts, host = dict.fromkeys((*states, "buffers"), 0), 0
     for name, (size, stage, is_offloaded) in states.items():
@@ -2059,7 +2064,7 @@ def estimate_states(plan: Plan) -> tuple[dict[str, int], int]:
         parts["buffers"] = width * min(count, 10**9)
         host += width * count if host else 0
     elif not zero.used:
-        parts["buffers"] = parts["gradients"]
+        parts["buffers"] = parts["gradients"] + (width - activation_bytes(values)) * count
     if not values.use_cpu:
         parts["buffers"] += 1 << 30
     return parts, host
@@ -2075,13 +2080,13 @@ def estimate_phases(plan: Plan) -> dict[str, dict[str, int]]:
     the fused one, a root of its second moments.
     """
     values, shape = plan.values, plan.model.shape
-    train_logit, eval_logit = LOGIT_BYTES[values.stage]
+    train_logit, eval_logit = LOGIT_BYTES[kind_of_loss(values)]
     if values.enable_liger_kernel and values.stage in ("pt", "sft"):
         train_logit = 0
     sequences = 2 if values.stage in ("dpo", "rm") else 1
     batch = sequences * values.per_device_train_batch_size
     tokens = batch * values.cutoff_len
-    kept, working = (tokens * size for size in activations_per_token(values, shape, batch > 1))
+    kept, working = (tokens * size for size in activations_per_token(plan, batch > 1))
     phases = {
         "loss": {"activations": kept, "logits": tokens * shape["vocab_size"] * train_logit},
         "backward": {"activations": kept + working},
@@ -2096,28 +2101,30 @@ def estimate_phases(plan: Plan) -> dict[str, dict[str, int]]:
     return phases
 
 
-def activations_per_token(values: Values, shape: dict, is_padded: bool) -> tuple[int, int]:
+def activations_per_token(plan: Plan, is_padded: bool) -> tuple[int, int]:
     """Bytes per token that are kept for backward, and that backward itself has in one layer.
 
     What autograd saves in transformers' Qwen3DecoderLayer: for each of two norms its input in 32
     bit, the normalized one and the output; the same of queries and keys, these after RoPE, the
     values and the result of attention, whose scores flash and SDPA do not store; four of the
-    MLP. Padding makes SDPA repeat keys and values for all heads. tests/benchmarks/memory.py
-    compares it with torch's tracker.
+    MLP. Padding makes SDPA repeat keys and values for all heads. Where autocast has 32-bit
+    weights, layers pass 32 bit on. tests/benchmarks/memory.py compares it with torch's tracker.
     """
-    width = activation_bytes(values)
+    shape, width = plan.model.shape, activation_bytes(plan.values)
+    passed_on = weight_bytes(plan)
     hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
     inner, layers = shape["intermediate_size"], shape["num_hidden_layers"]
     head = shape.get("head_dim") or hidden // heads
     queries, keys = head * heads, head * (shape.get("num_key_value_heads") or heads)
     norm = (4 + 2 * width) * hidden
-    layer = 2 * norm + (4 + 3 * width) * (queries + keys) + 4 * width * inner
+    layer = 2 * norm + 5 * (passed_on - width) * hidden
+    layer += (4 + 3 * width) * (queries + keys) + 4 * width * inner
     if is_padded:
         layer += 2 * width * queries
     gradients = 2 * width * (inner + hidden)
-    if values.disable_gradient_checkpointing:
+    if plan.values.disable_gradient_checkpointing:
         return layers * layer + norm, gradients
-    return layers * width * hidden + norm, layer + gradients
+    return layers * passed_on * hidden + norm, layer + gradients
 
 
 def step_bytes(plan: Plan) -> int:
@@ -2132,6 +2139,15 @@ def step_bytes(plan: Plan) -> int:
     if zero.stage == 3:
         count = min(count, 10**9)
     return count * (4 + max(root, 2))
+
+
+def kind_of_loss(values: Values) -> str:
+    """The stage; orpo where dpo has a loss that needs no reference model."""
+    return (
+        "orpo"
+        if values.stage == "dpo" and values.pref_loss in ("orpo", "simpo")
+        else values.stage
+    )
 
 
 def optimizer_bytes(plan: Plan) -> int:
@@ -2316,9 +2332,8 @@ def nearest_that_fits(plan: Plan) -> str:
     offloaded = replace(plan, zero=Zero(3, True, True, used=True))
     tries = [split_step(plan, size) for size in sizes]
     if plan.phase == "evaluation":
-        tries = [
-            evaluate_in(plan, plan.values.per_device_eval_batch_size >> n) for n in (1, 2, 3)
-        ]
+        smaller = range(plan.values.per_device_eval_batch_size - 1, 0, -1)
+        tries = [with_keys(plan, {"per_device_eval_batch_size": size}) for size in smaller]
     tries += [split_step(offloaded, size, offload) for size in sizes]
     for count in (2, 4, 8, 16, 32, 64):
         if count > plan.world_size:
@@ -2329,20 +2344,17 @@ def nearest_that_fits(plan: Plan) -> str:
     return ""
 
 
-def evaluate_in(plan: Plan, size: int) -> tuple[str, Plan]:
-    """The run with evaluation batches of `size`, at least 1: the key to change, and the plan."""
-    keys = {"per_device_eval_batch_size": max(size, 1)}
-    values = Values(plan.values | keys)
-    return f"per_device_eval_batch_size={max(size, 1)}", estimate(replace(plan, values=values))
-
-
 def split_step(plan: Plan, size: int, *words: str) -> tuple[str, Plan]:
-    """The same optimizer step in micro-batches of `size`: `words` and the keys to change, and the
-    plan.
-    """
+    """The same optimizer step in micro-batches of `size`."""
     values = plan.values
     samples = values.per_device_train_batch_size * values.gradient_accumulation_steps
     keys = {"per_device_train_batch_size": size, ACCUMULATION: samples // size}
+    return with_keys(plan, keys, *words)
+
+
+def with_keys(plan: Plan, keys: dict[str, int], *words: str) -> tuple[str, Plan]:
+    """`words` and those of the keys that change, and the plan with them."""
+    values = plan.values
     changed = [f"{key}={value}" for key, value in keys.items() if value != values[key]]
     return " ".join([*words, *changed]), estimate(replace(plan, values=Values(values | keys)))
 

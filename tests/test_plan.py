@@ -887,8 +887,8 @@ def test_an_evaluation_with_larger_batches_than_training_is_the_peak(peak_of, he
     ("stage", "sequences", "bytes_each", "reference"),
     [
         pytest.param(["stage=dpo", "pref_loss=sigmoid"], 2, 16, 2, id="dpo"),
-        pytest.param(["stage=dpo", "pref_loss=orpo"], 2, 16, 0, id="orpo-has-no-reference"),
-        pytest.param(["stage=kto"], 1, 22, 2, id="kto"),
+        pytest.param(["stage=dpo", "pref_loss=orpo"], 2, 12, 0, id="orpo-has-no-reference"),
+        pytest.param(["stage=kto"], 1, 20, 2, id="kto"),
         pytest.param(["stage=rm"], 2, 6, 0, id="rm"),
     ],
 )
