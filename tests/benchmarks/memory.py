@@ -66,6 +66,7 @@ def measure(folder: Path, model: Path) -> tuple[int, int]:
         folder,
         model_name_or_path=str(model),
         deepspeed=ZERO3_FILE,
+        bf16=True,
         max_steps=12,
         cutoff_len=16,
         per_device_train_batch_size=1,

@@ -55,8 +55,9 @@ def best(strategy: Zero, sizes: tuple[str, ...], count: int, room: int) -> str:
             plan = Plan(devices, [], count, strategy, Values(values), steps, model, room, 0)
             plan = estimate(plan)
             if plan.needed <= 0.95 * room:
-                host = f", host {format_bytes(plan.host_memory)}"
-                return f"{size}, batch {batch} ({format_bytes(plan.needed)}{host})"
+                host = plan.host_memory
+                on_host = f", host {format_bytes(host)}" if host else ""
+                return f"{size}, batch {batch} ({format_bytes(plan.needed)}{on_host})"
     return "none"
 
 
