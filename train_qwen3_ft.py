@@ -2092,7 +2092,7 @@ def estimate_phases(plan: Plan) -> dict[str, dict[str, int]]:
         "backward": {"activations": kept + working},
         "optimizer step": {"gradient copies": step_bytes(plan)},
     }
-    if values.eval_strategy != "no":
+    if values.eval_strategy != "no" or values.do_eval:
         tokens = sequences * values.per_device_eval_batch_size * values.cutoff_len
         phases["evaluation"] = {
             "activations": 4 * tokens * shape["hidden_size"],
@@ -2143,11 +2143,9 @@ def step_bytes(plan: Plan) -> int:
 
 def kind_of_loss(values: Values) -> str:
     """The stage; orpo where dpo has a loss that needs no reference model."""
-    return (
-        "orpo"
-        if values.stage == "dpo" and values.pref_loss in ("orpo", "simpo")
-        else values.stage
-    )
+    if values.stage == "dpo" and values.pref_loss in ("orpo", "simpo"):
+        return "orpo"
+    return values.stage
 
 
 def optimizer_bytes(plan: Plan) -> int:
