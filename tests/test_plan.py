@@ -875,6 +875,11 @@ def peak_of(plan_of: Callable) -> Callable[..., dict]:
 EVALUATES = ("val_size=0.1", "eval_strategy=epoch")
 
 
+def test_an_evaluation_after_training_counts_with_its_default_batch_of_8(peak_of):
+    parts = peak_of("val_size=0.1", "do_eval=true")
+    assert parts["logits"] == 8 * 2048 * 151_936 * 10
+
+
 def test_an_evaluation_with_larger_batches_than_training_is_the_peak(peak_of, here):
     assert peak_of(*EVALUATES, "per_device_eval_batch_size=1") == peak_of()
     evaluation = peak_of(*EVALUATES, "per_device_eval_batch_size=4")
