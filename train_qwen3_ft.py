@@ -123,7 +123,7 @@ DEFAULTS = {
     "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 8,
     "gradient_accumulation_steps": 1,
-    "optim": "adamw_torch",
+    "optim": "adamw_torch_fused",
     "num_train_epochs": 3.0,
     "max_steps": -1,
     "logging_strategy": "steps",
@@ -320,7 +320,8 @@ class Plan:
     model: Model
     device_bytes: int | None
     disk_free: int
-    memory: dict[str, int] | None = None  # by part, on each device
+    phase: str = ""  # the one that takes the most memory
+    memory: dict[str, int] | None = None  # by part in that phase, on each device
     host_memory: int | None = None
     checkpoint_bytes: int | None = None
     disk_bytes: int | None = None
@@ -1859,6 +1860,36 @@ def first_columns(path: Path) -> set[str]:
 
 
 ACCUMULATION = "gradient_accumulation_steps"
+PROCESS_CGROUPS, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
+# Bytes per parameter of the optimizer's moments; a paged optimizer may move them to the host, but
+# only where they do not fit.
+OPTIMIZER_BYTES = {
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit"), 8),
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"), 2),
+    "sgd": 0,
+}
+# Bytes per logit at the peak of a loss, in training and in evaluation, as torch's tracker counts
+# them: the 16-bit logits, 32-bit ones, their log-softmax and the gradients; dpo and kto have those
+# of a reference model, kto also those of the KL samples.
+LOGIT_BYTES = {
+    **dict.fromkeys(("pt", "sft"), (12, 10)),
+    "dpo": (16, 12),
+    "orpo": (12, 8),
+    "kto": (20, 16),
+    "rm": (6, 6),
+}
+KNOWN_FOR_MEMORY = {
+    "finetuning_type": ("full",),
+    "stage": LOGIT_BYTES,
+    "optim": OPTIMIZER_BYTES,
+    "flash_attn": (None, "auto", "sdpa", "fa2"),
+}
+UNKNOWN_MEMORY = (
+    "fsdp use_galore use_apollo use_badam use_adam_mini use_muon use_mca use_hyper_parallel use_kt "
+    "use_unsloth use_unsloth_gc use_dft_loss use_asft_loss use_eaft_loss label_smoothing_factor "
+    "shift_attn mixture_of_depths fp8 quantization_bit ref_model predict_with_generate"
+).split()
 
 
 def derive_accumulation(config: Config, ranks: int) -> Config:
@@ -1944,16 +1975,28 @@ def estimate(plan: Plan) -> Plan:
     values = plan.values
     if not plan.model.parameters or values.finetuning_type != "full" or values.fsdp:
         return plan
-    memory = estimate_memory(plan)
-    host = memory.pop("host") or None
     checkpoint, at_once = estimate_disk(plan)
-    return replace(
-        plan,
-        memory=memory,
-        host_memory=host,
-        checkpoint_bytes=checkpoint,
-        disk_bytes=at_once,
-    )
+    plan = replace(plan, checkpoint_bytes=checkpoint, disk_bytes=at_once)
+    if unknown_memory(plan):
+        return plan
+    states, host = estimate_states(plan)
+    phases = estimate_phases(plan)
+    largest = max(phases, key=lambda phase: sum(phases[phase].values()))
+    memory = states | phases[largest]
+    return replace(plan, phase=largest, memory=memory, host_memory=host or None)
+
+
+def unknown_memory(plan: Plan) -> str:
+    """The key, or `key: value`, for which there is no formula; '' where memory can be estimated."""
+    values = plan.values
+    if plan.model.shape.get("num_experts"):
+        return "num_experts in the model's config.json"
+    for key, known in KNOWN_FOR_MEMORY.items():
+        if values[key] not in known:
+            return f"{key}: {values[key]}"
+    if values.pure_bf16 and plan.zero.used:
+        return "pure_bf16 under DeepSpeed"
+    return next((key for key in UNKNOWN_MEMORY if values[key]), "")
 
 
 def uncountable_reason(rows: list[int | None], values: Values) -> str:
@@ -1972,57 +2015,141 @@ def uncountable_reason(rows: list[int | None], values: Values) -> str:
     return ""
 
 
-def estimate_memory(plan: Plan) -> dict[str, int]:
-    """Bytes on each device by part, and `host` bytes on each node (of the offloaded states).
+def estimate_states(plan: Plan) -> tuple[dict[str, int], int]:
+    """Bytes on each device that are there in every phase, by part; and bytes on the host.
 
-    Model states: DeepSpeed's estimate_zero3_model_states_mem_needs counts 18 bytes per
-    parameter in mixed precision: 2 for the weights, 4 for the gradients (16-bit, and 32-bit in
-    the step), 12 for Adam (32-bit weights and two moments; ZeRO, Rajbhandari et al. 2020,
-    section 3.1); stages 1, 2 and 3 divide the optimizer, the gradients and the weights by the
-    ranks; ZeRO-3 also holds the largest layer and its gradients; host memory gets its half for
-    buffers. Without DeepSpeed LLaMA-Factory keeps 32-bit weights. Buffers: prefetched weights
-    or DDP's buckets, and 1 GiB for CUDA.
+    Weights and gradients in the training precision, 32-bit weights and the optimizer's moments
+    under DeepSpeed (ZeRO, Rajbhandari et al. 2020, section 3.1); stages 1, 2 and 3 divide the
+    optimizer, the gradients and the weights by the ranks, ZeRO-3 also holds the largest layer and
+    its gradients. Without DeepSpeed LLaMA-Factory keeps 32-bit weights, but for pure_bf16. A
+    reference model is divided by ZeRO-3 alone. Buffers: prefetched weights, or DDP's buckets and
+    autocast's 16-bit copies of the weights; 1 GiB for CUDA. Host: offloaded states (gradients in
+    32 bit), half of them again for buffers (estimate_zero3_model_states_mem_needs), and the
+    weights that rank 0 gathers to save them.
     """
-    zero = plan.zero
-    width = 4 if precision(plan.values) == "fp32" else 2
+    zero, values, count = plan.zero, plan.values, plan.model.parameters
+    width = weight_bytes(plan)
     states = {  # bytes per parameter, the stage that divides them, whether they are offloaded
-        "parameters": (width if zero.used else 4, 3, zero.offload_parameters),
-        "gradients": (4, 2, zero.offload_optimizer),
-        "optimizer": (12 if zero.used else 8, 1, zero.offload_optimizer),
+        "parameters": (width, 3, zero.offload_parameters),
+        "gradients": (4 if zero.offload_optimizer else width, 2, zero.offload_optimizer),
+        "optimizer": (optimizer_bytes(plan), 1, zero.offload_optimizer),
     }
-    parts = dict.fromkeys((*states, "buffers", "host"), 0)
-    parts |= estimate_activations(plan.model, plan.values, width)
+    if kind_of_loss(values) in ("dpo", "kto"):
+        states["reference"] = (activation_bytes(values), 3, zero.offload_parameters)
+    parts, host = dict.fromkeys((*states, "buffers"), 0), 0
     for name, (size, stage, is_offloaded) in states.items():
-        if zero.stage >= stage:
-            size /= plan.world_size
-        parts["host" if is_offloaded else name] += size * plan.model.parameters
+        size *= count / (plan.world_size if zero.stage >= stage else 1)
+        if is_offloaded:
+            host += int(1.5 * size * plan.devices.processes)
+        else:
+            parts[name] = int(size)
     if zero.stage == 3:
-        parts["parameters"] += 4 * plan.model.largest_layer
-        parts["buffers"] += width * min(plan.model.parameters, 10**9)
+        parts["parameters"] += 2 * width * plan.model.largest_layer
+        parts["buffers"] = width * min(count, 10**9)
+        host += width * count if host else 0
     elif not zero.used:
-        parts["buffers"] += parts["gradients"]
-    if not plan.values.use_cpu:
+        parts["buffers"] = parts["gradients"] + (width - activation_bytes(values)) * count
+    if not values.use_cpu:
         parts["buffers"] += 1 << 30
-    parts["host"] *= 1.5 * plan.devices.processes
-    return {name: int(size) for name, size in parts.items()}
+    return parts, host
 
 
-def estimate_activations(model: Model, values: Values, width: int) -> dict[str, int]:
-    """Bytes of the activations and the logits of one micro-batch on each device.
+def estimate_phases(plan: Plan) -> dict[str, dict[str, int]]:
+    """Bytes on each device by phase and part, beside the states that are always there.
 
-    Korthikanti et al. 2022, equation 1 without the attention scores, which flash and SDPA
-    attention do not store: 34 bytes per token and hidden unit of a layer in 16 bit; with
-    gradient checkpointing 2 bytes of each layer and one layer in full. Logits: the 16-bit ones,
-    a 32-bit copy, its gradient.
+    At the loss the kept activations and the logits are there; in backward, with gradient
+    checkpointing, one layer in full and its gradients; an evaluation keeps no activations. In its
+    step ZeRO has a 16-bit and a 32-bit copy of the gradients of up to 1e9 parameters
+    (DeepSpeedZeroOptimizer_Stage3._prepare_fp32_grad_for_sub_group), and AdamW, where it is not
+    the fused one, a root of its second moments.
     """
-    tokens = values.per_device_train_batch_size * values.cutoff_len
-    units = tokens * model.shape["hidden_size"]
-    layers = model.shape["num_hidden_layers"]
-    layer = 17 * width * units
-    kept = layer + width * units * layers
-    if values.disable_gradient_checkpointing:
-        kept = layer * layers
-    return {"activations": kept, "logits": tokens * model.shape["vocab_size"] * (width + 8)}
+    values, shape = plan.values, plan.model.shape
+    train_logit, eval_logit = LOGIT_BYTES[kind_of_loss(values)]
+    if values.enable_liger_kernel and values.stage in ("pt", "sft"):
+        train_logit = 0
+    sequences = 2 if values.stage in ("dpo", "rm") else 1
+    batch = sequences * values.per_device_train_batch_size
+    tokens = batch * values.cutoff_len
+    kept, working = (tokens * size for size in activations_per_token(plan, batch > 1))
+    phases = {
+        "loss": {"activations": kept, "logits": tokens * shape["vocab_size"] * train_logit},
+        "backward": {"activations": kept + working},
+        "optimizer step": {"gradient copies": step_bytes(plan)},
+    }
+    if values.eval_strategy != "no" or values.do_eval:
+        tokens = sequences * values.per_device_eval_batch_size * values.cutoff_len
+        phases["evaluation"] = {
+            "activations": 4 * tokens * shape["hidden_size"],
+            "logits": tokens * shape["vocab_size"] * eval_logit,
+        }
+    return phases
+
+
+def activations_per_token(plan: Plan, is_padded: bool) -> tuple[int, int]:
+    """Bytes per token that are kept for backward, and that backward itself has in one layer.
+
+    What autograd saves in transformers' Qwen3DecoderLayer: for each of two norms its input in 32
+    bit, the normalized one and the output; the same of queries and keys, these after RoPE, the
+    values and the result of attention, whose scores flash and SDPA do not store; four of the
+    MLP. Padding makes SDPA repeat keys and values for all heads. Where autocast has 32-bit
+    weights, layers pass 32 bit on. tests/benchmarks/memory.py compares it with torch's tracker.
+    """
+    shape, width = plan.model.shape, activation_bytes(plan.values)
+    passed_on = weight_bytes(plan)
+    hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
+    inner, layers = shape["intermediate_size"], shape["num_hidden_layers"]
+    head = shape.get("head_dim") or hidden // heads
+    queries, keys = head * heads, head * (shape.get("num_key_value_heads") or heads)
+    norm = (4 + 2 * width) * hidden
+    layer = 2 * norm + 5 * (passed_on - width) * hidden
+    layer += (4 + 3 * width) * (queries + keys) + 4 * width * inner
+    if is_padded:
+        layer += 2 * width * queries
+    gradients = 2 * width * (inner + hidden)
+    if plan.values.disable_gradient_checkpointing:
+        return layers * layer + norm, gradients
+    return layers * passed_on * hidden + norm, layer + gradients
+
+
+def step_bytes(plan: Plan) -> int:
+    """Bytes that the optimizer's step takes on each device beside the states."""
+    values, zero = plan.values, plan.zero
+    if zero.offload_optimizer:
+        return 0
+    root = 4 if values.optim == "adamw_torch" else 0
+    if not zero.used:
+        return root * plan.model.parameters
+    count = plan.model.parameters // (plan.world_size if zero.stage else 1)
+    if zero.stage == 3:
+        count = min(count, 10**9)
+    return count * (4 + max(root, 2))
+
+
+def kind_of_loss(values: Values) -> str:
+    """The stage; orpo where dpo has a loss that needs no reference model."""
+    if values.stage == "dpo" and values.pref_loss in ("orpo", "simpo"):
+        return "orpo"
+    return values.stage
+
+
+def optimizer_bytes(plan: Plan) -> int:
+    """Bytes per parameter of the optimizer's moments, and of DeepSpeed's 32-bit weights."""
+    moments = OPTIMIZER_BYTES.get(plan.values.optim, 8)
+    if plan.zero.used:
+        return moments + 4
+    return moments // 2 if plan.values.pure_bf16 and moments == 8 else moments
+
+
+def activation_bytes(values: Values) -> int:
+    """Bytes of a number that the model computes with."""
+    return 4 if precision(values) == "fp32" else 2
+
+
+def weight_bytes(plan: Plan) -> int:
+    """Bytes of a weight; without DeepSpeed LLaMA-Factory keeps 32-bit ones, but for pure_bf16."""
+    if plan.zero.used or plan.values.pure_bf16:
+        return activation_bytes(plan.values)
+    return 4
 
 
 def precision(values: dict) -> str:
@@ -2034,15 +2161,16 @@ def estimate_disk(plan: Plan) -> tuple[int, int | None]:
     """Bytes of one checkpoint, and of all that the run may hold at once: the checkpoints it keeps,
     one being written, and the model.
 
-    The weights in the training precision; for resuming, DeepSpeed's 32-bit weights and Adam's two
-    moments (12 bytes per parameter), or without DeepSpeed the moments alone (8).
+    The weights in the training precision, twice below ZeRO-3, where DeepSpeed's
+    mp_rank_00_model_states.pt holds them too; for resuming, DeepSpeed's 32-bit weights and the
+    optimizer's moments, or without DeepSpeed the moments alone.
     """
-    count = plan.model.parameters
-    deepspeed = plan.zero.used
-    half = deepspeed and precision(plan.values) != "fp32"
-    weights = checkpoint = count * (2 if half else 4)
+    zero, count = plan.zero, plan.model.parameters
+    weights = checkpoint = count * weight_bytes(plan)
     if not plan.values.save_only_model:
-        checkpoint += count * (12 if deepspeed else 8)
+        checkpoint += count * optimizer_bytes(plan)
+        if zero.used and zero.stage < 3:
+            checkpoint += weights
     kept = count_saves(plan)
     if plan.values.save_total_limit:
         kept = min(kept, plan.values.save_total_limit + 1)
@@ -2066,11 +2194,22 @@ def count_saves(plan: Plan) -> float:
 
 
 def host_bytes() -> int:
-    """Memory of this node in bytes, or of its container where that has less."""
+    """Memory of this node in bytes, or what this process's cgroup and those above it allow.
+
+    Slurm and containers set such limits. /proc/self/cgroup has lines such as 0::/job (version 2)
+    and 9:memory:/job (version 1); inside a container the path may be that of the host.
+    """
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):
-            total = min(total, int(Path(limit).read_text()))
+    with contextlib.suppress(OSError):
+        for line in PROCESS_CGROUPS.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            root, file = CGROUPS, "memory.max"
+            if "memory" in controllers.split(","):
+                root, file = CGROUPS / "memory", "memory.limit_in_bytes"
+            folder = root / path.lstrip("/")
+            for place in (folder, *folder.parents):
+                with contextlib.suppress(OSError, ValueError):
+                    total = min(total, int((place / file).read_text()))
     return total
 
 
@@ -2130,8 +2269,8 @@ def check_plan(plan: Plan, config: Config, run: Run | None, problems: Problems) 
         )
     if plan.host_memory and plan.host_memory > host_bytes():
         force(
-            f"host memory: offloading needs {format_bytes(plan.host_memory)}, this node has "
-            f"{format_bytes(host_bytes())}; use more GPUs without offload, or a smaller model"
+            f"host memory: offloading and saving need {format_bytes(plan.host_memory)}, this node "
+            f"has {format_bytes(host_bytes())}; use more GPUs without offload, or a smaller model"
         )
     check_disk(plan, config, run, force)
     for gpu in plan.gpus:
@@ -2174,6 +2313,9 @@ def nearest_that_fits(plan: Plan) -> str:
     offload = "deepspeed=configs/deepspeed/ds_z3_offload_config.json"
     offloaded = replace(plan, zero=Zero(3, True, True, used=True))
     tries = [split_step(plan, size) for size in sizes]
+    if plan.phase == "evaluation":
+        smaller = range(plan.values.per_device_eval_batch_size - 1, 0, -1)
+        tries = [with_keys(plan, {"per_device_eval_batch_size": size}) for size in smaller]
     tries += [split_step(offloaded, size, offload) for size in sizes]
     for count in (2, 4, 8, 16, 32, 64):
         if count > plan.world_size:
@@ -2189,6 +2331,12 @@ def split_step(plan: Plan, size: int, *words: str) -> tuple[str, Plan]:
     values = plan.values
     samples = values.per_device_train_batch_size * values.gradient_accumulation_steps
     keys = {"per_device_train_batch_size": size, ACCUMULATION: samples // size}
+    return with_keys(plan, keys, *words)
+
+
+def with_keys(plan: Plan, keys: dict[str, int], *words: str) -> tuple[str, Plan]:
+    """`words` and those of the keys that change, and the plan with them."""
+    values = plan.values
     changed = [f"{key}={value}" for key, value in keys.items() if value != values[key]]
     return " ".join([*words, *changed]), estimate(replace(plan, values=Values(values | keys)))
 
@@ -2790,20 +2938,39 @@ def describe_interval(values: Values, verb: str, noun: str, key: str) -> str:
 
 def resource_lines(plan: Plan) -> dict[str, str]:
     """Memory and disk, where they can be estimated."""
-    if not plan.memory:
+    if not plan.model.parameters:
         return {}
-    room = f" of {format_bytes(plan.device_bytes)}" if plan.device_bytes else ""
-    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in plan.memory.items())
-    lines = {"memory": f"{format_bytes(plan.needed)}{room} per {plan.unit}: {parts}"}
+    lines = {"memory": describe_memory(plan)}
+    there = format_bytes(host_bytes())
+    weights = plan.model.parameters * weight_bytes(plan)
     if plan.host_memory:
-        there = format_bytes(host_bytes())
-        lines["host"] = f"{format_bytes(plan.host_memory)} of {there} for offloading"
+        lines["host"] = f"{format_bytes(plan.host_memory)} of {there} for offloading and saving"
+    elif plan.zero.stage == 3 and weights > host_bytes():
+        lines["host"] = (
+            f"saving gathers {format_bytes(weights)} on rank 0, the node has {there}"
+        )
+    if not plan.checkpoint_bytes:
+        return lines
     need = f", at most {format_bytes(plan.disk_bytes)} at once" if plan.disk_bytes else ""
     lines["disk"] = (
         f"{format_bytes(plan.checkpoint_bytes)} per checkpoint{need}, of "
         f"{format_bytes(plan.disk_free)} free"
     )
     return lines
+
+
+def describe_memory(plan: Plan) -> str:
+    """The memory of the largest phase against what there is, and its parts."""
+    if not plan.memory:
+        return f"not estimated with {unknown_memory(plan)}"
+    room = f" of {format_bytes(plan.device_bytes)}" if plan.device_bytes else ""
+    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in plan.memory.items())
+    text = (
+        f"{format_bytes(plan.needed)}{room} per {plan.unit} at the peak ({plan.phase}): {parts}"
+    )
+    if plan.device_bytes and plan.needed > 0.95 * plan.device_bytes:
+        text += "; over 95 %, so it may run out of memory"
+    return text
 
 
 def data_advice(plan: Plan) -> str:

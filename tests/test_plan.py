@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 
+import train_qwen3_ft
 from helpers import ROOT
 from helpers.config import TINY_MODEL, write_json
 from helpers.launcher import ask_python, fake_gpus
-from train_qwen3_ft import count_rows, plan_steps
+from helpers.plan import plan_phases
+from train_qwen3_ft import count_rows, host_bytes, plan_steps
 
 GIB = 1 << 30
 QWEN3_14B = 14_768_307_200  # what transformers counts for Qwen/Qwen3-14B's config.json
@@ -640,6 +642,8 @@ def test_model_states_of_qwen3_14b_agree_with_deepspeed(plan_of, deepspeed_estim
         plan["memory_per_gpu"][part] for part in ("parameters", "gradients", "optimizer")
     )
     host, gpu = deepspeed_estimates[offload]
+    if offload == "none":  # it counts all gradients in 32 bit too, of which a step holds some
+        gpu -= 2 * QWEN3_14B // 4
     assert plan["parameters"] == QWEN3_14B
     assert states == pytest.approx(gpu, rel=0.1)
     if (
@@ -654,17 +658,24 @@ def test_shipped_offload_file_puts_the_states_in_host_memory(plan_of, deepspeed_
     assert plan["memory_per_gpu"]["optimizer"] == plan["memory_per_gpu"]["gradients"] == 0
 
 
-def test_without_offload_nothing_is_said_of_host_memory(here):
-    done = here("--dry-run", gpus=fake_gpus(4))
-    assert not re.search(r"^host ", done.stdout, re.MULTILINE)
+def test_without_offload_nothing_is_said_of_offloading(here):
+    assert "for offloading" not in here("--dry-run", gpus=fake_gpus(4)).stdout
+
+
+def test_plan_says_that_the_gathered_weights_do_not_fit_in_host_memory(here):
+    words = ["model_name_or_path=Qwen/Qwen3-32B", "--dry-run"]
+    if host_bytes() > 61 * GIB:
+        pytest.skip("this node has the memory")
+    text = here(*words, gpus=fake_gpus(8, 80)).stdout
+    assert re.search(r"^host +saving gathers 61.0 GiB on rank 0", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
     ("stage", "parts"),
     [
-        pytest.param(1, (2, 4, 3), id="zero1-divides-the-optimizer"),
-        pytest.param(2, (2, 1, 3), id="zero2-the-gradients-too"),
-        pytest.param(3, (0.5, 1, 3), id="zero3-the-parameters-too"),
+        pytest.param(1, (2, 2, 3), id="zero1-divides-the-optimizer"),
+        pytest.param(2, (2, 0.5, 3), id="zero2-the-gradients-too"),
+        pytest.param(3, (0.5, 0.5, 3), id="zero3-the-parameters-too"),
     ],
 )
 def test_zero_stage_divides_by_the_ranks(plan_of, stage, parts):
@@ -816,8 +827,140 @@ def test_offload_that_the_host_cannot_hold_is_refused(here):
     assert re.search(r"host memory: .*8\d\d\.\d GiB.*this node has", done.stderr)
 
 
-def test_memory_of_lora_is_not_guessed(plan_of, write_config):
-    assert plan_of(write_config(finetuning_type="lora"))["memory_per_gpu"] is None
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        pytest.param({"finetuning_type": "lora"}, "finetuning_type: lora", id="lora"),
+        pytest.param({"flash_attn": "disabled"}, "flash_attn: disabled", id="eager-attention"),
+        pytest.param({"optim": "adafactor"}, "optim: adafactor", id="optimizer"),
+        pytest.param({"use_dft_loss": True}, "use_dft_loss", id="another-loss"),
+    ],
+)
+def test_memory_that_is_unknown_is_not_guessed_and_the_plan_names_the_key(
+    here, plan_of, write_config, changes, key
+):
+    config = write_config(**changes)
+    assert plan_of(config)["memory_per_gpu"] is None
+    text = here(config, "--dry-run").stdout
+    assert re.search(rf"^memory +not estimated with {key}$", text, re.MULTILINE)
+
+
+TRACKED = {**TINY_MODEL, "vocab_size": 4000, "num_hidden_layers": 6, "head_dim": 16}
+
+
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "kept"])
+def test_phases_are_within_10_percent_of_torchs_memory_tracker(checkpointing):
+    shapes = [
+        {**TRACKED, "hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 16},
+        {**TRACKED, "hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4},
+    ]
+    real = ask_python(
+        f"""
+sys.path[:0] = [{str(ROOT / "tests")!r}]
+from helpers.memory_tracker import track
+result = [track(shape, 2, 256, data[1], 2) for shape in data[0]]
+""",
+        [shapes, checkpointing],
+    )
+    for shape, tracked in zip(shapes, real, strict=True):
+        assert plan_phases(shape, 2, 256, checkpointing, 2) == pytest.approx(tracked, rel=0.1)
+
+
+@pytest.fixture
+def peak_of(plan_of: Callable) -> Callable[..., dict]:
+    """The parts of the default configuration's largest phase on four GPUs, with these words."""
+    return lambda *words: plan_of(*words, gpus=fake_gpus(4, 80))["memory_per_gpu"]
+
+
+EVALUATES = ("val_size=0.1", "eval_strategy=epoch")
+
+
+def test_an_evaluation_after_training_counts_with_its_default_batch_of_8(peak_of):
+    parts = peak_of("val_size=0.1", "do_eval=true")
+    assert parts["logits"] == 8 * 2048 * 151_936 * 10
+
+
+def test_an_evaluation_with_larger_batches_than_training_is_the_peak(peak_of, here):
+    assert peak_of(*EVALUATES, "per_device_eval_batch_size=1") == peak_of()
+    evaluation = peak_of(*EVALUATES, "per_device_eval_batch_size=4")
+    assert evaluation["logits"] == 4 * 2048 * 151_936 * 10
+    done = here(*EVALUATES, "per_device_eval_batch_size=16", "--dry-run", gpus=fake_gpus(4, 80))
+    assert re.search(r"it fits with per_device_eval_batch_size=\d", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("stage", "sequences", "bytes_each", "reference"),
+    [
+        pytest.param(["stage=dpo", "pref_loss=sigmoid"], 2, 16, 2, id="dpo"),
+        pytest.param(["stage=dpo", "pref_loss=orpo"], 2, 12, 0, id="orpo-has-no-reference"),
+        pytest.param(["stage=kto"], 1, 20, 2, id="kto"),
+        pytest.param(["stage=rm"], 2, 6, 0, id="rm"),
+    ],
+)
+def test_preference_stages_take_pairs_and_a_reference_model(
+    peak_of, stage, sequences, bytes_each, reference
+):
+    parts = peak_of(*stage)
+    assert parts["logits"] == sequences * 2 * 2048 * 151_936 * bytes_each
+    assert parts.get("reference", 0) == reference * QWEN3_14B // 4
+
+
+def test_liger_makes_no_logits(peak_of):
+    assert "logits" not in {
+        k for k, size in peak_of("enable_liger_kernel=true").items() if size
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "bytes_each"),
+    [
+        pytest.param(["optim=adamw_8bit"], 4 + 2, id="8-bit"),
+        pytest.param(["optim=paged_adamw_8bit"], 4 + 2, id="paged-8-bit"),
+        pytest.param(["optim=paged_adamw_32bit"], 4 + 8, id="paged"),
+    ],
+)
+def test_optimizers_have_their_own_bytes_per_parameter(peak_of, words, bytes_each):
+    assert peak_of(*words)["optimizer"] == bytes_each * QWEN3_14B // 4
+
+
+def test_pure_bf16_without_deepspeed_keeps_no_32_bit_states(peak_of):
+    parts = peak_of("deepspeed=null", "bf16=null", "pure_bf16=true")
+    states = [parts[name] for name in ("parameters", "gradients", "optimizer")]
+    assert states == [2 * QWEN3_14B, 2 * QWEN3_14B, 4 * QWEN3_14B]
+
+
+def test_a_fit_over_95_percent_is_a_warning_and_no_problem(here, medium, plan_of):
+    needed = sum(plan_of(medium(), gpus=fake_gpus(1, 80))["memory_per_gpu"].values()) / GIB
+    for room, warned in ((needed / 0.97, True), (needed / 0.93, False)):
+        done = here(medium(), "--dry-run", gpus=fake_gpus(1, room))
+        assert ("over 95 %" in done.stdout, done.returncode) == (warned, 0)
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "file"),
+    [
+        pytest.param("0::/job/step\n", "job/memory.max", id="v2-of-the-cgroup-above"),
+        pytest.param("0::/job/step\n", "job/step/memory.max", id="v2"),
+        pytest.param(
+            "3:cpu:/\n9:memory:/slurm/job\n0::/\n",
+            "memory/slurm/job/memory.limit_in_bytes",
+            id="v1",
+        ),
+        pytest.param("0::/of/the/host\n", "memory.max", id="container"),
+    ],
+)
+def test_memory_of_the_host_is_what_the_cgroups_of_the_process_allow(
+    monkeypatch, tmp_path, cgroup, file
+):
+    (tmp_path / "self").write_text(cgroup)
+    limit = tmp_path / "cgroup" / file
+    limit.parent.mkdir(parents=True)
+    limit.write_text("1048576\n")
+    if limit.parent.name == "step":
+        (limit.parent.parent / "memory.max").write_text("max\n")
+    monkeypatch.setattr(train_qwen3_ft, "PROCESS_CGROUPS", tmp_path / "self")
+    monkeypatch.setattr(train_qwen3_ft, "CGROUPS", tmp_path / "cgroup")
+    assert host_bytes() == 1 << 20
 
 
 def test_plan_shows_memory_by_part_against_what_the_gpu_has(here):
@@ -905,6 +1048,12 @@ def test_no_suggestion_that_would_not_fit(here):
             14,
             2 * 14 + 2,
             id="every-half-of-all-steps",
+        ),
+        pytest.param(
+            ["deepspeed={zero_optimization: {stage: 2}}"],
+            16,
+            3 * 16 + 2,
+            id="zero2-holds-the-weights-twice",
         ),
     ],
 )

@@ -1,8 +1,13 @@
-"""The plan's model-state memory against what two ranks under ZeRO-3 really hold on a CPU.
+"""The plan's memory against torch's own tracker, and against what ranks on a CPU really hold.
 
     python tests/benchmarks/memory.py
 
-Trains a Qwen3 of 113 M parameters and the 1 M demo model for a few steps each, with one short
+Without a GPU: for Qwen3's shapes in bf16 with 2,048 tokens, what a micro-batch takes in each phase
+beside the model states, as planned and as torch.distributed._tools.mem_tracker counts it under
+FakeTensorMode (tests/helpers/memory_tracker.py). Model states and the optimizer's share of one of
+8 ranks are divided by arithmetic: the tracker sees one device.
+
+On a CPU: trains a Qwen3 of 113 M parameters and the 1 M demo model for a few steps each, with one short
 sample per step, so that activations do not count, and compares the growth of a rank's resident
 memory from the small to the large model with the growth of the planned parts parameters + gradients
 + optimizer. What both hold (Python, torch, DeepSpeed) cancels. The C library is told to give freed
@@ -20,12 +25,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 
 from common import SCRIPT, describe_machine, launcher, make_config
 from helpers.config import CONFIGS, ZERO3_FILE, make_model
 from helpers.launcher import losses
+from helpers.memory_tracker import track
+from helpers.plan import plan_phases
+from train_qwen3_ft import qwen3_config
 
+SIZES = ("0.6B", "1.7B", "4B", "8B", "14B")
+TOKENS, RANKS = 2048, 8
 STATES = ("parameters", "gradients", "optimizer")
 
 
@@ -55,6 +66,7 @@ def measure(folder: Path, model: Path) -> tuple[int, int]:
         folder,
         model_name_or_path=str(model),
         deepspeed=ZERO3_FILE,
+        bf16=True,
         max_steps=12,
         cutoff_len=16,
         per_device_train_batch_size=1,
@@ -85,11 +97,25 @@ def measure(folder: Path, model: Path) -> tuple[int, int]:
     return sum(memory[name] for name in STATES), min(held)
 
 
-def main() -> None:
-    """Measure both models and print the comparison."""
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+def compare_with_tracker() -> None:
+    """Print planned and tracked GiB for each shape, micro-batch and phase."""
+    phases = ("forward/backward", "optimizer step", "evaluation")
+    print("| model | micro-batch | checkpointing | " + " | ".join(phases) + " |")
+    print("|---" * 6 + "|")
+    for size, checkpointing, batch in product(SIZES, (True, False), (1, 2, 4)):
+        case = (qwen3_config(f"Qwen/Qwen3-{size}"), batch, TOKENS, checkpointing, RANKS)
+        planned, tracked = plan_phases(*case), track(*case)
+        cells = [
+            f"{planned[phase] / 2**30:.2f} / {tracked[phase] / 2**30:.2f} "
+            f"= {planned[phase] / tracked[phase]:.3f}"
+            for phase in phases
+        ]
+        mode = "yes" if checkpointing else "no"
+        print(f"| {size} | {batch} | {mode} | " + " | ".join(cells) + " |", flush=True)
+
+
+def compare_with_ranks() -> None:
+    """Train both models and print the comparison."""
     with tempfile.TemporaryDirectory() as scratch:
         large = make_model(
             Path(scratch, "model"),
@@ -103,11 +129,20 @@ def main() -> None:
         small_plan, small_held = measure(Path(scratch, "small"), CONFIGS / "demo_model")
         large_plan, large_held = measure(Path(scratch, "large"), large)
     planned, held = large_plan - small_plan, large_held - small_held
-    print(describe_machine())
     print(
         f"planned {planned / 2**20:.0f} MiB, held {held / 2**20:.0f} MiB per rank; "
         f"planned / held {planned / held:.3f}"
     )
+
+
+def main() -> None:
+    """Print the machine, the table and the comparison with real ranks."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+    print(describe_machine())
+    compare_with_tracker()
+    compare_with_ranks()
 
 
 if __name__ == "__main__":
