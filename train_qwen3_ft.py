@@ -7,7 +7,8 @@
     python train_qwen3_ft.py my.yaml learning_rate=2e-5  # override any YAML key
 
 Usage: python train_qwen3_ft.py [CONFIG.yaml] [key=value ...]
-                                [--dry-run [--json] | --resume [RUN_DIR]] [--force]
+                                [--dry-run [--json] | --preview [N] | --rehearse [--json] |
+                                 --resume [RUN_DIR]] [--force]
 
 CONFIG is a LLaMA-Factory training YAML. The launcher adds keys of its own: cuda_visible_devices
 (GPU ids as nvidia-smi shows them; CUDA_VISIBLE_DEVICES in the environment wins),
@@ -19,7 +20,9 @@ The preflight checks before anything starts, and reports all problems at once: k
 choices against the installed LLaMA-Factory; keys that exclude each other; model, data and
 DeepSpeed files; packages; driver and GPUs; memory and disk against an estimate. It cannot check
 what only a run can show: that a download works, that the data tokenizes, that an unknown
-architecture fits in memory.
+architecture fits in memory. --rehearse shows these: it runs a few steps of the real run, those of
+the longest samples first, and one checkpoint, says what they took, and leaves nothing behind but
+<output_dir>/rehearsal.json, with which the end of the real run compares.
 
 Everything of a run is in <output_dir>/<YYYYmmdd-HHMMSS> (run_name=NAME replaces the timestamp):
 config.yaml (can be launched again), plan.json, metrics.jsonl, logs/rank<R>.log, checkpoint-N/,
@@ -39,8 +42,8 @@ chapter reads top-down: what calls stands above what it calls, each check with i
     types      what a run is made of: Config, Devices, Gpu, Model, Zero, Steps, Plan, Preflight
     LAUNCHER   main; command line; preflight; configuration; keys; devices and nodes; packages;
                model and DeepSpeed; data; plan; rules between keys; resume; the plan for people
-               and as data; SwanLab's settings; launch; supervision; console; SwanLab's process;
-               why a run failed; summary
+               and as data; SwanLab's settings; rehearsal; launch; supervision; console; SwanLab's
+               process; why a run failed; summary
     RANK       one process per device, started by torchrun: training arguments, callback
     TRACKER    one process per launch: metrics.jsonl -> SwanLab
     SHARED     the run directory, checkpoints, files and processes
@@ -436,7 +439,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--resume", nargs="?", const="", metavar="RUN_DIR", help=resume_help)
     switches = {
         "--dry-run": "print plan, problems and command; start nothing",
-        "--json": "with --dry-run: the plan as one JSON object",
+        "--rehearse": "a few steps of the run on its devices, measured, then removed",
+        "--json": "with --dry-run or --rehearse: the same as one JSON object",
         "--force": "start anyway: an estimate, a busy GPU or an untested version stops nothing",
     }
     for name, text in switches.items():
@@ -444,8 +448,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     for name in ("--previewer", "--tracker"):
         add(name, type=Path, help=hidden)
     options = parser.parse_intermixed_args(argv)
-    if options.json and not options.dry_run:
-        raise LaunchError("--json goes with --dry-run")
+    if options.json and not (options.dry_run or options.rehearse):
+        raise LaunchError("--json goes with --dry-run or --rehearse")
+    if options.rehearse and (options.dry_run or options.preview or options.resume is not None):
+        raise LaunchError("--rehearse begins a run of its own; leave out the other option")
     split_words(options)
     return options
 
@@ -488,6 +494,8 @@ def check_and_launch(options: argparse.Namespace, env: Environment) -> int:
         return 0
     if options.preview:
         return preview(found, options.preview, env)
+    if options.rehearse:
+        return rehearse(found, options.json, env)
     return launch(found, env)
 
 
@@ -2059,7 +2067,7 @@ def estimate_disk(plan: Plan) -> tuple[int, int | None]:
     weights = checkpoint = count * (2 if half else 4)
     if not plan.values.save_only_model:
         checkpoint += count * (12 if deepspeed else 8)
-    kept = count_saves(plan)
+    kept = count_times(plan, "save")
     if plan.values.save_total_limit:
         kept = min(kept, plan.values.save_total_limit + 1)
     if kept == math.inf:
@@ -2067,13 +2075,15 @@ def estimate_disk(plan: Plan) -> tuple[int, int | None]:
     return checkpoint, kept * checkpoint + weights
 
 
-def count_saves(plan: Plan) -> float:
-    """How many checkpoints the run writes; infinite where the number of steps is unknown."""
+def count_times(plan: Plan, key: str) -> float:
+    """How often the run does `key`, save or eval; infinite where the number of steps is unknown."""
     values = plan.values
     total = plan.steps.total
-    if values.save_strategy == "no":
+    strategy, every = values[f"{key}_strategy"], values[f"{key}_steps"] or values.logging_steps
+    if strategy == "no":
         return 0
-    every = plan.steps.per_epoch if values.save_strategy == "epoch" else values.save_steps
+    if strategy == "epoch":
+        every = plan.steps.per_epoch
     if not total or not every:
         return math.inf
     if every < 1:
@@ -2537,7 +2547,7 @@ def find_run(options: argparse.Namespace) -> Run | None:
         return run
     config = load_config(options.config, options.overrides)
     output_dir = Path(config.values.output_dir)
-    runs = [Run(path.parent) for path in output_dir.glob("*/config.yaml")]
+    runs = [Run(path.parent) for path in output_dir.glob("[!.]*/config.yaml")]
     if not runs:
         raise LaunchError(f"--resume: there is no run under {output_dir}; start one first")
 
@@ -2923,6 +2933,112 @@ def tracking_project(values: Values) -> str:
     return str(values.swanlab_project or values.project or "qwen3-ft")
 
 
+# --- rehearsal ----------------------------------------------------------------------------------
+
+REHEARSAL = ".rehearsal-"  # begins the name of its directory, by which a rank knows it
+REHEARSED_STEPS = 6  # the longest samples, and enough for a median
+# What would tell others, or judge a model that nobody wants.
+NOT_REHEARSED = """
+    load_best_model_at_end early_stopping_steps eval_on_start eval_delay do_predict plot_loss
+    push_to_hub use_swanlab
+""".split()
+
+
+def rehearse(found: Preflight, as_json: bool, env: Environment) -> int:
+    """Run a few steps of the run, and show what they took; returns the exit code."""
+    rehearsal = replace(found, config=rehearsal_config(found.config))
+    run = new_run(rehearsal.config)
+    if node_rank(env):
+        return launch(rehearsal, env)
+    remove_rehearsals(run.path.parent)
+    try:
+        with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+            code = launch(rehearsal, env)
+        figures = forecast(found.plan, run.read("summary.json"))
+    finally:
+        remove_rehearsals(run.path.parent)
+    text = json.dumps(figures, indent=1)
+    if code == 0:
+        (run.path.parent / REHEARSAL_FILE).write_text(text, encoding="utf-8")
+    if as_json:
+        say(text)
+    else:
+        print_lines(rehearsal_lines(found.plan, figures))
+    return code
+
+
+def rehearsal_config(config: Config) -> Config:
+    """What a rehearsal changes: fewer steps, one evaluation where the run evaluates, one
+    checkpoint; nobody is told.
+    """
+    changes = dict.fromkeys(NOT_REHEARSED) | {
+        "run_name": REHEARSAL + new_run(config).path.name,
+        "save_strategy": "steps",
+        "max_restarts": 0,
+        "report_to": "none",
+    }
+    changes |= dict.fromkeys(("max_steps", "save_steps", "eval_steps"), REHEARSED_STEPS)
+    if config.values.eval_strategy != "no":
+        changes["eval_strategy"] = "steps"
+    return replace(config.update(**changes), secrets=without(config.secrets, *WEBHOOKS))
+
+
+def remove_rehearsals(output_dir: Path) -> None:
+    """Remove what rehearsals have left, also one whose launcher was killed."""
+    for folder in output_dir.glob(f"{REHEARSAL}*"):
+        if not Run(folder).is_running():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def forecast(plan: Plan, summary: dict) -> dict:
+    """The summary of a rehearsal with the seconds that the run would take, where its steps are
+    known.
+    """
+    figures = without(summary, "run", "model", "curve", "dashboard", "resume", "rehearsal")
+    steps, pace = plan.steps, summary.get("seconds_per_step")
+    if not (pace and steps.total):
+        return figures
+    saves, evaluations = count_times(plan, "save"), count_times(plan, "eval")
+    total = (
+        summary["start_seconds"] + steps.total * pace + saves * summary["checkpoint_seconds"]
+    )
+    total += evaluations * (summary["evaluation_seconds"] or 0)
+    figures |= {"total_steps": steps.total, "checkpoints": saves, "evaluations": evaluations}
+    return figures | {
+        "seconds_per_epoch": (steps.per_epoch or 0) * pace,
+        "total_seconds": total,
+    }
+
+
+def rehearsal_lines(plan: Plan, figures: dict) -> dict[str, str]:
+    """A rehearsal for people: {label: text}; of a failure the cause has been said."""
+    state, cause, key = (
+        figures.get("state"),
+        figures.get("cause"),
+        "per_device_train_batch_size",
+    )
+    if state != "finished":
+        if OUT_OF_MEMORY in (cause or ""):
+            state = f"{OUT_OF_MEMORY}, also with {key}={figures['configuration'][key]}"
+        return {"state": state, "cause": state == "refused" and cause}
+    lines = measured_lines(figures)
+    micro, planned = figures["configuration"][key], plan.values[key]
+    if micro != planned:
+        words, _ = split_step(plan, micro)
+        lines["memory"] += f", with {words}; {key}={planned} is out of memory"
+    if figures.get("seconds_per_epoch"):
+        lines["time"] += f", {spoken(figures['seconds_per_epoch'])} per epoch"
+    if figures.get("total_seconds"):
+        units = {
+            "total_steps": "step",
+            "checkpoints": "checkpoint",
+            "evaluations": "evaluation",
+        }
+        counts = ", ".join(plural(figures[name], unit) for name, unit in units.items())
+        lines["time"] += f", about {format_seconds(figures['total_seconds'])} in all ({counts})"
+    return lines
+
+
 # --- launch: run directory, torchrun's command and environment ----------------------------------
 
 
@@ -3177,7 +3293,7 @@ class Supervisor:
         self.leads, self.started = node_rank(env) == 0, time.time()
         self.log = run.logs / f"torchrun{'' if self.leads else node_rank(env)}.log"
         self.process, self.ranks, self.halvings = None, [], 0
-        self.devices = found.plan.devices
+        self.plan, self.devices = found.plan, found.plan.devices
         self.stop = StopRequest(run, self.kill)
         self.metrics, self.console = Follower(run.metrics_file), Console()
         tracking = setup_experiment_tracking(found.config, run, env)
@@ -3257,6 +3373,8 @@ class Supervisor:
         hang_watch = HangWatch(self.run, self.config.values.hang_timeout or 600)
         while self.process.poll() is None:
             self.stop.handle_signals()
+            if self.run.is_rehearsal and self.stop.is_requested():
+                self.kill()
             self.follow()
             for node in heartbeat.lost_nodes():
                 say(f"node {node} sent no heartbeat for {heartbeat.patience:g} s; restarting")
@@ -3273,6 +3391,8 @@ class Supervisor:
         self.follow()
         if cause:
             return "hung", cause
+        if self.run.is_rehearsal and self.stop.is_requested():
+            return "stopped", ""
         problem = self.run.read("data.json").get("problem")
         if problem:
             return "refused", problem
@@ -3334,14 +3454,17 @@ class Supervisor:
         self.console.close()
         if self.tracker:
             self.tracker.finish(state, cause)
-        if state != "finished":
+        if not (state == "finished" or self.run.is_rehearsal):
             with contextlib.suppress(Exception):  # a full disk; the summary matters more
                 draw_curve(self.run)
         summary = summarize(self.run, state, cause, self.started)
+        summary |= compare(replace(self.plan, values=self.config.values), self.run)
         with contextlib.suppress(OSError):
             write_atomically(
                 self.run.path / "summary.json", json.dumps(summary, indent=1) + "\n"
             )
+        if self.run.is_rehearsal:
+            return
         print_summary(self.run, self.config, summary)
         send_notifications(self.config, summary)
 
@@ -3413,10 +3536,10 @@ class StopRequest:
             self.presses += number == signal.SIGINT
             if not self.is_requested():
                 self.run.request_stop(number)
-                say(
-                    f"{signal.Signals(number).name}: stopping; a step that has begun is finished "
-                    "and saved first, which may take a while"
-                )
+                text = "; a step that has begun is finished and saved first, which may take a while"
+                if self.run.is_rehearsal:
+                    text = ""
+                say(f"{signal.Signals(number).name}: stopping{text}")
             elif self.presses == 2:
                 say(
                     "still stopping; press Ctrl-C once more to kill the run now, without a "
@@ -3869,6 +3992,7 @@ def describe_failure(run: Run, log: Path, position: int) -> str:
             evidence = read_from(log, max(file_size(log) - (64 << 10), 0)).split(RANK_START)[-1]
     elif errors:
         text, log = read_from(errors[0]).strip(), errors[0].with_suffix(".log")
+        text += f"\nphase: {read_from(log.with_suffix('.progress')).partition(' ')[2]}"
     else:
         known = re.findall(r"Rendezvous\w*Error[^\n]*|[^\n]*EADDRINUSE[^\n]*", messages)
         text = "\n".join(known[-1:] or messages.splitlines()[-15:]) or "torchrun failed"
@@ -3899,18 +4023,30 @@ def has_weights(folder: Path) -> bool:
 
 def disk_is_full(folder: Path) -> bool:
     """Whether hardly a byte is free; PyTorch does not tell why a file could not be written."""
-    return shutil.disk_usage(folder).free < 16 << 20
+    return free_bytes(folder) < 16 << 20
 
 
 # --- summary ------------------------------------------------------------------------------------
 
 
+# What the ranks measure: in seconds, in bytes, and as a share.
+MEASURED = """
+    seconds_per_step checkpoint_seconds evaluation_seconds peak_memory peak_rank input_wait
+""".split()
+
+
 def summarize(run: Run, state: str, cause: str, started: float) -> dict:
-    """How the run ended, in numbers from its own files; `started` is in seconds since 1970."""
+    """How the run ended, in numbers from its own files; `started` is in seconds since 1970.
+
+    Seconds per step and of a checkpoint are medians, without the wait for others; `input_wait` is
+    the share of a step's time in which a rank waits for its data.
+    """
     lines, good = run.read_metrics(), run.newest_checkpoint()
     losses, rates = logged(lines, "loss"), logged(lines, "tokens_per_second")
     planned, curve = run.read("plan.json").get("total_steps"), run.path / "training_loss.png"
-    finished = state == "finished"
+    finished, figures = state == "finished", next(reversed(logged(lines, "figures")), {})
+    begun = [line["time"] - started for line in lines if line.get("event") == "begin"]
+    files = read_json_or_empty(good / MANIFEST)["files"] if good else {}
     model = run.path if finished else good
     return {
         "run": str(run.path),
@@ -3922,13 +4058,79 @@ def summarize(run: Run, state: str, cause: str, started: float) -> dict:
         "first_loss": next(iter(losses), None),
         "last_loss": next(reversed(losses), None),
         "seconds": round(time.time() - started, 1),
-        "tokens_per_second": statistics.median(rates) if rates else None,
-        "peak_memory": next(reversed(logged(lines, "peak_memory")), None),
+        "tokens_per_second": median(rates),
+        "start_seconds": next((seconds for seconds in begun if seconds > 0), None),
+        "checkpoint_bytes": sum(files.values()) or None,
+        **dict.fromkeys(MEASURED),
+        **figures,
         "checkpoints": [path.name for path in run.checkpoints() if (path / MANIFEST).exists()],
         "curve": str(curve) if curve.exists() else None,
         "dashboard": run.read("logs/swanlab.json").get("dashboard"),
         "resume": resume_command(run) if good and not finished else None,
     }
+
+
+REHEARSAL_FILE = "rehearsal.json"  # in output_dir
+# What decides how long a run takes and how much memory.
+DECISIVE = (
+    *FIXED_KEYS,
+    ACCUMULATION,
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+)
+
+
+def compare(plan: Plan, run: Run) -> dict:
+    """What the plan said, and the rehearsal of the same configuration, or None."""
+    decisive = {key: plan.values[key] for key in DECISIVE} | {"world_size": plan.world_size}
+    rehearsal = read_json_or_empty(run.path.parent / REHEARSAL_FILE)
+    is_same = rehearsal.get("configuration") == decisive and not run.is_rehearsal
+    return {
+        "configuration": decisive,
+        "device_memory": plan.device_bytes,
+        "planned_memory": estimate(plan).needed or None,
+        "rehearsal": rehearsal if is_same else None,
+    }
+
+
+def measured_lines(summary: dict) -> dict[str, str]:
+    """What a run has measured, for people: {label: text}; {} where it has not come so far."""
+    shown = {key: format_bytes(summary[key] or 0) for key in summary if "memory" in key}
+    pace, begin, save = map(
+        summary.get, ("seconds_per_step", "start_seconds", "checkpoint_seconds")
+    )
+    if not pace:
+        return {}
+    memory = f"{shown['peak_memory']} of {shown['device_memory']} at the peak "
+    memory += f"(rank {summary['peak_rank']})"
+    time, checkpoint = f"{spoken(pace)} per step", ""
+    if summary["planned_memory"]:
+        memory += f", the plan said {shown['planned_memory']}"
+    if summary.get("rehearsal"):
+        memory += f", the rehearsal {format_bytes(summary['rehearsal']['peak_memory'])}"
+        time += f", {spoken(summary['rehearsal']['seconds_per_step'])} in the rehearsal"
+    if save:
+        size = summary["checkpoint_bytes"]
+        checkpoint = f"{format_bytes(size)} in {spoken(save)} ({size / save / 1e9:.2g} GB/s)"
+    return {
+        "memory": memory,
+        "time": time,
+        "checkpoint": checkpoint,
+        "start": f"{spoken(begin)} to the first step",
+        "input": f"the ranks waited for data {100 * summary['input_wait']:.0f} % of the time",
+    }
+
+
+def spoken(seconds: float) -> str:
+    """3.2 s, 72 s, 4 min 10 s."""
+    if seconds < 99:
+        return f"{seconds:.2g} s"
+    return "{} min {} s".format(*divmod(round(seconds), 60))
+
+
+def median(values: list[float]) -> float | None:
+    """The median; None of nothing."""
+    return statistics.median(values) if values else None
 
 
 def logged(lines: list[dict], key: str) -> list:
@@ -3960,8 +4162,13 @@ DIVERGED_HINT = (
 
 def print_summary(run: Run, config: Config, summary: dict) -> None:
     """Print how the run ended."""
-    state, rate, peak = summary["state"], summary["tokens_per_second"], summary["peak_memory"]
-    loss, seconds, resume = "", format_seconds(summary["seconds"]), summary["resume"]
+    state, rate = summary["state"], summary["tokens_per_second"]
+    loss, time, resume = "", format_seconds(summary["seconds"]), summary["resume"]
+    measured = measured_lines(summary)
+    if rate:
+        time += f", {rate:.0f} tokens/s"
+    if measured:
+        time += f", {measured.pop('time')}"
     if summary["last_loss"] is not None:
         loss = "{first_loss:.4f} at first, {last_loss:.4f} at last".format_map(summary)
     chat, serve = "", ""
@@ -3977,8 +4184,8 @@ def print_summary(run: Run, config: Config, summary: dict) -> None:
             "cause": state != "failed" and summary["cause"],
             "hint": state == "diverged" and DIVERGED_HINT,
             "loss": loss,
-            "time": f"{seconds}, {rate:.0f} tokens/s" if rate else seconds,
-            "memory": peak and f"{format_bytes(peak)} at the peak on rank 0",
+            "time": time,
+            **measured,
             "checkpoints": ", ".join(summary["checkpoints"]),
             "curve": summary["curve"],
             "dashboard": summary["dashboard"],
@@ -4169,6 +4376,8 @@ def train(run: Run, env: Environment) -> None:
     if run.checkpoint_ranks() not in (None, ranks):
         reshard_on_load()
     measure_data(config.values, partial(record_data, run, config.values))
+    if run.is_rehearsal:
+        rehearse_data(callback)
     state = "finished"
     try:
         run_exp(build_training_args(config, run), [callback])
@@ -4263,6 +4472,10 @@ class RankCallback:
         self.stopping, self.saved, self.state = False, None, None
         self.loss_watch, self.diverged = LossWatch(), ""
         self.mark = (0.0, 0, 0)  # time, step and tokens at the last log
+        # In seconds; a step with its wait for data, without saving and evaluating.
+        self.waits, self.steps, self.saves, self.evaluations = [], [], [], []
+        self.lapped, self.figures = 0.0, {}
+        self.batches = 1  # evaluations in one; a rehearsal's evaluates one batch of so many
         rank = os.environ["RANK"]
         self.leads = rank == "0"
         self.progress = run.logs / f"rank{rank}.progress"
@@ -4276,6 +4489,12 @@ class RankCallback:
             raise Stopped
         self.mark = (time.time(), state.global_step, state.num_input_tokens_seen)
         self.write(event="begin", total_steps=state.max_steps)
+        self.lap()
+
+    def lap(self) -> float:
+        """Seconds since the last call."""
+        before, self.lapped = self.lapped, time.perf_counter()
+        return self.lapped - before
 
     def tell(self, phase: str) -> None:
         """Let the launcher see what this rank is doing; it notices when nobody tells any more."""
@@ -4289,6 +4508,7 @@ class RankCallback:
         self.tell("evaluating")
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.waits.append(self.lap())
         self.commit_saved(args, state, model)
         self.tell("training")
 
@@ -4297,6 +4517,7 @@ class RankCallback:
             # Save at once, so that it can be resumed, whatever the configuration saves.
             self.stopping = control.should_save = control.should_training_stop = True
             control.should_evaluate = args.save_only_model = False
+        self.steps.append(self.waits[-1] + self.lap())
         self.tell("saving" if control.should_save else "training")
 
     def agree_to_stop(self, args) -> bool:
@@ -4311,6 +4532,7 @@ class RankCallback:
 
     def on_save(self, args, state, control, **kwargs):
         self.saved = state.global_step
+        self.saves.append(self.lap())
 
     def commit_saved(self, args, state, model) -> None:
         """Commit the checkpoint that was saved last, once all callbacks are done with it.
@@ -4333,6 +4555,7 @@ class RankCallback:
             best = Path(state.best_model_checkpoint or "").name
             rotate_checkpoints(self.run, self.config.values.save_total_limit, best)
         self.saved = None
+        self.saves[-1] += self.lap()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if args.train_sampling_strategy == "group_by_length":
@@ -4346,6 +4569,7 @@ class RankCallback:
 
     def on_evaluate(self, args, state, control, **kwargs):
         self.tell("saving")  # which may follow
+        self.evaluations.append(self.lap())
 
     def on_epoch_end(self, args, state, control, model=None, **kwargs):
         self.commit_saved(args, state, model)
@@ -4356,8 +4580,34 @@ class RankCallback:
     def on_train_end(self, args, state, control, model=None, **kwargs):
         self.commit_saved(args, state, model)
         self.tell("saving")
+        self.gather_figures(args)
         if self.stopping or self.diverged:
             self.skip_final_model()
+
+    def gather_figures(self, args) -> None:
+        """MEASURED of this start, without its first step: medians, the rank with the most memory,
+        and the rank that waited most for its data.
+        """
+        import torch
+
+        steps = self.steps[1:] or self.steps
+        if not steps:
+            return
+        gathered = [None] * args.world_size
+        waited = sum(self.waits[-len(steps) :]) / sum(steps)
+        torch.distributed.all_gather_object(
+            gathered, (peak_memory(), args.process_index, waited)
+        )
+        peak, rank, _ = max(gathered)
+        evaluation = median(self.evaluations)
+        self.figures = {
+            "seconds_per_step": median(steps),
+            "checkpoint_seconds": median(self.saves),
+            "evaluation_seconds": evaluation and evaluation * self.batches,
+            "peak_memory": peak,
+            "peak_rank": rank,
+            "input_wait": max(wait for _, _, wait in gathered),
+        }
 
     def skip_final_model(self) -> None:
         """Leave once all callbacks have seen the end: LLaMA-Factory saves the model after it."""
@@ -4399,8 +4649,8 @@ class RankCallback:
             file.write(json.dumps(line).encode() + b"\n")
 
     def write_end(self, state: str) -> None:
-        """The last line: how training ended, and the most memory that this rank used, in bytes."""
-        self.write(event="end", state=state, cause=self.diverged, peak_memory=peak_memory())
+        """The last line: how training ended, and what was measured of it."""
+        self.write(event="end", state=state, cause=self.diverged, figures=self.figures)
 
 
 def use_learning_rate(rate: float, scheduler) -> None:
@@ -4713,6 +4963,41 @@ def record_data(
             write_atomically(run.path / "Modelfile", modelfile)
     if figures["problem"]:
         raise RuntimeError(figures["problem"])
+
+
+def rehearse_data(callback: RankCallback) -> None:
+    """Train on the longest samples in the first step, then on what the run would; evaluate one
+    batch, of the longest.
+    """
+    from pyarrow.compute import list_value_length
+    from torch import default_generator
+    from transformers import Trainer
+
+    new_dataloader = Trainer._get_dataloader
+
+    def longest_first(trainer, *, dataset, batch_size, sampler_fn, is_training=False, **more):
+        args, count = trainer.args, batch_size * trainer.args.world_size
+        if not hasattr(dataset, "data"):  # streamed
+            if not is_training:
+                dataset = dataset.take(count)
+        else:
+            name = next(name for name in dataset.column_names if name.endswith("input_ids"))
+            tokens = dataset.with_format("arrow")[:][name]
+            order = list_value_length(tokens).to_numpy().argsort()[::-1].tolist()
+            if is_training:
+                default_generator.manual_seed(args.seed)  # the same order on each rank
+                drawn = [
+                    *order[: count * args.gradient_accumulation_steps],
+                    *sampler_fn(dataset),
+                ]
+                sampler_fn = lambda dataset: drawn  # noqa: E731
+            else:
+                callback.batches = math.ceil(len(dataset) / count)
+                dataset = dataset.select(order[:count])
+        more |= {"dataset": dataset, "batch_size": batch_size, "sampler_fn": sampler_fn}
+        return new_dataloader(trainer, is_training=is_training, **more)
+
+    Trainer._get_dataloader = longest_first
 
 
 def run_preview(run: Run, count: int) -> int:
@@ -5028,6 +5313,7 @@ class Run:
         self.path, self.logs = path, path / "logs"
         self.config_file, self.stop_file = path / "config.yaml", path / "STOP"
         self.metrics_file = path / "metrics.jsonl"
+        self.is_rehearsal = path.name.startswith(REHEARSAL)
 
     def lock(self) -> IO:
         """Hold the directory for this process; raises LaunchError while another launcher runs
