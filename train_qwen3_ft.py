@@ -2991,51 +2991,38 @@ def remove_rehearsals(output_dir: Path) -> None:
 
 
 def forecast(plan: Plan, summary: dict) -> dict:
-    """The summary of a rehearsal with the seconds that the run would take, where its steps are
-    known.
-    """
+    """The summary of a rehearsal, with what the run would take where its steps are known."""
     figures = without(summary, "run", "model", "curve", "dashboard", "resume", "rehearsal")
     steps, pace = plan.steps, summary.get("seconds_per_step")
-    if not (pace and steps.total):
+    if not (pace and steps.per_epoch):
         return figures
-    saves, evaluations = count_times(plan, "save"), count_times(plan, "eval")
-    total = (
-        summary["start_seconds"] + steps.total * pace + saves * summary["checkpoint_seconds"]
-    )
-    total += evaluations * (summary["evaluation_seconds"] or 0)
-    figures |= {"total_steps": steps.total, "checkpoints": saves, "evaluations": evaluations}
-    return figures | {
-        "seconds_per_epoch": (steps.per_epoch or 0) * pace,
-        "total_seconds": total,
-    }
+    figures |= {"total_steps": steps.total, "seconds_per_epoch": steps.per_epoch * pace}
+    total = summary["start_seconds"] + steps.total * pace
+    for key, what in (("save", "checkpoint"), ("eval", "evaluation")):
+        figures[f"{what}s"] = count_times(plan, key)
+        total += figures[f"{what}s"] * summary[f"{what}_seconds"]
+    return figures | {"total_seconds": total}
 
 
 def rehearsal_lines(plan: Plan, figures: dict) -> dict[str, str]:
     """A rehearsal for people: {label: text}; of a failure the cause has been said."""
-    state, cause, key = (
-        figures.get("state"),
-        figures.get("cause"),
-        "per_device_train_batch_size",
-    )
+    key, state = "per_device_train_batch_size", figures.get("state")
+    if OUT_OF_MEMORY in figures.get("cause", ""):
+        return {"memory": f"{OUT_OF_MEMORY}, also with {key}={figures['configuration'][key]}"}
     if state != "finished":
-        if OUT_OF_MEMORY in (cause or ""):
-            state = f"{OUT_OF_MEMORY}, also with {key}={figures['configuration'][key]}"
-        return {"state": state, "cause": state == "refused" and cause}
+        return {"state": state, "cause": state == "refused" and figures["cause"]}
     lines = measured_lines(figures)
-    micro, planned = figures["configuration"][key], plan.values[key]
-    if micro != planned:
-        words, _ = split_step(plan, micro)
-        lines["memory"] += f", with {words}; {key}={planned} is out of memory"
-    if figures.get("seconds_per_epoch"):
-        lines["time"] += f", {spoken(figures['seconds_per_epoch'])} per epoch"
-    if figures.get("total_seconds"):
-        units = {
-            "total_steps": "step",
-            "checkpoints": "checkpoint",
-            "evaluations": "evaluation",
-        }
-        counts = ", ".join(plural(figures[name], unit) for name, unit in units.items())
-        lines["time"] += f", about {format_seconds(figures['total_seconds'])} in all ({counts})"
+    words, _ = split_step(plan, figures["configuration"][key])
+    if words:
+        lines["memory"] += f", with {words}; {OUT_OF_MEMORY} with {plan.values[key]}"
+    if "total_seconds" in figures:
+        epoch, total = (
+            spoken(figures["seconds_per_epoch"]),
+            format_seconds(figures["total_seconds"]),
+        )
+        counts = [plural(figures[f"{unit}s"], unit) for unit in ("checkpoint", "evaluation")]
+        counts = ", ".join([plural(figures["total_steps"], "step"), *counts])
+        lines["time"] += f", {epoch} per epoch, about {total} in all ({counts})"
     return lines
 
 
@@ -4058,7 +4045,7 @@ def summarize(run: Run, state: str, cause: str, started: float) -> dict:
         "first_loss": next(iter(losses), None),
         "last_loss": next(reversed(losses), None),
         "seconds": round(time.time() - started, 1),
-        "tokens_per_second": median(rates),
+        "tokens_per_second": statistics.median(rates) if rates else None,
         "start_seconds": next((seconds for seconds in begun if seconds > 0), None),
         "checkpoint_bytes": sum(files.values()) or None,
         **dict.fromkeys(MEASURED),
@@ -4126,11 +4113,6 @@ def spoken(seconds: float) -> str:
     if seconds < 99:
         return f"{seconds:.2g} s"
     return "{} min {} s".format(*divmod(round(seconds), 60))
-
-
-def median(values: list[float]) -> float | None:
-    """The median; None of nothing."""
-    return statistics.median(values) if values else None
 
 
 def logged(lines: list[dict], key: str) -> list:
@@ -4585,25 +4567,21 @@ class RankCallback:
             self.skip_final_model()
 
     def gather_figures(self, args) -> None:
-        """MEASURED of this start, without its first step: medians, the rank with the most memory,
-        and the rank that waited most for its data.
+        """MEASURED of this start: medians, the rank with the most memory, and the share of the time
+        that the rank waited for data which waited most.
         """
         import torch
 
-        steps = self.steps[1:] or self.steps
-        if not steps:
-            return
         gathered = [None] * args.world_size
-        waited = sum(self.waits[-len(steps) :]) / sum(steps)
+        waited = sum(self.waits[1:]) / sum(self.steps or [1])
         torch.distributed.all_gather_object(
             gathered, (peak_memory(), args.process_index, waited)
         )
         peak, rank, _ = max(gathered)
-        evaluation = median(self.evaluations)
         self.figures = {
-            "seconds_per_step": median(steps),
-            "checkpoint_seconds": median(self.saves),
-            "evaluation_seconds": evaluation and evaluation * self.batches,
+            "seconds_per_step": statistics.median(self.steps or [0]),
+            "checkpoint_seconds": statistics.median(self.saves or [0]),
+            "evaluation_seconds": statistics.median(self.evaluations or [0]) * self.batches,
             "peak_memory": peak,
             "peak_rank": rank,
             "input_wait": max(wait for _, _, wait in gathered),
@@ -4966,9 +4944,10 @@ def record_data(
 
 
 def rehearse_data(callback: RankCallback) -> None:
-    """Train on the longest samples in the first step, then on what the run would; evaluate one
-    batch, of the longest.
+    """Train on the longest samples in the first step, then on what the run would draw; evaluate one
+    batch, of the longest. Streamed data stays as it is.
     """
+    from datasets import Dataset
     from pyarrow.compute import list_value_length
     from torch import default_generator
     from transformers import Trainer
@@ -4977,23 +4956,20 @@ def rehearse_data(callback: RankCallback) -> None:
 
     def longest_first(trainer, *, dataset, batch_size, sampler_fn, is_training=False, **more):
         args, count = trainer.args, batch_size * trainer.args.world_size
-        if not hasattr(dataset, "data"):  # streamed
-            if not is_training:
-                dataset = dataset.take(count)
-        else:
+        if isinstance(dataset, Dataset):
             name = next(name for name in dataset.column_names if name.endswith("input_ids"))
-            tokens = dataset.with_format("arrow")[:][name]
-            order = list_value_length(tokens).to_numpy().argsort()[::-1].tolist()
+            lengths = list_value_length(dataset.with_format("arrow")[:][name]).to_numpy()
+            longest = lengths.argsort()[::-1].tolist()
             if is_training:
                 default_generator.manual_seed(args.seed)  # the same order on each rank
                 drawn = [
-                    *order[: count * args.gradient_accumulation_steps],
+                    *longest[: count * args.gradient_accumulation_steps],
                     *sampler_fn(dataset),
                 ]
                 sampler_fn = lambda dataset: drawn  # noqa: E731
             else:
                 callback.batches = math.ceil(len(dataset) / count)
-                dataset = dataset.select(order[:count])
+                dataset = dataset.select(longest[:count])
         more |= {"dataset": dataset, "batch_size": batch_size, "sampler_fn": sampler_fn}
         return new_dataloader(trainer, is_training=is_training, **more)
 
