@@ -2942,6 +2942,8 @@ NOT_REHEARSED = """
     load_best_model_at_end early_stopping_steps eval_on_start eval_delay do_predict plot_loss
     push_to_hub use_swanlab
 """.split()
+# What of a summary is of the run itself.
+RUNS_OWN = "run model curve dashboard resume rehearsal steps total_steps checkpoints".split()
 
 
 def rehearse(found: Preflight, as_json: bool, env: Environment) -> int:
@@ -2992,16 +2994,17 @@ def remove_rehearsals(output_dir: Path) -> None:
 
 def forecast(plan: Plan, summary: dict) -> dict:
     """The summary of a rehearsal, with what the run would take where its steps are known."""
-    figures = without(summary, "run", "model", "curve", "dashboard", "resume", "rehearsal")
-    steps, pace = plan.steps, summary.get("seconds_per_step")
-    if not (pace and steps.per_epoch):
+    figures, steps = without(summary, *RUNS_OWN), plan.steps
+    if not (steps.per_epoch and summary.get("step_seconds")):
         return figures
-    figures |= {"total_steps": steps.total, "seconds_per_epoch": steps.per_epoch * pace}
-    total = summary["start_seconds"] + steps.total * pace
-    for key, what in (("save", "checkpoint"), ("eval", "evaluation")):
-        figures[f"{what}s"] = count_times(plan, key)
-        total += figures[f"{what}s"] * summary[f"{what}_seconds"]
-    return figures | {"total_seconds": total}
+    saves, evaluations = count_times(plan, "save"), count_times(plan, "eval")
+    counts = {"step": steps.total, "checkpoint": saves, "evaluation": evaluations}
+    total = sum(count * figures[f"{what}_seconds"] for what, count in counts.items())
+    return figures | {
+        "counts": counts,
+        "epoch_seconds": steps.per_epoch * figures["step_seconds"],
+        "total_seconds": figures["start_seconds"] + total,
+    }
 
 
 def rehearsal_lines(plan: Plan, figures: dict) -> dict[str, str]:
@@ -3015,13 +3018,12 @@ def rehearsal_lines(plan: Plan, figures: dict) -> dict[str, str]:
     words, _ = split_step(plan, figures["configuration"][key])
     if words:
         lines["memory"] += f", with {words}; {OUT_OF_MEMORY} with {plan.values[key]}"
-    if "total_seconds" in figures:
+    if "counts" in figures:
         epoch, total = (
-            spoken(figures["seconds_per_epoch"]),
+            spoken(figures["epoch_seconds"]),
             format_seconds(figures["total_seconds"]),
         )
-        counts = [plural(figures[f"{unit}s"], unit) for unit in ("checkpoint", "evaluation")]
-        counts = ", ".join([plural(figures["total_steps"], "step"), *counts])
+        counts = ", ".join(plural(count, what) for what, count in figures["counts"].items())
         lines["time"] += f", {epoch} per epoch, about {total} in all ({counts})"
     return lines
 
@@ -4018,7 +4020,7 @@ def disk_is_full(folder: Path) -> bool:
 
 # What the ranks measure: in seconds, in bytes, and as a share.
 MEASURED = """
-    seconds_per_step checkpoint_seconds evaluation_seconds peak_memory peak_rank input_wait
+    step_seconds checkpoint_seconds evaluation_seconds peak_memory peak_rank input_wait
 """.split()
 
 
@@ -4084,7 +4086,7 @@ def measured_lines(summary: dict) -> dict[str, str]:
     """What a run has measured, for people: {label: text}; {} where it has not come so far."""
     shown = {key: format_bytes(summary[key] or 0) for key in summary if "memory" in key}
     pace, begin, save = map(
-        summary.get, ("seconds_per_step", "start_seconds", "checkpoint_seconds")
+        summary.get, ("step_seconds", "start_seconds", "checkpoint_seconds")
     )
     if not pace:
         return {}
@@ -4095,7 +4097,7 @@ def measured_lines(summary: dict) -> dict[str, str]:
         memory += f", the plan said {shown['planned_memory']}"
     if summary.get("rehearsal"):
         memory += f", the rehearsal {format_bytes(summary['rehearsal']['peak_memory'])}"
-        time += f", {spoken(summary['rehearsal']['seconds_per_step'])} in the rehearsal"
+        time += f", {spoken(summary['rehearsal']['step_seconds'])} in the rehearsal"
     if save:
         size = summary["checkpoint_bytes"]
         checkpoint = f"{format_bytes(size)} in {spoken(save)} ({size / save / 1e9:.2g} GB/s)"
@@ -4579,7 +4581,7 @@ class RankCallback:
         )
         peak, rank, _ = max(gathered)
         self.figures = {
-            "seconds_per_step": statistics.median(self.steps or [0]),
+            "step_seconds": statistics.median(self.steps or [0]),
             "checkpoint_seconds": statistics.median(self.saves or [0]),
             "evaluation_seconds": statistics.median(self.evaluations or [0]) * self.batches,
             "peak_memory": peak,

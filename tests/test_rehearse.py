@@ -12,7 +12,7 @@ from helpers.config import write_config
 from helpers.launcher import Run, committed, run, train
 
 MEASURED = (
-    "seconds_per_step",
+    "step_seconds",
     "start_seconds",
     "checkpoint_seconds",
     "checkpoint_bytes",
@@ -67,7 +67,7 @@ def test_with_json_stdout_is_one_object_and_the_rest_is_on_stderr(rehearsed: Run
 
 def test_it_says_what_the_whole_run_would_take(rehearsed: Run):
     figures = json.loads(rehearsed.console)
-    steps, pace = 12, figures["seconds_per_step"]  # 24 samples on 2 ranks
+    steps, pace = 12, figures["step_seconds"]  # 24 samples on 2 ranks
     assert (figures["total_steps"], figures["checkpoints"], figures["evaluations"]) == (
         12,
         2,
