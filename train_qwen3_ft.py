@@ -4033,9 +4033,10 @@ def summarize(run: Run, state: str, cause: str, started: float) -> dict:
     lines, good = run.read_metrics(), run.newest_checkpoint()
     losses, rates = logged(lines, "loss"), logged(lines, "tokens_per_second")
     planned, curve = run.read("plan.json").get("total_steps"), run.path / "training_loss.png"
-    finished, figures = state == "finished", next(reversed(logged(lines, "figures")), {})
-    begun = [line["time"] - started for line in lines if line.get("event") == "begin"]
-    files = read_json_or_empty(good / MANIFEST)["files"] if good else {}
+    own = [line for line in lines if line["time"] > started]  # of this launch
+    finished, figures = state == "finished", next(reversed(logged(own, "figures")), {})
+    newest = next(iter(run.checkpoints()), run.path)
+    files = read_json_or_empty(newest / MANIFEST).get("files", {})
     model = run.path if finished else good
     return {
         "run": str(run.path),
@@ -4048,7 +4049,7 @@ def summarize(run: Run, state: str, cause: str, started: float) -> dict:
         "last_loss": next(reversed(losses), None),
         "seconds": round(time.time() - started, 1),
         "tokens_per_second": statistics.median(rates) if rates else None,
-        "start_seconds": next((seconds for seconds in begun if seconds > 0), None),
+        "start_seconds": own[0]["time"] - started if own else None,
         "checkpoint_bytes": sum(files.values()) or None,
         **dict.fromkeys(MEASURED),
         **figures,
@@ -4085,27 +4086,27 @@ def compare(plan: Plan, run: Run) -> dict:
 def measured_lines(summary: dict) -> dict[str, str]:
     """What a run has measured, for people: {label: text}; {} where it has not come so far."""
     shown = {key: format_bytes(summary[key] or 0) for key in summary if "memory" in key}
-    pace, begin, save = map(
-        summary.get, ("step_seconds", "start_seconds", "checkpoint_seconds")
-    )
+    pace, save = summary["step_seconds"], summary["checkpoint_seconds"]
+    size = summary["checkpoint_bytes"]
     if not pace:
         return {}
-    memory = f"{shown['peak_memory']} of {shown['device_memory']} at the peak "
-    memory += f"(rank {summary['peak_rank']})"
+    memory = shown["peak_memory"]
+    if summary["device_memory"]:
+        memory += f" of {shown['device_memory']}"
+    memory += f" at the peak (rank {summary['peak_rank']})"
     time, checkpoint = f"{spoken(pace)} per step", ""
     if summary["planned_memory"]:
         memory += f", the plan said {shown['planned_memory']}"
     if summary.get("rehearsal"):
         memory += f", the rehearsal {format_bytes(summary['rehearsal']['peak_memory'])}"
         time += f", {spoken(summary['rehearsal']['step_seconds'])} in the rehearsal"
-    if save:
-        size = summary["checkpoint_bytes"]
+    if save and size:
         checkpoint = f"{format_bytes(size)} in {spoken(save)} ({size / save / 1e9:.2g} GB/s)"
     return {
         "memory": memory,
         "time": time,
         "checkpoint": checkpoint,
-        "start": f"{spoken(begin)} to the first step",
+        "start": f"{spoken(summary['start_seconds'])} to the first step",
         "input": f"the ranks waited for data {100 * summary['input_wait']:.0f} % of the time",
     }
 
@@ -4946,8 +4947,9 @@ def record_data(
 
 
 def rehearse_data(callback: RankCallback) -> None:
-    """Train on the longest samples in the first step, then on what the run would draw; evaluate one
-    batch, of the longest. Streamed data stays as it is.
+    """Train on the longest samples in the first step, then on steps from all over the run's own
+    epoch, whose order may go by length; evaluate one batch, of the longest. Streamed data stays as
+    it is.
     """
     from datasets import Dataset
     from pyarrow.compute import list_value_length
@@ -4964,10 +4966,11 @@ def rehearse_data(callback: RankCallback) -> None:
             longest = lengths.argsort()[::-1].tolist()
             if is_training:
                 default_generator.manual_seed(args.seed)  # the same order on each rank
-                drawn = [
-                    *longest[: count * args.gradient_accumulation_steps],
-                    *sampler_fn(dataset),
-                ]
+                count *= args.gradient_accumulation_steps
+                drawn = list(sampler_fn(dataset))
+                steps = [drawn[at : at + count] for at in range(0, len(drawn), count)]
+                every = math.ceil(len(steps) / REHEARSED_STEPS)
+                drawn = sum(steps[every // 2 :: every], longest[:count])
                 sampler_fn = lambda dataset: drawn  # noqa: E731
             else:
                 callback.batches = math.ceil(len(dataset) / count)

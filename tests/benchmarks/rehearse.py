@@ -20,7 +20,14 @@ from pathlib import Path
 from common import describe_machine, launcher, make_config, read_repeats
 from helpers.config import ZERO3_FILE, make_model
 
-SIZES = {"hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 1536}
+SIZES = {  # 33 M parameters
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+}
 STEPS = 30
 COMPARED = ("step_seconds", "peak_memory", "checkpoint_bytes")
 
@@ -57,7 +64,8 @@ def main() -> None:
                 rounds = []
                 for repeat in range(repeats):
                     folder = Path(scratch, f"{name}-{ranks}-{repeat}")
-                    config = make_config(folder, max_steps=STEPS, **changes, **more)
+                    sizes = {"max_samples": STEPS * 8 * ranks, "num_train_epochs": 1}
+                    config = make_config(folder, **sizes, **changes, **more)
                     rounds.append(measure(config, ranks))
                 show(name, ranks, rounds)
 
