@@ -3346,7 +3346,8 @@ class Supervisor:
         state = end.get("state", "finished")
         if state == "diverged":
             return state, f"diverged at step {end['step']}: {end['cause']}"
-        if state == "finished" and not has_weights(self.run.path):
+        # Of a rehearsal node 0 has removed everything by then, perhaps.
+        if state == "finished" and not (self.run.is_rehearsal or has_weights(self.run.path)):
             return "failed", f"training ended, but {self.run.path} has no model weights"
         return state, ""
 
