@@ -2936,7 +2936,7 @@ def tracking_project(values: Values) -> str:
 # --- rehearsal ----------------------------------------------------------------------------------
 
 REHEARSAL = ".rehearsal-"  # begins the name of its directory, by which a rank knows it
-REHEARSED_STEPS = 6  # the longest samples, and enough for a median
+REHEARSED_STEPS = 10  # one of the longest samples, and enough others for a median
 # What would tell others, or judge a model that nobody wants.
 NOT_REHEARSED = """
     load_best_model_at_end early_stopping_steps eval_on_start eval_delay do_predict plot_loss

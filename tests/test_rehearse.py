@@ -62,7 +62,7 @@ def test_with_json_stdout_is_one_object_and_the_rest_is_on_stderr(rehearsed: Run
     assert figures["state"] == "finished"
     assert all(figures[key] > 0 for key in MEASURED)
     assert 0 <= figures["input_wait"] < 1 and figures["peak_rank"] in (0, 1)
-    assert "step 6/6" in rehearsed.errors and "evaluation loss" in rehearsed.errors
+    assert "step 10/10" in rehearsed.errors and "evaluation loss" in rehearsed.errors
 
 
 def test_it_says_what_the_whole_run_would_take(rehearsed: Run):
@@ -121,7 +121,7 @@ def tight(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_samples_that_do_not_fit_are_found_in_the_first_step(tight: Run):
     assert "phase: training" in tight.console
     first, *_, last = tight.console.split("starting again with ")
-    assert "step 1/6" not in first and "step 6/6" in last
+    assert "step 1/10" not in first and "step 10/10" in last
 
 
 def test_it_names_the_micro_batch_that_works(tight: Run):
@@ -158,7 +158,7 @@ def test_ctrl_c_ends_it_at_once_and_leaves_nothing(tmp_path: Path):
         assert stopped.wait() == 128 + signal.SIGINT
         assert not stopped.left_after()
     assert os.listdir(tmp_path / "out") == []
-    assert "step 6/6" not in stopped.console
+    assert "step 10/10" not in stopped.console
 
 
 def test_a_rank_that_is_killed_ends_it_and_leaves_nothing(tmp_path: Path):
