@@ -68,11 +68,7 @@ def test_with_json_stdout_is_one_object_and_the_rest_is_on_stderr(rehearsed: Run
 def test_it_says_what_the_whole_run_would_take(rehearsed: Run):
     figures = json.loads(rehearsed.console)
     steps, pace = 12, figures["step_seconds"]  # 24 samples on 2 ranks
-    assert (figures["total_steps"], figures["checkpoints"], figures["evaluations"]) == (
-        12,
-        2,
-        3,
-    )
+    assert figures["counts"] == {"step": 12, "checkpoint": 2, "evaluation": 3}
     expected = figures["start_seconds"] + steps * pace
     expected += 2 * figures["checkpoint_seconds"] + 3 * figures["evaluation_seconds"]
     assert figures["total_seconds"] == pytest.approx(expected)
@@ -166,6 +162,7 @@ def test_a_rank_that_is_killed_ends_it_and_leaves_nothing(tmp_path: Path):
     done = run(tmp_path, write_config(tmp_path), "--rehearse", faults=faults)
     assert done.returncode == 1
     assert "was killed by SIGKILL" in done.console and "restart" not in done.console
+    assert "full log" not in done.console
     assert os.listdir(tmp_path / "out") == []
 
 
