@@ -7,7 +7,8 @@
     python train_qwen3_ft.py my.yaml learning_rate=2e-5  # override any YAML key
 
 Usage: python train_qwen3_ft.py [CONFIG.yaml] [key=value ...]
-                                [--dry-run [--json] | --preview [N] | --resume [RUN_DIR]] [--force]
+                                [--dry-run [--json] | --preview [N] | --rehearse [--json] |
+                                 --resume [RUN_DIR]] [--force]
 
 CONFIG is a LLaMA-Factory training YAML. The launcher adds keys of its own: cuda_visible_devices
 (GPU ids as nvidia-smi shows them; CUDA_VISIBLE_DEVICES in the environment wins),
@@ -19,7 +20,9 @@ The preflight checks before anything starts, and reports all problems at once: k
 choices against the installed LLaMA-Factory; keys that exclude each other; model, data and
 DeepSpeed files; packages; driver and GPUs; memory and disk against an estimate. It cannot check
 what only a run can show: that a download works, that the data tokenizes (--preview shows it),
-that an unknown architecture fits in memory.
+that an unknown architecture fits in memory. --rehearse runs a few steps of the real run, that of
+the longest samples first, and one checkpoint, says what they took, and leaves nothing behind but
+<output_dir>/rehearsal.json, with which the end of the real run compares.
 
 Everything of a run is in <output_dir>/<YYYYmmdd-HHMMSS> (run_name=NAME replaces the timestamp):
 config.yaml (can be launched again), plan.json, data.json, metrics.jsonl, logs/rank<R>.log,
@@ -39,8 +42,9 @@ chapter reads top-down: what calls stands above what it calls, each check with i
     types      what a run is made of: problems, Values, Config, Devices, Model, Plan, Preflight
     LAUNCHER   main; command line; preflight; configuration; keys (also the launcher's own);
                devices and nodes; packages; model and DeepSpeed; data; plan; rules between keys;
-               resume; the plan for people and as data; SwanLab's settings; launch; supervision
-               (stop, heartbeat, hang watch); console; SwanLab's process; why a run failed; summary
+               resume; the plan for people and as data; SwanLab's settings; rehearsal; launch;
+               supervision (stop, heartbeat, hang watch); console; SwanLab's process; why a run
+               failed; summary
     RANK       one process per device, started by torchrun: training arguments, the callback
                (stop, commit, metrics, divergence); the data as the model sees it; resume on
                another number of ranks
@@ -436,7 +440,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--resume", nargs="?", const="", metavar="RUN_DIR", help=resume_help)
     switches = {
         "--dry-run": "print plan, problems and command; start nothing",
-        "--json": "with --dry-run: the plan as one JSON object",
+        "--rehearse": "a few steps of the run on its devices, measured, then removed",
+        "--json": "with --dry-run or --rehearse: the same as one JSON object",
         "--force": "start anyway: an estimate, a busy GPU or an untested version stops nothing",
     }
     for name, text in switches.items():
@@ -444,8 +449,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     for name in ("--previewer", "--tracker"):
         add(name, type=Path, help=hidden)
     options = parser.parse_intermixed_args(argv)
-    if options.json and not options.dry_run:
-        raise LaunchError("--json goes with --dry-run")
+    if options.json and not (options.dry_run or options.rehearse):
+        raise LaunchError("--json goes with --dry-run or --rehearse")
+    if options.rehearse and (options.dry_run or options.preview or options.resume is not None):
+        raise LaunchError("--rehearse begins a run of its own; leave out the other option")
     split_words(options)
     return options
 
@@ -488,6 +495,8 @@ def check_and_launch(options: argparse.Namespace, env: Environment) -> int:
         return 0
     if options.preview:
         return preview(found, options.preview, env)
+    if options.rehearse:
+        return rehearse(found, options.json, env)
     return launch(found, env)
 
 
@@ -2171,7 +2180,7 @@ def estimate_disk(plan: Plan) -> tuple[int, int | None]:
         checkpoint += count * optimizer_bytes(plan)
         if zero.used and zero.stage < 3:
             checkpoint += weights
-    kept = count_saves(plan)
+    kept = count_times(plan, "save")
     if plan.values.save_total_limit:
         kept = min(kept, plan.values.save_total_limit + 1)
     if kept == math.inf:
@@ -2179,13 +2188,15 @@ def estimate_disk(plan: Plan) -> tuple[int, int | None]:
     return checkpoint, kept * checkpoint + weights
 
 
-def count_saves(plan: Plan) -> float:
-    """How many checkpoints the run writes; infinite where the number of steps is unknown."""
+def count_times(plan: Plan, key: str) -> float:
+    """How often the run does `key`, save or eval; infinite where the number of steps is unknown."""
     values = plan.values
     total = plan.steps.total
-    if values.save_strategy == "no":
+    strategy, every = values[f"{key}_strategy"], values[f"{key}_steps"] or values.logging_steps
+    if strategy == "no":
         return 0
-    every = plan.steps.per_epoch if values.save_strategy == "epoch" else values.save_steps
+    if strategy == "epoch":
+        every = plan.steps.per_epoch
     if not total or not every:
         return math.inf
     if every < 1:
@@ -2667,7 +2678,7 @@ def find_run(options: argparse.Namespace) -> Run | None:
         return run
     config = load_config(options.config, options.overrides)
     output_dir = Path(config.values.output_dir)
-    runs = [Run(path.parent) for path in output_dir.glob("*/config.yaml")]
+    runs = [Run(path.parent) for path in output_dir.glob("[!.]*/config.yaml")]
     if not runs:
         raise LaunchError(f"--resume: there is no run under {output_dir}; start one first")
 
@@ -3070,6 +3081,101 @@ def tracking_project(values: Values) -> str:
     return str(values.swanlab_project or values.project or "qwen3-ft")
 
 
+# --- rehearsal ----------------------------------------------------------------------------------
+
+REHEARSAL = ".rehearsal-"  # begins the name of its directory, by which a rank knows it
+REHEARSED_STEPS = 10  # one of the longest samples, and enough others for a median
+# What would tell others, or judge a model that nobody wants.
+NOT_REHEARSED = """
+    load_best_model_at_end early_stopping_steps eval_on_start eval_delay do_predict plot_loss
+    push_to_hub use_swanlab
+""".split()
+# What of a summary is of the run itself.
+RUNS_OWN = "run model curve dashboard resume rehearsal steps total_steps checkpoints".split()
+
+
+def rehearse(found: Preflight, as_json: bool, env: Environment) -> int:
+    """Run a few steps of the run, and show what they took; returns the exit code."""
+    rehearsal = replace(found, config=rehearsal_config(found.config))
+    run = new_run(rehearsal.config)
+    if node_rank(env):
+        return launch(rehearsal, env)
+    remove_rehearsals(run.path.parent)
+    try:
+        with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+            code = launch(rehearsal, env)
+        figures = forecast(found.plan, run.read("summary.json"))
+    finally:
+        remove_rehearsals(run.path.parent)
+    text = json.dumps(figures, indent=1)
+    if code == 0:
+        (run.path.parent / REHEARSAL_FILE).write_text(text, encoding="utf-8")
+    if as_json:
+        say(text)
+    else:
+        print_lines(rehearsal_lines(found.plan, figures))
+    return code
+
+
+def rehearsal_config(config: Config) -> Config:
+    """What a rehearsal changes: fewer steps, one evaluation where the run evaluates, one
+    checkpoint; nobody is told.
+    """
+    changes = dict.fromkeys(NOT_REHEARSED) | {
+        "run_name": REHEARSAL + new_run(config).path.name,
+        "save_strategy": "steps",
+        "max_restarts": 0,
+        "report_to": "none",
+    }
+    changes |= dict.fromkeys(("max_steps", "save_steps", "eval_steps"), REHEARSED_STEPS)
+    if config.values.eval_strategy != "no":
+        changes["eval_strategy"] = "steps"
+    return replace(config.update(**changes), secrets=without(config.secrets, *WEBHOOKS))
+
+
+def remove_rehearsals(output_dir: Path) -> None:
+    """Remove what rehearsals have left, also one whose launcher was killed."""
+    for folder in output_dir.glob(f"{REHEARSAL}*"):
+        if not Run(folder).is_running():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def forecast(plan: Plan, summary: dict) -> dict:
+    """The summary of a rehearsal, with what the run would take where its steps are known."""
+    figures, steps = without(summary, *RUNS_OWN), plan.steps
+    if not (steps.per_epoch and summary.get("step_seconds")):
+        return figures
+    saves, evaluations = count_times(plan, "save"), count_times(plan, "eval")
+    counts = {"step": steps.total, "checkpoint": saves, "evaluation": evaluations}
+    total = sum(count * figures[f"{what}_seconds"] for what, count in counts.items())
+    return figures | {
+        "counts": counts,
+        "epoch_seconds": steps.per_epoch * figures["step_seconds"],
+        "total_seconds": figures["start_seconds"] + total,
+    }
+
+
+def rehearsal_lines(plan: Plan, figures: dict) -> dict[str, str]:
+    """A rehearsal for people: {label: text}; of a failure the cause has been said."""
+    key, state = "per_device_train_batch_size", figures.get("state")
+    if OUT_OF_MEMORY in figures.get("cause", ""):
+        return {"memory": f"{OUT_OF_MEMORY}, also with {key}={figures['configuration'][key]}"}
+    if state != "finished":
+        return {"state": state, "cause": state == "refused" and figures["cause"]}
+    lines = measured_lines(figures)
+    words, _ = split_step(plan, figures["configuration"][key])
+    if words:
+        lines["memory"] += f", with {words}; {OUT_OF_MEMORY} with {plan.values[key]}"
+    if "counts" in figures:
+        epoch, total = (
+            spoken(figures["epoch_seconds"]),
+            format_seconds(figures["total_seconds"]),
+        )
+        counts = ", ".join(plural(count, what) for what, count in figures["counts"].items())
+        lines["time"] += f", {epoch} per epoch, about {total} in all ({counts})"
+    return lines
+
+
 # --- launch: run directory, torchrun's command and environment ----------------------------------
 
 
@@ -3318,7 +3424,7 @@ class Supervisor:
         self.leads, self.started = node_rank(env) == 0, time.time()
         self.log = run.logs / f"torchrun{'' if self.leads else node_rank(env)}.log"
         self.process, self.ranks, self.halvings = None, [], 0
-        self.devices = found.plan.devices
+        self.plan, self.devices = found.plan, found.plan.devices
         self.stop = StopRequest(run, self.kill)
         self.metrics, self.console = Follower(run.metrics_file), Console()
         tracking = setup_experiment_tracking(found.config, run, env)
@@ -3380,7 +3486,8 @@ class Supervisor:
         state = end.get("state", "finished")
         if state == "diverged":
             return state, f"diverged at step {end['step']}: {end['cause']}"
-        if state == "finished" and not has_weights(self.run.path):
+        # Of a rehearsal node 0 has removed everything by then, perhaps.
+        if state == "finished" and not (self.run.is_rehearsal or has_weights(self.run.path)):
             return "failed", f"training ended, but {self.run.path} has no model weights"
         return state, ""
 
@@ -3396,6 +3503,8 @@ class Supervisor:
         hang_watch = HangWatch(self.run, self.config.values.hang_timeout or 600)
         while self.process.poll() is None:
             self.stop.handle_signals()
+            if self.run.is_rehearsal and self.stop.is_requested():
+                self.kill()
             self.follow()
             for node in heartbeat.lost_nodes():
                 say(f"node {node} sent no heartbeat for {heartbeat.patience:g} s; restarting")
@@ -3412,6 +3521,8 @@ class Supervisor:
         self.follow()
         if cause:
             return "hung", cause
+        if self.run.is_rehearsal and self.stop.is_requested():
+            return "stopped", ""
         problem = self.run.read("data.json").get("problem")
         if problem:
             return "refused", problem
@@ -3473,14 +3584,17 @@ class Supervisor:
         self.console.close()
         if self.tracker:
             self.tracker.finish(state, cause)
-        if state != "finished":
+        if not (state == "finished" or self.run.is_rehearsal):
             with contextlib.suppress(Exception):  # a full disk; the summary matters more
                 draw_curve(self.run)
         summary = summarize(self.run, state, cause, self.started)
+        summary |= compare(replace(self.plan, values=self.config.values), self.run)
         with contextlib.suppress(OSError):
             write_atomically(
                 self.run.path / "summary.json", json.dumps(summary, indent=1) + "\n"
             )
+        if self.run.is_rehearsal:
+            return
         print_summary(self.run, self.config, summary)
         send_notifications(self.config, summary)
 
@@ -3552,10 +3666,10 @@ class StopRequest:
             self.presses += number == signal.SIGINT
             if not self.is_requested():
                 self.run.request_stop(number)
-                say(
-                    f"{signal.Signals(number).name}: stopping; a step that has begun is finished "
-                    "and saved first, which may take a while"
-                )
+                text = "; a step that has begun is finished and saved first, which may take a while"
+                if self.run.is_rehearsal:
+                    text = ""
+                say(f"{signal.Signals(number).name}: stopping{text}")
             elif self.presses == 2:
                 say(
                     "still stopping; press Ctrl-C once more to kill the run now, without a "
@@ -4002,6 +4116,7 @@ def describe_failure(run: Run, log: Path, position: int) -> str:
             evidence = read_from(log, max(file_size(log) - (64 << 10), 0)).split(RANK_START)[-1]
     elif errors:
         text, log = read_from(errors[0]).strip(), errors[0].with_suffix(".log")
+        text += f"\nphase: {read_from(log.with_suffix('.progress')).partition(' ')[2]}"
     else:
         known = re.findall(r"Rendezvous\w*Error[^\n]*|[^\n]*EADDRINUSE[^\n]*", messages)
         text = "\n".join(known[-1:] or messages.splitlines()[-15:]) or "torchrun failed"
@@ -4013,6 +4128,8 @@ def describe_failure(run: Run, log: Path, position: int) -> str:
         if re.search(pattern, f"{text}\n{evidence}"):
             text += f"\nlikely cause: {hint}"
             break
+    if run.is_rehearsal:  # its logs are removed with it
+        return text
     return f"{text}\nfull log: {log}"
 
 
@@ -4032,18 +4149,31 @@ def has_weights(folder: Path) -> bool:
 
 def disk_is_full(folder: Path) -> bool:
     """Whether hardly a byte is free; PyTorch does not tell why a file could not be written."""
-    return shutil.disk_usage(folder).free < 16 << 20
+    return free_bytes(folder) < 16 << 20
 
 
 # --- summary ------------------------------------------------------------------------------------
 
 
+# What the ranks measure: in seconds, in bytes, and as a share.
+MEASURED = """
+    step_seconds checkpoint_seconds evaluation_seconds peak_memory peak_rank input_wait
+""".split()
+
+
 def summarize(run: Run, state: str, cause: str, started: float) -> dict:
-    """How the run ended, in numbers from its own files; `started` is in seconds since 1970."""
+    """How the run ended, in numbers from its own files; `started` is in seconds since 1970.
+
+    Seconds per step and of a checkpoint are medians, without the wait for others; `input_wait` is
+    the share of a step's time in which a rank waits for its data.
+    """
     lines, good = run.read_metrics(), run.newest_checkpoint()
     losses, rates = logged(lines, "loss"), logged(lines, "tokens_per_second")
     planned, curve = run.read("plan.json").get("total_steps"), run.path / "training_loss.png"
-    finished = state == "finished"
+    own = [line for line in lines if line["time"] > started]  # of this launch
+    finished, figures = state == "finished", next(reversed(logged(own, "figures")), {})
+    newest = next(iter(run.checkpoints()), run.path)
+    files = read_json_or_empty(newest / MANIFEST).get("files", {})
     model = run.path if finished else good
     return {
         "run": str(run.path),
@@ -4056,12 +4186,73 @@ def summarize(run: Run, state: str, cause: str, started: float) -> dict:
         "last_loss": next(reversed(losses), None),
         "seconds": round(time.time() - started, 1),
         "tokens_per_second": statistics.median(rates) if rates else None,
-        "peak_memory": next(reversed(logged(lines, "peak_memory")), None),
+        "start_seconds": own[0]["time"] - started if own else None,
+        "checkpoint_bytes": sum(files.values()) or None,
+        **dict.fromkeys(MEASURED),
+        **figures,
         "checkpoints": [path.name for path in run.checkpoints() if (path / MANIFEST).exists()],
         "curve": str(curve) if curve.exists() else None,
         "dashboard": run.read("logs/swanlab.json").get("dashboard"),
         "resume": resume_command(run) if good and not finished else None,
     }
+
+
+REHEARSAL_FILE = "rehearsal.json"  # in output_dir
+# What decides how long a run takes and how much memory.
+DECISIVE = (
+    *FIXED_KEYS,
+    ACCUMULATION,
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+)
+
+
+def compare(plan: Plan, run: Run) -> dict:
+    """What the plan said, and the rehearsal of the same configuration, or None."""
+    decisive = {key: plan.values[key] for key in DECISIVE} | {"world_size": plan.world_size}
+    rehearsal = read_json_or_empty(run.path.parent / REHEARSAL_FILE)
+    is_same = rehearsal.get("configuration") == decisive and not run.is_rehearsal
+    return {
+        "configuration": decisive,
+        "device_memory": plan.device_bytes,
+        "planned_memory": estimate(plan).needed or None,
+        "rehearsal": rehearsal if is_same else None,
+    }
+
+
+def measured_lines(summary: dict) -> dict[str, str]:
+    """What a run has measured, for people: {label: text}; {} where it has not come so far."""
+    shown = {key: format_bytes(summary[key] or 0) for key in summary if "memory" in key}
+    pace, save = summary["step_seconds"], summary["checkpoint_seconds"]
+    size = summary["checkpoint_bytes"]
+    if not pace:
+        return {}
+    memory = shown["peak_memory"]
+    if summary["device_memory"]:
+        memory += f" of {shown['device_memory']}"
+    memory += f" at the peak (rank {summary['peak_rank']})"
+    time, checkpoint = f"{spoken(pace)} per step", ""
+    if summary["planned_memory"]:
+        memory += f", the plan said {shown['planned_memory']}"
+    if summary.get("rehearsal"):
+        memory += f", the rehearsal {format_bytes(summary['rehearsal']['peak_memory'])}"
+        time += f", {spoken(summary['rehearsal']['step_seconds'])} in the rehearsal"
+    if save and size:
+        checkpoint = f"{format_bytes(size)} in {spoken(save)} ({size / save / 1e9:.2g} GB/s)"
+    return {
+        "memory": memory,
+        "time": time,
+        "checkpoint": checkpoint,
+        "start": f"{spoken(summary['start_seconds'])} to the first step",
+        "input": f"the ranks waited for data {100 * summary['input_wait']:.0f} % of the time",
+    }
+
+
+def spoken(seconds: float) -> str:
+    """3.2 s, 72 s, 4 min 10 s."""
+    if seconds < 99:
+        return f"{seconds:.2g} s"
+    return "{} min {} s".format(*divmod(round(seconds), 60))
 
 
 def logged(lines: list[dict], key: str) -> list:
@@ -4093,8 +4284,13 @@ DIVERGED_HINT = (
 
 def print_summary(run: Run, config: Config, summary: dict) -> None:
     """Print how the run ended."""
-    state, rate, peak = summary["state"], summary["tokens_per_second"], summary["peak_memory"]
-    loss, seconds, resume = "", format_seconds(summary["seconds"]), summary["resume"]
+    state, rate = summary["state"], summary["tokens_per_second"]
+    loss, time, resume = "", format_seconds(summary["seconds"]), summary["resume"]
+    measured = measured_lines(summary)
+    if rate:
+        time += f", {rate:.0f} tokens/s"
+    if measured:
+        time += f", {measured.pop('time')}"
     if summary["last_loss"] is not None:
         loss = "{first_loss:.4f} at first, {last_loss:.4f} at last".format_map(summary)
     chat, serve = "", ""
@@ -4110,8 +4306,8 @@ def print_summary(run: Run, config: Config, summary: dict) -> None:
             "cause": state != "failed" and summary["cause"],
             "hint": state == "diverged" and DIVERGED_HINT,
             "loss": loss,
-            "time": f"{seconds}, {rate:.0f} tokens/s" if rate else seconds,
-            "memory": peak and f"{format_bytes(peak)} at the peak on rank 0",
+            "time": time,
+            **measured,
             "checkpoints": ", ".join(summary["checkpoints"]),
             "curve": summary["curve"],
             "dashboard": summary["dashboard"],
@@ -4301,6 +4497,8 @@ def train(run: Run, env: Environment) -> None:
     if run.checkpoint_ranks() not in (None, ranks):
         reshard_on_load()
     measure_data(config.values, partial(record_data, run, config.values))
+    if run.is_rehearsal:
+        rehearse_data(callback)
     state = "finished"
     try:
         run_exp(build_training_args(config, run), [callback])
@@ -4395,6 +4593,10 @@ class RankCallback:
         self.stopping, self.saved, self.state = False, None, None
         self.loss_watch, self.diverged = LossWatch(), ""
         self.mark = (0.0, 0, 0)  # time, step and tokens at the last log
+        # In seconds; a step with its wait for data, without saving and evaluating.
+        self.waits, self.steps, self.saves, self.evaluations = [], [], [], []
+        self.lapped, self.figures = 0.0, {}
+        self.batches = 1  # evaluations in one; a rehearsal's evaluates one batch of so many
         rank = os.environ["RANK"]
         self.leads = rank == "0"
         self.progress = run.logs / f"rank{rank}.progress"
@@ -4408,6 +4610,12 @@ class RankCallback:
             raise Stopped
         self.mark = (time.time(), state.global_step, state.num_input_tokens_seen)
         self.write(event="begin", total_steps=state.max_steps)
+        self.lap()
+
+    def lap(self) -> float:
+        """Seconds since the last call."""
+        before, self.lapped = self.lapped, time.perf_counter()
+        return self.lapped - before
 
     def tell(self, phase: str) -> None:
         """Let the launcher see what this rank is doing: the hang watch reads it."""
@@ -4421,6 +4629,7 @@ class RankCallback:
         self.tell("evaluating")
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.waits.append(self.lap())
         self.commit_saved(args, state, model)
         self.tell("training")
 
@@ -4429,6 +4638,7 @@ class RankCallback:
             # Save at once, so that it can be resumed, whatever the configuration saves.
             self.stopping = control.should_save = control.should_training_stop = True
             control.should_evaluate = args.save_only_model = False
+        self.steps.append(self.waits[-1] + self.lap())
         self.tell("saving" if control.should_save else "training")
 
     def agree_to_stop(self, args) -> bool:
@@ -4441,6 +4651,7 @@ class RankCallback:
 
     def on_save(self, args, state, control, **kwargs):
         self.saved = state.global_step
+        self.saves.append(self.lap())
 
     def commit_saved(self, args, state, model) -> None:
         """Commit the checkpoint that was saved last, once all callbacks are done with it.
@@ -4463,6 +4674,7 @@ class RankCallback:
             best = Path(state.best_model_checkpoint or "").name
             rotate_checkpoints(self.run, self.config.values.save_total_limit, best)
         self.saved = None
+        self.saves[-1] += self.lap()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if args.train_sampling_strategy == "group_by_length":
@@ -4476,6 +4688,7 @@ class RankCallback:
 
     def on_evaluate(self, args, state, control, **kwargs):
         self.tell("saving")  # which may follow
+        self.evaluations.append(self.lap())
 
     def on_epoch_end(self, args, state, control, model=None, **kwargs):
         self.commit_saved(args, state, model)
@@ -4486,8 +4699,30 @@ class RankCallback:
     def on_train_end(self, args, state, control, model=None, **kwargs):
         self.commit_saved(args, state, model)
         self.tell("saving")
+        self.gather_figures(args)
         if self.stopping or self.diverged:
             self.skip_final_model()
+
+    def gather_figures(self, args) -> None:
+        """MEASURED of this start: medians, the rank with the most memory, and the share of the time
+        that the rank waited for data which waited most.
+        """
+        import torch
+
+        gathered = [None] * args.world_size
+        waited = sum(self.waits[1:]) / sum(self.steps or [1])
+        torch.distributed.all_gather_object(
+            gathered, (peak_memory(), args.process_index, waited)
+        )
+        peak, rank, _ = max(gathered)
+        self.figures = {
+            "step_seconds": statistics.median(self.steps or [0]),
+            "checkpoint_seconds": statistics.median(self.saves or [0]),
+            "evaluation_seconds": statistics.median(self.evaluations or [0]) * self.batches,
+            "peak_memory": peak,
+            "peak_rank": rank,
+            "input_wait": max(wait for _, _, wait in gathered),
+        }
 
     def skip_final_model(self) -> None:
         """Leave once all callbacks have seen the end: LLaMA-Factory saves the model after it."""
@@ -4529,8 +4764,8 @@ class RankCallback:
             file.write(json.dumps(line).encode() + b"\n")
 
     def write_end(self, state: str) -> None:
-        """The last line: how training ended, and the most memory that this rank used, in bytes."""
-        self.write(event="end", state=state, cause=self.diverged, peak_memory=peak_memory())
+        """The last line: how training ended, and what was measured of it."""
+        self.write(event="end", state=state, cause=self.diverged, figures=self.figures)
 
 
 def use_learning_rate(rate: float, scheduler) -> None:
@@ -4841,6 +5076,41 @@ def record_data(
             write_atomically(run.path / "Modelfile", modelfile)
     if figures["problem"]:
         raise RuntimeError(figures["problem"])
+
+
+def rehearse_data(callback: RankCallback) -> None:
+    """Train on the longest samples in the first step, then on steps from all over the run's own
+    epoch, whose order may go by length; evaluate one batch, of the longest. Streamed data stays as
+    it is.
+    """
+    from datasets import Dataset
+    from pyarrow.compute import list_value_length
+    from torch import default_generator
+    from transformers import Trainer
+
+    new_dataloader = Trainer._get_dataloader
+
+    def longest_first(trainer, *, dataset, batch_size, sampler_fn, is_training=False, **more):
+        args, count = trainer.args, batch_size * trainer.args.world_size
+        if isinstance(dataset, Dataset):
+            name = next(name for name in dataset.column_names if name.endswith("input_ids"))
+            lengths = list_value_length(dataset.with_format("arrow")[:][name]).to_numpy()
+            longest = lengths.argsort()[::-1].tolist()
+            if is_training:
+                default_generator.manual_seed(args.seed)  # the same order on each rank
+                count *= args.gradient_accumulation_steps
+                drawn = list(sampler_fn(dataset))
+                steps = [drawn[at : at + count] for at in range(0, len(drawn), count)]
+                every = math.ceil(len(steps) / REHEARSED_STEPS)
+                drawn = sum(steps[every // 2 :: every], longest[:count])
+                sampler_fn = lambda dataset: drawn  # noqa: E731
+            else:
+                callback.batches = math.ceil(len(dataset) / count)
+                dataset = dataset.select(longest[:count])
+        more |= {"dataset": dataset, "batch_size": batch_size, "sampler_fn": sampler_fn}
+        return new_dataloader(trainer, is_training=is_training, **more)
+
+    Trainer._get_dataloader = longest_first
 
 
 def run_preview(run: Run, count: int) -> int:
@@ -5156,6 +5426,7 @@ class Run:
         self.path, self.logs = path, path / "logs"
         self.config_file, self.stop_file = path / "config.yaml", path / "STOP"
         self.metrics_file = path / "metrics.jsonl"
+        self.is_rehearsal = path.name.startswith(REHEARSAL)
 
     def lock(self) -> IO:
         """Hold the directory; raises LaunchError while another launcher runs here."""

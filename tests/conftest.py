@@ -19,6 +19,7 @@ from helpers.launcher import FAKES, Run, clean_environment, losses, run, train
 LONG = (
     "test_training",
     "test_tracker",
+    "test_rehearse",
     "test_health",
     "test_restarts",
     "test_reshard",

@@ -172,12 +172,15 @@ def nan_weights(model, inputs):
 
 
 def out_of_memory(fault):
-    """A GPU that holds so many samples at once and no more."""
+    """A GPU that holds so many samples at once and no more, or no more of them where the batch is
+    padded to more tokens than `over`.
+    """
 
     def act(model, inputs):
         import torch
 
-        if len(inputs["input_ids"]) > fault["samples"]:
+        samples, tokens = inputs["input_ids"].shape
+        if samples > fault["samples"] and tokens > fault.get("over", 0):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     in_each_step(fault, act)
