@@ -3796,6 +3796,16 @@ class HangWatch:
         return "does not answer"
 
 
+def process_state(process) -> str:
+    """What one of psutil's processes does: `sleeping`, `stopped` ...; '' where it has ended."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if process.status() != psutil.STATUS_ZOMBIE:
+            return process.status()
+    return ""
+
+
 # --- console ------------------------------------------------------------------------------------
 
 
@@ -4133,14 +4143,6 @@ def describe_failure(run: Run, log: Path, position: int) -> str:
     return f"{text}\nfull log: {log}"
 
 
-def read_from(path: Path, position: int = 0) -> str:
-    """The text of a file from a byte on; '' where it cannot be read."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        file.seek(position)
-        return file.read().decode("utf-8", errors="replace")
-    return ""
-
-
 def has_weights(folder: Path) -> bool:
     """Whether a folder holds a model, or an adapter."""
     kinds = {path.suffix for path in folder.glob("*model*")}
@@ -4286,11 +4288,11 @@ def print_summary(run: Run, config: Config, summary: dict) -> None:
     """Print how the run ended."""
     state, rate = summary["state"], summary["tokens_per_second"]
     loss, time, resume = "", format_seconds(summary["seconds"]), summary["resume"]
-    measured = measured_lines(summary)
+    figures = measured_lines(summary)
     if rate:
         time += f", {rate:.0f} tokens/s"
-    if measured:
-        time += f", {measured.pop('time')}"
+    if figures:
+        time += f", {figures.pop('time')}"
     if summary["last_loss"] is not None:
         loss = "{first_loss:.4f} at first, {last_loss:.4f} at last".format_map(summary)
     chat, serve = "", ""
@@ -4307,7 +4309,7 @@ def print_summary(run: Run, config: Config, summary: dict) -> None:
             "hint": state == "diverged" and DIVERGED_HINT,
             "loss": loss,
             "time": time,
-            **measured,
+            **figures,
             "checkpoints": ", ".join(summary["checkpoints"]),
             "curve": summary["curve"],
             "dashboard": summary["dashboard"],
@@ -5605,6 +5607,14 @@ def read_json_or_empty(path: Path) -> dict:
     return {}
 
 
+def read_from(path: Path, position: int = 0) -> str:
+    """The text of a file from a byte on; '' where it cannot be read."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        file.seek(position)
+        return file.read().decode("utf-8", errors="replace")
+    return ""
+
+
 def write_atomically(path: Path, text: str, durable: bool = False) -> None:
     """Write a text file completely or, where that fails, leave the old one as it was."""
     draft = path.with_name(f"{path.name}.draft")
@@ -5621,16 +5631,6 @@ def file_size(path: Path) -> int:
     with contextlib.suppress(OSError):
         return path.stat().st_size
     return 0
-
-
-def process_state(process) -> str:
-    """What one of psutil's processes does: `sleeping`, `stopped` ...; '' where it has ended."""
-    import psutil
-
-    with contextlib.suppress(psutil.NoSuchProcess):
-        if process.status() != psutil.STATUS_ZOMBIE:
-            return process.status()
-    return ""
 
 
 def die_with_parent(parent: int) -> None:
