@@ -659,10 +659,6 @@ def read_text(path: Path) -> str:
     raise LaunchError(text)
 
 
-class ConfigDumper(yaml.SafeDumper):
-    """Quotes whatever a YAML 1.1 reader or ConfigLoader would not read back as the text it is."""
-
-
 class ConfigLoader(yaml.SafeLoader):
     """A safe YAML loader with the scalars of YAML 1.2: `no` is a word and `1e-5` a number."""
 
@@ -702,10 +698,8 @@ for _tag, _pattern, _first in (
     ),
     ("merge", r"<<", ["<"]),
 ):
-    for _class in (ConfigLoader, ConfigDumper):
-        _class.add_implicit_resolver(
-            f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first
-        )
+    _expression = re.compile(f"^(?:{_pattern})$")
+    ConfigLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _expression, _first)
 ConfigLoader.add_constructor(FLOAT_TAG, ConfigLoader.construct_number)
 
 
@@ -2858,7 +2852,7 @@ def earlier_figures(values: Values) -> dict:
     """data.json of the newest run under output_dir on the same data; {} where there is none."""
     with contextlib.suppress(OSError):
         files = Path(values.output_dir).glob("*/data.json")
-        for path in sorted(files, key=modified, reverse=True):
+        for path in sorted(files, key=os.path.getmtime, reverse=True):
             run, figures = Run(path.parent), read_json_or_empty(path)
             if figures.get("cutoff_len") == values.cutoff_len:
                 if run.read("plan.json").get("data") == data_fingerprints(values):
@@ -3296,6 +3290,15 @@ def launchable_config(config: Config, devices: Devices) -> str:
         + left_out
         + yaml.dump(values, Dumper=ConfigDumper, sort_keys=False, allow_unicode=True)
     )
+
+
+class ConfigDumper(yaml.SafeDumper):
+    """Quotes whatever a YAML 1.1 reader or ConfigLoader would not read back as the text it is."""
+
+
+for _first, _resolvers in ConfigLoader.yaml_implicit_resolvers.items():
+    for _tag, _expression in _resolvers:
+        ConfigDumper.add_implicit_resolver(_tag, _expression, [_first])
 
 
 def build_torchrun_command(devices: Devices, config_path: Path, env: Environment) -> list[str]:
