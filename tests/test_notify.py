@@ -17,7 +17,7 @@ import pytest
 
 from helpers import SCRIPT
 from helpers.config import write_config
-from helpers.launcher import Run, free_port, run
+from helpers.launcher import Run, committed, free_port, run
 from train_qwen3_ft import Config, send_notifications
 
 SECRET = "T0KEN-OF-A-HOOK"
@@ -177,7 +177,8 @@ def test_a_failed_run_posts_its_cause_and_how_to_resume(failed: tuple[Run, Hook,
 def test_a_stopped_run_posts_how_to_resume(stopped: tuple[Run, Hook]):
     done, server = stopped
     message = server.message()
-    assert (message["state"], message["cause"], message["model"]) == ("stopped", "", None)
+    checkpoint = f"{done.run_dir}/checkpoint-{committed(done.run_dir)[-1]}"  # is a model too
+    assert (message["state"], message["cause"], message["model"]) == ("stopped", "", checkpoint)
     assert message["resume"] == f"python {SCRIPT} --resume {done.run_dir}"
 
 
