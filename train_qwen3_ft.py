@@ -5140,7 +5140,8 @@ def run_preview(run: Run, count: int) -> int:
         get_dataset(template, model_args, data_args, args, method.stage, **tools)
     except Exception as error:
         traceback.print_exc()
-        say(f"error: {error}", console)
+        reason = str(error.__cause__ or error)  # `Failed to load tokenizer.` has one
+        say(f"error: {' '.join(reason.split())}", console)
         return 2
     return 0
 

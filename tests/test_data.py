@@ -568,3 +568,11 @@ def test_a_preview_of_data_that_cannot_be_read_says_why(tmp_path):
     done = preview(tmp_path, CONFIGS / "demo_cpu.yaml", "dataset=missing")
     assert done.process.returncode == 2
     assert "missing is not in" in done.console and "Traceback" not in done.console
+
+
+def test_a_preview_without_the_tokenizer_says_why(tmp_path):
+    env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
+    done = preview(tmp_path, CONFIGS / "qwen3_14b_ft.yaml", "max_samples=50", env=env)
+    assert done.process.returncode == 2
+    assert "error: " in done.console and "Failed to load tokenizer" not in done.console
+    assert "Qwen/Qwen3-14B" in done.console or "cached" in done.console, done.console
