@@ -4221,6 +4221,7 @@ def compare(plan: Plan, run: Run) -> dict:
         "configuration": decisive,
         "device_memory": plan.device_bytes,
         "planned_memory": estimate(plan).needed or None,
+        "resident": not plan.devices.ids,  # on a CPU the peak has Python and its libraries too
         "rehearsal": rehearsal if is_same else None,
     }
 
@@ -4239,6 +4240,7 @@ def measured_lines(summary: dict) -> dict[str, str]:
     time, checkpoint = f"{spoken(pace)} per step", ""
     if summary["planned_memory"]:
         memory += f", the plan said {shown['planned_memory']}"
+        memory += " beside Python and its libraries" if summary["resident"] else ""
     if summary.get("rehearsal"):
         memory += f", the rehearsal {format_bytes(summary['rehearsal']['peak_memory'])}"
         time += f", {spoken(summary['rehearsal']['step_seconds'])} in the rehearsal"
