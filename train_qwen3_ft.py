@@ -2350,16 +2350,17 @@ def suggest_split(plan: Plan) -> str:
     """A larger micro-batch with less accumulation that does the same step within memory, or ''.
 
     Under ZeRO-3 every micro-batch gathers all weights twice, for forward and backward
-    (Rajbhandari et al. 2020, section 7.2).
+    (Rajbhandari et al. 2020, section 7.2). What a rehearsal measured counts before the plan.
     """
     steps = plan.values.gradient_accumulation_steps
     if plan.zero.stage != 3 or not plan.memory or not plan.device_bytes:
         return ""
+    beyond = rehearsal_of(plan).get("peak_memory", plan.needed) - plan.needed
     for factor in range(steps, 1, -1):
         words, other = split_step(plan, plan.values.per_device_train_batch_size * factor)
-        if steps % factor == 0 and other.needed <= 0.9 * plan.device_bytes:
-            need = format_bytes(other.needed)
-            return f"{words} is the same step with fewer gathers, in {need}"
+        need = other.needed + beyond
+        if steps % factor == 0 and need <= 0.9 * plan.device_bytes:
+            return f"{words} is the same step with fewer gathers, in {format_bytes(need)}"
     return ""
 
 
@@ -3168,6 +3169,27 @@ def rehearsal_lines(plan: Plan, figures: dict) -> dict[str, str]:
         counts = ", ".join(plural(count, what) for what, count in figures["counts"].items())
         lines["time"] += f", {epoch} per epoch, about {total} in all ({counts})"
     return lines
+
+
+REHEARSAL_FILE = "rehearsal.json"  # in output_dir
+# What decides how long a run takes and how much memory.
+DECISIVE = (
+    *FIXED_KEYS,
+    ACCUMULATION,
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+)
+
+
+def rehearsal_of(plan: Plan) -> dict:
+    """The rehearsal of this very configuration, from output_dir; {} where there was none."""
+    rehearsal = read_json_or_empty(Path(plan.values.output_dir, REHEARSAL_FILE))
+    return rehearsal if rehearsal.get("configuration") == decisive_values(plan) else {}
+
+
+def decisive_values(plan: Plan) -> dict:
+    """What decides how long a step takes and how much memory."""
+    return {key: plan.values[key] for key in DECISIVE} | {"world_size": plan.world_size}
 
 
 # --- launch: run directory, torchrun's command and environment ----------------------------------
@@ -4202,27 +4224,15 @@ def summarize(run: Run, state: str, cause: str, started: float) -> dict:
     }
 
 
-REHEARSAL_FILE = "rehearsal.json"  # in output_dir
-# What decides how long a run takes and how much memory.
-DECISIVE = (
-    *FIXED_KEYS,
-    ACCUMULATION,
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-)
-
-
 def compare(plan: Plan, run: Run) -> dict:
     """What the plan said, and the rehearsal of the same configuration, or None."""
-    decisive = {key: plan.values[key] for key in DECISIVE} | {"world_size": plan.world_size}
-    rehearsal = read_json_or_empty(run.path.parent / REHEARSAL_FILE)
-    is_same = rehearsal.get("configuration") == decisive and not run.is_rehearsal
+    rehearsal = {} if run.is_rehearsal else rehearsal_of(plan)
     return {
-        "configuration": decisive,
+        "configuration": decisive_values(plan),
         "device_memory": plan.device_bytes,
         "planned_memory": estimate(plan).needed or None,
         "resident": not plan.devices.ids,  # on a CPU the peak has Python and its libraries too
-        "rehearsal": rehearsal if is_same else None,
+        "rehearsal": rehearsal or None,
     }
 
 
