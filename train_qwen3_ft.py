@@ -3614,14 +3614,22 @@ class Supervisor:
                 draw_curve(self.run)
         summary = summarize(self.run, state, cause, self.started)
         summary |= compare(replace(self.plan, values=self.config.values), self.run)
+        strict = without_nan(summary)
         with contextlib.suppress(OSError):
             write_atomically(
-                self.run.path / "summary.json", json.dumps(summary, indent=1) + "\n"
+                self.run.path / "summary.json", json.dumps(strict, indent=1) + "\n"
             )
         if self.run.is_rehearsal:
             return
         print_summary(self.run, self.config, summary)
-        send_notifications(self.config, summary)
+        send_notifications(self.config, strict)
+
+
+def without_nan(values: dict) -> dict:
+    """The same for JSON, which has no NaN and no infinity: null."""
+    floats = [key for key, value in values.items() if isinstance(value, float)]
+    odd = [key for key in floats if not math.isfinite(values[key])]
+    return values | dict.fromkeys(odd)
 
 
 def roll_back_to_checkpoint(run: Run) -> None:

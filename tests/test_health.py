@@ -100,6 +100,14 @@ def test_a_divergence_ends_the_run_at_the_second_log_and_says_so(diverged: Run) 
     assert "usual causes" in diverged.console and "restart" not in diverged.console
 
 
+def test_the_summary_of_a_divergence_is_strict_json(diverged: Run) -> None:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    text = (diverged.run_dir / "summary.json").read_text(encoding="utf-8")
+    assert json.loads(text, parse_constant=refuse)["last_loss"] is None
+
+
 def test_a_divergence_keeps_the_good_checkpoints_and_saves_none_after_it(diverged: Run) -> None:
     assert committed(diverged.run_dir) == [2, 4]
     assert not (diverged.run_dir / "checkpoint-6").exists()
