@@ -3785,6 +3785,8 @@ class HangWatch:
         seen = set(map(modified, files))
         if seen != self.seen:
             self.seen, self.since = seen, now
+        if now - self.since <= self.timeout:
+            return False
         pace = statistics.median(self.paces) if len(self.paces) >= 5 else 0
         limit = max(self.timeout, 10 * pace)
         if any(read_from(path).endswith(("starting", "saving")) for path in files):
