@@ -2816,9 +2816,11 @@ def describe_padding(found: Preflight) -> str:
 
 def thinking_advice(values: Values) -> str:
     """That an empty thought is learned with each answer; '' where none is."""
+    if "enable_thinking" in values:
+        return ""
     thinks = "ReasoningTemplate" in read_templates().get(values.template, "")
     paths = [path for path in data_files(values) if path.suffix in (".json", ".jsonl", ".csv")]
-    if not (thinks and paths) or "enable_thinking" in values:
+    if not (thinks and paths):
         return ""
     for path in paths:
         with open(path, "rb") as file:
@@ -2852,12 +2854,12 @@ def padding_advice(figures: dict, values: Values, global_batch: int) -> str:
 def earlier_figures(values: Values) -> dict:
     """data.json of the newest run under output_dir on the same data; {} where there is none."""
     with contextlib.suppress(OSError):
-        files = Path(values.output_dir).glob("*/data.json")
+        files = list(Path(values.output_dir).glob("*/data.json"))
+        data = data_fingerprints(values) if files else {}
         for path in sorted(files, key=os.path.getmtime, reverse=True):
-            run, figures = Run(path.parent), read_json_or_empty(path)
-            if figures.get("cutoff_len") == values.cutoff_len:
-                if run.read("plan.json").get("data") == data_fingerprints(values):
-                    return figures
+            plan, figures = Run(path.parent).read("plan.json"), read_json_or_empty(path)
+            if figures.get("cutoff_len") == values.cutoff_len and plan.get("data") == data:
+                return figures
     return {}
 
 
@@ -3034,9 +3036,9 @@ def setup_experiment_tracking(config: Config, run: Run, env: Environment) -> Tra
     not.
     """
     values = config.values
-    key = find_swanlab_key(config, env)
     if "swanlab" not in tracking_backends(values):
         return None
+    key = find_swanlab_key(config, env)
     if env.get("SWANLAB_MODE"):
         mode, reason = env["SWANLAB_MODE"], "from SWANLAB_MODE"
     elif values.swanlab_mode:
@@ -4088,11 +4090,11 @@ class TrackerProcess:
 
 def describe_run(found: Preflight, run: Run) -> dict:
     """What a tracker shows beside the curves: the configuration, the plan's numbers, versions."""
-    plan = plan_as_data(found, run, {})
+    plan = run.read("plan.json")
     shown = "world_size global_batch_size samples steps_per_epoch total_steps parameters"
     return {
         **found.config.values,
-        "plan": {key: plan[key] for key in shown.split()},
+        "plan": {key: plan.get(key) for key in shown.split()},
         "gpus": [gpu.name for gpu in found.plan.gpus],
         "versions": {name: installed_version(name) for name in (*WORKING_VERSIONS, "swanlab")},
     }
