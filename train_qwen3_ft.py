@@ -4525,7 +4525,7 @@ def train(run: Run, env: Environment) -> None:
     callback = callback_class(run, config)
     if run.checkpoint_ranks() not in (None, ranks):
         reshard_on_load()
-    measure_data(config.values, partial(record_data, run, config.values))
+    measure_data(config.values, partial(record_data, run))
     if run.is_rehearsal:
         rehearse_data(callback)
     state = "finished"
@@ -4930,6 +4930,7 @@ def measure_data(values: Values, tell: Callable) -> None:
         except Exception:  # data that nobody has foreseen may have no figures, but it may train
             traceback.print_exc()
         else:
+            figures["problem"] = data_problem(figures, samples, tokenizer, values)
             tell(figures, samples, template, tokenizer, is_eval)
         return tokenized.remove_columns(["measured", "lost"])
 
@@ -5090,11 +5091,8 @@ def data_problem(figures: dict, samples, tokenizer, values: Values) -> str:
     return f"{token} is token {largest}, the model embeds {size} only; set resize_vocab: true"
 
 
-def record_data(
-    run: Run, values: Values, figures, samples, template, tokenizer, is_eval
-) -> None:
+def record_data(run: Run, figures, samples, template, tokenizer, is_eval) -> None:
     """In a rank: write data.json and the Modelfile for Ollama; end where nothing can be learned."""
-    figures["problem"] = data_problem(figures, samples, tokenizer, values)
     if os.environ["RANK"] == "0" and not is_eval:
         write_atomically(run.path / "data.json", json.dumps(figures))
         with contextlib.suppress(Exception):  # a template that Ollama's form cannot hold
@@ -5154,8 +5152,7 @@ def run_preview(run: Run, count: int) -> int:
         from llamafactory.model import load_tokenizer
 
         config = load_config(run.config_file, {})
-        values = config.values
-        measure_data(values, partial(show_samples, run, values, count, console))
+        measure_data(config.values, partial(show_samples, run, count, console))
         model_args, data_args, args, method, _ = get_train_args(
             build_training_args(config, run)
         )
@@ -5170,7 +5167,7 @@ def run_preview(run: Run, count: int) -> int:
     return 0
 
 
-def show_samples(run, values, count, console, figures, samples, template, tokenizer, is_eval):
+def show_samples(run, count, console, figures, samples, template, tokenizer, is_eval):
     """In a preview: samples as the model sees them, the learned part marked, and the figures."""
     name, marks = "evaluation" if is_eval else "training", ("[[", "]]")
     if console.isatty():
@@ -5182,9 +5179,8 @@ def show_samples(run, values, count, console, figures, samples, template, tokeni
         learned = len(ids) - labels.count(IGNORED)
         say(f"{name} sample: {len(ids)} tokens, {learned} of them learned", console)
         say(mark_learned(ids, labels, tokenizer, marks), console)
-    figures["problem"] = data_problem(figures, samples, tokenizer, values)
     figures["template"] = figures["template"] or "the same as the tokenizer's chat template"
-    print_lines(data_lines(figures, run), console)
+    print_lines(data_lines(figures, run) | {"problem": figures["problem"]}, console)
 
 
 def mark_learned(ids: list[int], labels: list[int], tokenizer, marks: tuple[str, str]) -> str:

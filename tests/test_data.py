@@ -564,6 +564,12 @@ def test_a_preview_needs_neither_gpus_nor_weights(tmp_path):
     assert "data        50 of 50 rows" in done.console
 
 
+def test_a_preview_names_tokens_that_the_model_cannot_embed(tmp_path):
+    done = preview(tmp_path, "1", CONFIGS / "demo_cpu.yaml", "template=llama3")
+    assert "the model embeds 960 only; set resize_vocab: true" in done.console
+    assert "template    differs from the tokenizer's chat template" in done.console
+
+
 def test_a_preview_of_data_that_cannot_be_read_says_why(tmp_path):
     done = preview(tmp_path, CONFIGS / "demo_cpu.yaml", "dataset=missing")
     assert done.process.returncode == 2

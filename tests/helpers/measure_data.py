@@ -31,7 +31,7 @@ def record() -> dict[str, str]:
     """What record_data writes and raises for the training data."""
     folder, problem = Path(tempfile.mkdtemp()), ""
     try:
-        record_data(Run(folder), given, *told[0])
+        record_data(Run(folder), *told[0])
     except RuntimeError as error:
         problem = str(error)
     return {"problem": problem, **{path.name: path.read_text() for path in folder.iterdir()}}
