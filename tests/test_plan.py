@@ -19,15 +19,9 @@ import train_qwen3_ft
 from helpers import ROOT
 from helpers.config import TINY_MODEL, write_json
 from helpers.launcher import ask_python, fake_gpus
-from helpers.plan import plan_phases
+from helpers.plan import bare_plan, plan_phases
 from train_qwen3_ft import (
-    Devices,
-    Model,
-    Plan,
-    Steps,
-    Values,
     Zero,
-    count_parameters,
     count_rows,
     decisive_values,
     estimate,
@@ -1212,18 +1206,16 @@ def test_dry_run_of_the_default_config_is_quick_and_small(clean_env, tmp_path):
 
 
 def test_the_measured_peak_of_a_rehearsal_counts_in_the_suggested_split(tmp_path):
-    values = Values(
-        finetuning_type="full",
-        bf16=True,
-        gradient_accumulation_steps=8,
-        per_device_train_batch_size=1,
+    keys = {"gradient_accumulation_steps": 8, "per_device_train_batch_size": 1}
+    plan = bare_plan(
+        qwen3_config("Qwen/Qwen3-0.6B"),
+        Zero(3, used=True),
+        1,
+        24 << 30,
         output_dir=str(tmp_path),
+        **keys,
     )
-    shape = qwen3_config("Qwen/Qwen3-0.6B")
-    model, room = Model("", count_parameters(shape), shape), 24 << 30
-    devices, steps = Devices(("0",), "", 1), Steps(None, None, None)
-    zero = Zero(3, used=True)
-    plan = estimate(Plan(devices, [], 1, zero, values, steps, model, room, 0))
+    plan = estimate(plan)
     assert suggest_split(plan).startswith("per_device_train_batch_size=2 ")
     measured = {"configuration": decisive_values(plan), "peak_memory": plan.needed + (8 << 30)}
     write_json(tmp_path / "rehearsal.json", measured)

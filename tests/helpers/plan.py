@@ -15,23 +15,33 @@ from train_qwen3_ft import (
 )
 
 
+def bare_plan(
+    shape: dict, zero: Zero, ranks: int, room: int | None = None, **values: object
+) -> Plan:
+    """The plan of full fine-tuning in bf16, before its estimate, of a model of this config.json on
+    `ranks` GPUs of `room` bytes each.
+    """
+    model, steps = Model("", count_parameters(shape), shape), Steps(None, None, None)
+    given = Values(finetuning_type="full", bf16=True, **values)
+    return Plan(Devices(("0",), "", ranks), [], ranks, zero, given, steps, model, room, 0)
+
+
 def plan_phases(
     shape: dict, batch: int, tokens: int, checkpointing: bool, ranks: int
 ) -> dict[str, int]:
-    """{phase: bytes beside the model states} in bf16 under ZeRO-3, by the plan; the phases of
+    """{phase: bytes beside the model states} under ZeRO-3, by the plan; the phases of
     memory_tracker.track.
     """
-    values = Values(
-        bf16=True,
+    plan = bare_plan(
+        shape,
+        Zero(3, used=True),
+        ranks,
         cutoff_len=tokens,
         per_device_train_batch_size=batch,
         per_device_eval_batch_size=batch,
         eval_strategy="steps",
         disable_gradient_checkpointing=not checkpointing,
     )
-    model, steps = Model("", count_parameters(shape), shape), Steps(None, None, None)
-    devices, zero = Devices(("0",), "", ranks), Zero(3, used=True)
-    plan = Plan(devices, [], ranks, zero, values, steps, model, None, 0)
     found = {phase: sum(parts.values()) for phase, parts in estimate_phases(plan).items()}
     found["forward/backward"] = max(found.pop("loss"), found.pop("backward"))
     return found

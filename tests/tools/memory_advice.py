@@ -13,20 +13,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from train_qwen3_ft import (
-    QWEN3_SHAPES,
-    Devices,
-    Model,
-    Plan,
-    Steps,
-    Values,
-    Zero,
-    count_parameters,
-    estimate,
-    format_bytes,
-    qwen3_config,
-)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from helpers.plan import bare_plan
+from train_qwen3_ft import QWEN3_SHAPES, Zero, estimate, format_bytes, qwen3_config
 
 # What NVML reports of such cards, in bytes: 24, 48 and 80 GB cards hold a little less or more than
 # they are called.
@@ -43,17 +32,9 @@ def best(strategy: Zero, sizes: tuple[str, ...], count: int, room: int) -> str:
     """
     for size in sizes:
         shape = qwen3_config(f"Qwen/Qwen3-{size}")
-        model = Model(size, count_parameters(shape), shape)
         for batch in (16, 8, 4, 2, 1):
-            values = {
-                "finetuning_type": "full",
-                "bf16": True,
-                "per_device_train_batch_size": batch,
-                "cutoff_len": 2048,
-            }
-            devices, steps = Devices((), "", count), Steps(None, None, None)
-            plan = Plan(devices, [], count, strategy, Values(values), steps, model, room, 0)
-            plan = estimate(plan)
+            keys = {"per_device_train_batch_size": batch, "cutoff_len": 2048}
+            plan = estimate(bare_plan(shape, strategy, count, room, **keys))
             if plan.needed <= 0.95 * room:
                 host = plan.host_memory
                 on_host = f", host {format_bytes(host)}" if host else ""
