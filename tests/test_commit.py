@@ -11,7 +11,6 @@ import pytest
 
 from helpers.config import STEPS, make_model, write_config, write_json
 from helpers.launcher import Run, ask_python, committed, losses, metrics, run, train, weights
-from helpers.rare import rare_faults
 from train_qwen3_ft import checkpoint_problem
 
 
@@ -148,8 +147,9 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Run:
         save_only_model=True,
         report_to=["tensorboard", "mlflow"],
     )
-    env = rare_faults(folder, {"point": "slow log", "seconds": 0.8}, usual=({"point": "slow"},))
-    with Run(folder, config, env=env) as alive:
+    faults = [{"point": "slow log", "seconds": 0.8}, {"point": "slow"}]
+    env = {"SHOW_ALL_PACKAGES": "1"}
+    with Run(folder, config, faults=faults, env=env) as alive:
         alive.reach(3)
         alive.process.terminate()
         alive.wait()
@@ -228,7 +228,7 @@ def test_a_stop_loses_no_point_of_tensorboard(stopped: Run, at_the_stop: SimpleN
 def shrunk(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run that finds its micro-batch of 4 too large in its second step, and saves at each step."""
     folder = tmp_path_factory.mktemp("shrunk")
-    env = rare_faults(folder, {"point": "out of memory", "step": 2})
+    faults = [{"point": "out of memory once", "step": 2}]
     config = write_config(
         folder,
         deepspeed=None,
@@ -238,11 +238,11 @@ def shrunk(tmp_path_factory: pytest.TempPathFactory) -> Run:
         save_total_limit=2,
         max_steps=5,
     )
-    return train(folder, config, ranks=1, env=env)
+    return train(folder, config, ranks=1, faults=faults)
 
 
 def test_a_batch_that_does_not_fit_is_tried_again_with_a_smaller_one(shrunk: Run):
-    assert (shrunk.folder / "markers" / "out of memory-2").exists()
+    assert (shrunk.folder / "markers" / "out of memory once-2").exists()
     assert sorted(losses(shrunk.run_dir)) == [1, 2, 3, 4, 5]
 
 

@@ -13,8 +13,7 @@ import pytest
 
 from helpers import SCRIPT
 from helpers.config import write_config
-from helpers.launcher import FAKES, Run, committed, fake_gpus, run, until
-from helpers.rare import rare_faults
+from helpers.launcher import FAKES, STARTUP, Run, committed, fake_gpus, run, until
 from train_qwen3_ft import RANK_START, describe_failure, roll_back_to_checkpoint
 from train_qwen3_ft import Run as RunDirectory
 
@@ -174,9 +173,9 @@ def lingering(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """
     folder = tmp_path_factory.mktemp("lingering")
     fault = {"point": "outlive torchrun", "step": 4, "rank": 1, "seconds": 4}
-    env = rare_faults(folder, {**fault, "name": "first"}, {**fault, "name": "second"})
+    faults = [{**fault, "name": "first"}, {**fault, "name": "second"}]
     config = write_config(folder, deepspeed=None, max_restarts=1)
-    with Run(folder, config, env=env) as alive:
+    with Run(folder, config, faults=faults) as alive:
         until(lambda: committed(alive.run_dir), "the first checkpoint")
         rank, error = alive.worker(1), alive.run_dir / "logs" / "rank0.error"
         error.write_text(STALE, encoding="utf-8")
@@ -236,7 +235,7 @@ def test_one_gpu_needs_no_large_dev_shm(here, write_config, small_dev_shm):
 
 def test_gpus_that_torch_does_not_see_are_one_clear_error(tmp_path: Path):
     config = write_config(tmp_path, use_cpu=None, bf16=None, deepspeed=None, max_steps=2)
-    env = {"PYTHONPATH": str(FAKES), "FAKE_GPUS": json.dumps(fake_gpus(2))}
+    env = {"PYTHONPATH": f"{STARTUP}:{FAKES}", "FAKE_GPUS": json.dumps(fake_gpus(2))}
     done = run(tmp_path, config, ranks=None, env=env)
     assert done.returncode == 1, done.console
     assert len(re.findall("2 GPUs planned, but torch sees 0", done.console)) == 1, done.console

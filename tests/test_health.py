@@ -185,6 +185,6 @@ def test_a_slow_save_is_waited_for_and_a_batch_that_never_comes_is_not(tmp_path:
     assert committed(done.run_dir) == [3]
     assert (done.process.returncode, summary(done)["state"]) == (1, "hung"), done.console
     assert re.search(
-        r"no progress for \d+ s: rank 0 in action \(sitecustomize.py", summary(done)["cause"]
+        r"no progress for \d+ s: rank 0 in action \(faults.py", summary(done)["cause"]
     )
     assert summary(done)["resume"]

@@ -287,7 +287,8 @@ def test_tensorboard_wandb_offline_and_mlflow_pass_through_at_once(tmp_path: Pat
     config = write_config(
         tmp_path, max_steps=2, report_to=backends, deepspeed=None, project="mine"
     )
-    done = train(tmp_path, config, ranks=1, env={"WANDB_MODE": "offline"})
+    env = {"WANDB_MODE": "offline", "SHOW_ALL_PACKAGES": "1"}
+    done = train(tmp_path, config, ranks=1, env=env)
     assert list(done.run_dir.glob("tensorboard/events*"))
     [record] = done.run_dir.glob("wandb/offline-run-*/*.wandb")
     assert record.read_bytes().count(b"train/loss") >= 2, (

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from helpers import HELPERS, SCRIPT
 
-FAULTS = HELPERS / "faults"
+STARTUP = HELPERS / "startup"
 FAKES = HELPERS / "fakes"
 PATIENCE = 240  # seconds: a slow machine is no failure
 TAG = "FAULT_TEST_TAG"
@@ -149,12 +149,12 @@ class Run:
         self.folder, self.tag, self.begun = folder, uuid.uuid4().hex, time.monotonic()
         (folder / "markers").mkdir(parents=True, exist_ok=True)
         full = {**clean_environment(), "OMP_NUM_THREADS": "1", TAG: self.tag}
+        full["PYTHONPATH"] = str(STARTUP)
         if ranks:
             full["NPROC_PER_NODE"] = str(ranks)
         full |= env or {}
         if faults:
-            full |= {"PYTHONPATH": str(FAULTS), "FAULTS": json.dumps(faults)}
-            full |= {"FAULT_MARKERS": str(folder / "markers")}
+            full |= {"FAULTS": json.dumps(faults), "FAULT_MARKERS": str(folder / "markers")}
         self.console_path = folder / f"console-{self.tag[:6]}.txt"
         self.errors_path = folder / f"errors-{self.tag[:6]}.txt" if apart else self.console_path
         self.terminal = Terminal(self.console_path) if terminal else None
@@ -323,25 +323,13 @@ def metrics(run_dir: Path) -> list[dict]:
     earlier lines of the steps beyond N were trained again.
     """
     path, found = run_dir / "metrics.jsonl", []
-    if not path.exists():
-        return old_metrics(run_dir)
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
             line = json.loads(text)
             if line.get("event") == "begin":
                 found = [known for known in found if known["step"] <= line["step"]]
             elif "event" not in line:
                 found.append(line)
-    return found
-
-
-def old_metrics(run_dir: Path) -> list[dict]:
-    """The same of a script that does not write metrics.jsonl yet."""
-    path, found = run_dir / "trainer_log.jsonl", []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            line = json.loads(text)
-            found.append({**line, "step": line["current_steps"]})
     return found
 
 

@@ -1,9 +1,10 @@
-"""Faults planted into the workers of a run: on PYTHONPATH, Python imports this module before anything else.
+"""Faults planted into the ranks of a run.
 
 FAULTS is a JSON list of {"point", "step", "rank" (0), "name"}; each strikes once, which a file in FAULT_MARKERS
-remembers, so that the run that is restarted goes through. It acts in workers of torchrun only.
+remembers, so that the run that is restarted goes through.
 """
 
+import ctypes
 import importlib.abc
 import importlib.util
 import json
@@ -230,6 +231,27 @@ def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def fail_out_of_memory():
+    raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def outlive_torchrun(seconds):
+    """A rank that kills torchrun, and stays though its end was asked for."""
+    ctypes.CDLL(None).prctl(1, 0)  # torchrun's end does not end this process
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(seconds)
+    os._exit(1)
+
+
+def slow_log(fault):
+    """Each line that LLaMA-Factory's thread writes to trainer_log.jsonl takes `seconds`."""
+    wait = lambda *arguments: time.sleep(fault["seconds"])  # noqa: E731
+    Patch(
+        "llamafactory.train.callbacks",
+        lambda module: before(module.LogCallback, "_write_log", wait),
+    )
+
+
 def slow_down(fault):
     """Give the test time to act between two steps."""
     Patch(
@@ -293,6 +315,11 @@ POINTS = {
     "nan loss": nan_loss,
     "nan weights": lambda fault: in_each_step(fault, nan_weights),
     "out of memory": out_of_memory,
+    "out of memory once": lambda fault: in_step(fault, fail_out_of_memory),
+    "outlive torchrun": lambda fault: in_step(
+        fault, lambda: outlive_torchrun(fault["seconds"])
+    ),
+    "slow log": slow_log,
     "SIGSTOP": lambda fault: in_step(fault, stop_here),
     "sleep in collator": sleep_in_collator,
     "save slowly": save_slowly,
@@ -308,7 +335,3 @@ def plant():
     for fault in json.loads(os.environ["FAULTS"]):
         if str(fault.get("rank", 0)) == os.environ["RANK"]:
             POINTS[fault["point"]](fault)
-
-
-if "LOCAL_RANK" in os.environ and "FAULTS" in os.environ:
-    plant()
