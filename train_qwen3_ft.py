@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Full-parameter fine-tuning of Qwen3 with LLaMA-Factory, DeepSpeed ZeRO-3 and SwanLab.
 
-    python train_qwen3_ft.py configs/demo_cpu.yaml       # two minutes on any CPU, no download
+    python train_qwen3_ft.py configs/demo_cpu.yaml       # a minute or two on any CPU
     python train_qwen3_ft.py                             # configs/qwen3_14b_ft.yaml, its GPUs
     CUDA_VISIBLE_DEVICES=0,1 python train_qwen3_ft.py    # two GPUs, whatever the YAML says
     python train_qwen3_ft.py my.yaml learning_rate=2e-5  # override any YAML key
@@ -825,8 +825,10 @@ def known_fields() -> dict[str, Field]:
     """Every key of the installed LLaMA-Factory and transformers."""
     choices, fields = {}, dict(LAUNCHER_FIELDS)
     for node in classes_of(CHOICE_SOURCES):  # of an enumeration: its words
-        text = ast.unparse(node)
-        choices[node.name] = re.findall(r"^ +\w+ = '(.*)'$", text, re.MULTILINE)
+        values = [line.value for line in node.body if isinstance(line, ast.Assign)]
+        choices[node.name] = [
+            value.value for value in values if isinstance(value, ast.Constant)
+        ]
     for line in (line for node in classes_of(FIELD_SOURCES) for line in node.body):
         if isinstance(line, ast.AnnAssign) and "init=False" not in ast.unparse(line):
             key, annotation = line.target.id, ast.unparse(line.annotation)
@@ -2398,10 +2400,10 @@ def not_with_zero3(key: str, advice: str) -> Rule:
 
 def saves_between_evaluations(v: Values) -> bool:
     """Whether a checkpoint falls between two evaluations (TrainingArguments._validate_args)."""
-    every = (
-        v.eval_steps or v.logging_steps
-    ) * 10**6  # shares of all steps are compared as well
-    return v.save_strategy == v.eval_strategy == "steps" and v.save_steps * 10**6 % every != 0
+    every = v.eval_steps or v.logging_steps
+    # Times 10**6, since shares of all steps are compared as well.
+    is_between = v.save_steps * 10**6 % (every * 10**6) != 0
+    return v.save_strategy == v.eval_strategy == "steps" and is_between
 
 
 def lacks_metric(v: Values) -> bool:
@@ -4784,7 +4786,11 @@ class RankCallback:
         return {"samples_per_second": samples / seconds, "tokens_per_second": tokens / seconds}
 
     def write(self, **more: object) -> None:
-        """Append one line to metrics.jsonl; rank 0 does."""
+        """Append one line to metrics.jsonl; rank 0 does.
+
+        Each line has time (seconds since 1970), step and tokens. A log of the trainer adds its
+        numbers; `event: begin`, at each start, total_steps; `event: end` state, cause and figures.
+        """
         if not self.leads or self.state is None:
             return
         step, tokens = self.state.global_step, self.state.num_input_tokens_seen

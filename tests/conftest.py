@@ -1,10 +1,11 @@
 """Fixtures that several modules use: a clean environment, a small configuration, the launcher."""
 
+import fcntl
 import json
 import os
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,25 +13,26 @@ import pytest
 
 from helpers import ROOT, SCRIPT
 from helpers.config import STEPS, write_config, write_small_config
-from helpers.launcher import FAKES, Run, clean_environment, losses, run, train
+from helpers.launcher import FAKES, clean_environment, losses, run, train
+from train_qwen3_ft import known_fields, main
 
-# The modules of real runs, longest first: what is left at the end is short, so both workers end
+# The modules of real runs, longest first: what is left at the end is short, so the workers end
 # together.
 LONG = (
     "test_training",
-    "test_tracker",
-    "test_rehearse",
-    "test_health",
-    "test_restarts",
-    "test_reshard",
-    "test_rehearse",
     "test_stops",
-    "test_commit",
-    "test_checkpoints",
+    "test_reshard",
+    "test_health",
+    "test_tracker",
+    "test_restarts",
     "test_nodes",
+    "test_checkpoints",
+    "test_rehearse",
+    "test_commit",
     "test_data",
     "test_notify",
     "test_failures",
+    "test_plan",
     "test_promises",
 )
 
@@ -98,6 +100,9 @@ def plan_of(launcher: Callable[..., SimpleNamespace]) -> Callable[..., dict]:
     return plan
 
 
+cached_fields = cache(known_fields)
+
+
 @pytest.fixture
 def here(
     clean_env: dict[str, str],
@@ -113,11 +118,12 @@ def here(
     monkeypatch.syspath_prepend(str(FAKES))
     monkeypatch.delitem(sys.modules, "pynvml", raising=False)
 
+    # The installed packages stay what they are while these tests run.
+    monkeypatch.setattr("train_qwen3_ft.known_fields", cached_fields)
+
     def launch(
         *args: object, env: dict[str, str] | None = None, gpus: list | None = None
     ) -> SimpleNamespace:
-        from train_qwen3_ft import main
-
         with monkeypatch.context() as patch:
             for key, value in {**fake_nvml(gpus), **(env or {})}.items():
                 patch.setenv(key, value)
@@ -137,9 +143,20 @@ def small_config(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The base configuration's run of two ranks, uninterrupted."""
-    folder = tmp_path_factory.mktemp("reference")
-    done = train(folder, write_config(folder))
-    assert sorted(losses(done.run_dir)) == list(range(1, STEPS + 1))
-    return done
+def reference(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """The base configuration's run of two ranks, uninterrupted: its `run_dir`.
+
+    pytest-xdist's workers share one, which the first that needs it makes.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder /= "reference"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not list(folder.glob("out/*/summary.json")):
+            train(folder, write_config(folder))
+    [run_dir] = folder.glob("out/*")
+    assert sorted(losses(run_dir)) == list(range(1, STEPS + 1))
+    return SimpleNamespace(run_dir=run_dir)

@@ -94,20 +94,20 @@ def test_a_checkpoint_torn_by_a_kill_is_moved_aside_and_named(killed_in_saves: R
 
 
 def test_a_run_killed_in_its_saves_ends_with_identical_weights(
-    killed_in_saves: Run, reference: Run
+    killed_in_saves: Run, reference: SimpleNamespace
 ):
     assert killed_in_saves.returncode == 0, killed_in_saves.console
     assert weights(killed_in_saves.run_dir) == weights(reference.run_dir)
 
 
 def test_a_run_killed_in_its_saves_has_logged_each_loss_once_and_equal(
-    killed_in_saves: Run, reference: Run
+    killed_in_saves: Run, reference: SimpleNamespace
 ):
     assert losses(killed_in_saves.run_dir) == losses(reference.run_dir)
 
 
 def test_a_run_killed_six_times_is_one_experiment_with_each_step_once(
-    killed_in_saves: Run, reference: Run
+    killed_in_saves: Run, reference: SimpleNamespace
 ):
     [folder] = records(killed_in_saves.run_dir.parent / "swanlog")
     record = read_record(folder)
@@ -157,7 +157,7 @@ def tear(path: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["deleted", "halved", "emptied"])
 def test_any_torn_file_of_the_newest_checkpoint_makes_the_older_one_count(
-    reference: Run, tmp_path: Path, how: str
+    reference: SimpleNamespace, tmp_path: Path, how: str
 ):
     newest = reference.run_dir / "checkpoint-12"
     names = [str(path.relative_to(newest)) for path in newest.rglob("*") if path.is_file()]
@@ -191,7 +191,7 @@ def test_any_torn_file_of_the_newest_checkpoint_makes_the_older_one_count(
 
 
 def test_a_file_system_without_locks_and_folder_syncs_holds_runs_and_checkpoints_too(
-    reference: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reference: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def refuse(code: int):
         raise OSError(code, os.strerror(code))
@@ -205,7 +205,7 @@ def test_a_file_system_without_locks_and_folder_syncs_holds_runs_and_checkpoints
 
 
 def test_moving_aside_never_overwrites_what_was_moved_aside_before(
-    reference: Run, tmp_path: Path
+    reference: SimpleNamespace, tmp_path: Path
 ):
     for _ in range(2):
         shutil.copytree(reference.run_dir / "checkpoint-12", tmp_path / "checkpoint-12")
@@ -281,7 +281,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_intact(full_disk: SimpleName
 
 
 def test_resuming_after_room_was_made_ends_with_identical_weights(
-    full_disk: SimpleNamespace, reference: Run
+    full_disk: SimpleNamespace, reference: SimpleNamespace
 ):
     assert full_disk.resumed.returncode == 0, full_disk.resumed.console
     assert weights(full_disk.resumed.run_dir) == weights(reference.run_dir)

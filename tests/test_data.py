@@ -521,6 +521,7 @@ def test_data_without_anything_to_learn_ends_before_the_model_is_loaded(tmp_path
     write_json(tmp_path / "data" / "dataset_info.json", {"rows": {"file_name": "rows.json"}})
     config = configs.write_config(
         tmp_path,
+        deepspeed=None,
         dataset="rows",
         dataset_dir=str(tmp_path / "data"),
         cutoff_len=16,
@@ -551,17 +552,21 @@ def test_a_preview_shows_what_is_learned_between_brackets_and_the_figures(tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["markers"]
 
 
-def test_a_preview_in_a_terminal_shows_what_is_learned_in_colour(tmp_path):
-    done = preview(tmp_path, CONFIGS / "demo_cpu.yaml", terminal=True)
-    assert done.process.returncode == 0, done.console
-    assert done.console.count("\033[32mSELECT") == 2 and "[[" not in done.console
-
-
-def test_a_preview_needs_neither_gpus_nor_weights(tmp_path):
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory) -> Run:
+    """A preview of the default configuration in a terminal, with the demo model for its own."""
     model, data = f"model_name_or_path={MODEL}", "max_samples=50"
-    done = preview(tmp_path, CONFIGS / "qwen3_14b_ft.yaml", model, data)
-    assert done.process.returncode == 0, done.console
-    assert "data        50 of 50 rows" in done.console
+    folder = tmp_path_factory.mktemp("shown")
+    return preview(folder, CONFIGS / "qwen3_14b_ft.yaml", model, data, terminal=True)
+
+
+def test_a_preview_needs_neither_gpus_nor_weights(shown):
+    assert shown.process.returncode == 0, shown.console
+    assert "data        50 of 50 rows" in shown.console
+
+
+def test_a_preview_in_a_terminal_shows_what_is_learned_in_colour(shown):
+    assert shown.console.count("\033[32mSELECT") == 2 and "[[" not in shown.console
 
 
 def test_a_preview_names_tokens_that_the_model_cannot_embed(tmp_path):

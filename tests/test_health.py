@@ -5,6 +5,7 @@ import math
 import random
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -166,7 +167,7 @@ def test_a_rank_that_is_stopped_is_named_and_the_run_restarts(hung: Run) -> None
 
 
 def test_a_run_that_hung_ends_with_the_weights_of_one_that_did_not(
-    hung: Run, reference: Run
+    hung: Run, reference: SimpleNamespace
 ) -> None:
     assert hung.process.returncode == 0, hung.console
     assert weights(hung.run_dir) == weights(reference.run_dir)
@@ -175,11 +176,11 @@ def test_a_run_that_hung_ends_with_the_weights_of_one_that_did_not(
 
 def test_a_slow_save_is_waited_for_and_a_batch_that_never_comes_is_not(tmp_path: Path) -> None:
     evaluation = {"eval_strategy": "steps", "eval_steps": 3, "val_size": 2}  # before the save
-    changes = {**ALONE, **evaluation, "hang_timeout": 8, "max_restarts": 0, "save_steps": 3}
+    changes = {**ALONE, **evaluation, "hang_timeout": 6, "max_restarts": 0, "save_steps": 3}
     config = write_config(tmp_path, **changes)
     faults = [
-        {"point": "save slowly", "step": 3, "seconds": 24},
-        {"point": "sleep in collator", "step": 9},
+        {"point": "save slowly", "step": 3, "seconds": 18},
+        {"point": "sleep in collator", "step": 7},
     ]
     done = run(tmp_path, config, ranks=1, faults=faults)
     assert committed(done.run_dir) == [3]

@@ -3,13 +3,17 @@ own.
 """
 
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import uuid
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -47,7 +51,7 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
 
 
 def test_two_nodes_train_one_run_to_the_weights_of_one_node(
-    two_nodes: tuple[Run, Run], reference: Run
+    two_nodes: tuple[Run, Run], reference: SimpleNamespace
 ):
     first, second = two_nodes
     assert (first.returncode, second.returncode) == (0, 0), first.console + second.console
@@ -71,7 +75,7 @@ def test_two_nodes_make_one_run_directory_and_one_swanlab_record(two_nodes: tupl
 
 
 def test_a_run_of_two_nodes_continues_on_one_when_the_other_is_gone(
-    two_nodes: tuple[Run, Run], reference: Run
+    two_nodes: tuple[Run, Run], reference: SimpleNamespace
 ):
     copy = fork(two_nodes[0].run_dir, "one", 10)
     done = train(copy.parent, "--resume", copy, "report_to=none", ranks=1)
@@ -97,14 +101,56 @@ def test_a_stop_on_node_1_stops_both_after_a_checkpoint(tmp_path: Path):
 SLOW = [{"point": "slow"}]  # node 1 is lost between two steps
 
 
-def test_a_node_that_dies_and_comes_back_resumes_the_run(tmp_path: Path, reference: Run):
-    config, (first, second) = write_config(tmp_path), nodes(2)
-    with Run(tmp_path, config, "run_name=back", ranks=1, env=first) as leader:
-        with Run(tmp_path, config, "run_name=back", ranks=1, env=second, faults=SLOW):
+@pytest.fixture(scope="module")
+def troubled(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A run whose node 1 falls silent, comes back, and dies; node 0 is stopped while it waits for
+    it, and resumed when it is back again.
+    """
+    folder = tmp_path_factory.mktemp("troubled")
+    # A heartbeat each second, and three may be missed: as in three minutes by default.
+    config, (first, second) = write_config(folder), nodes(2, QWEN3_FT_HEARTBEAT="1,3")
+    start = partial(Run, folder, config, "run_name=troubled", ranks=1)
+    with start(env=first) as leader:
+        with start(env=second, faults=SLOW) as silent:
             leader.reach(4)
-        leader.see("restart 1 of 3")
-        back = run(tmp_path, config, "run_name=back", ranks=1, env=second)
-        assert (leader.wait(), back.returncode) == (0, 0), leader.console + back.console
+            for pid in silent.pids():  # as with a node without power, no connection is closed
+                os.kill(pid, signal.SIGSTOP)
+            leader.see("restart 1 of 3")
+        with start(env=second, faults=SLOW):
+            leader.reach(8)
+        leader.see("restart 2 of 3")
+        leader.process.send_signal(signal.SIGINT)
+        leader.wait(30)
+    with start(env=second) as back:  # the old STOP file is still there
+        resumed = run(folder, "--resume", leader.run_dir, ranks=1, env=first)
+        back.wait()
+    return SimpleNamespace(leader=leader, back=back, resumed=resumed, port=first["MASTER_PORT"])
+
+
+def test_a_node_that_falls_silent_is_given_up_and_the_run_resumes_when_it_is_back(
+    troubled: SimpleNamespace,
+):
+    begun, _, rest = troubled.leader.console.partition(
+        "node 1 sent no heartbeat for 3 s; restarting\n"
+    )
+    assert "restart" not in begun and rest.startswith("restart 1 of 3: resuming from")
+
+
+def test_a_node_that_dies_leaves_the_others_waiting_for_it(troubled: SimpleNamespace):
+    resuming = r"restart (\d) of 3: resuming from checkpoint-(\d)\b"
+    (one, silent), (two, dead) = re.findall(resuming, troubled.leader.console)
+    assert (one, two) == ("1", "2") and int(silent) < int(dead)
+
+
+def test_a_run_that_was_stopped_while_it_waited_for_a_lost_node_resumes(
+    troubled: SimpleNamespace, reference: SimpleNamespace
+):
+    leader, resumed = troubled.leader, troubled.resumed
+    assert leader.returncode == 130, leader.console
+    variables = f"NNODES=2 NODE_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT={troubled.port}"
+    command = f"{variables} python {SCRIPT} --resume {leader.run_dir}"
+    assert f"resume      {command}" in leader.console
+    assert (resumed.returncode, troubled.back.returncode) == (0, 0), resumed.console
     assert weights(leader.run_dir) == weights(reference.run_dir)
 
 
@@ -118,50 +164,6 @@ def test_a_node_that_waits_for_another_says_so_and_obeys_a_stop_at_once(tmp_path
         assert leader.left_after() == []
     assert f"state       stopped at step 0 of {STEPS}" in leader.console
     assert "failed" not in leader.console
-
-
-def test_a_run_that_was_stopped_while_it_waited_for_a_lost_node_resumes(
-    tmp_path: Path, reference: Run
-):
-    config, (first, second) = write_config(tmp_path), nodes(2)
-    with Run(tmp_path, config, "run_name=lost", ranks=1, env=first) as leader:
-        with Run(tmp_path, config, "run_name=lost", ranks=1, env=second, faults=SLOW):
-            leader.reach(4)
-        leader.see("restart 1 of 3")
-        leader.process.send_signal(signal.SIGINT)
-        assert leader.wait(30) == 130, leader.console
-        variables = (
-            f"NNODES=2 NODE_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT={first['MASTER_PORT']}"
-        )
-        assert (
-            f"resume      {variables} python {SCRIPT} --resume {leader.run_dir}"
-            in leader.console
-        )
-    with Run(
-        tmp_path, config, "run_name=lost", ranks=1, env=second
-    ) as back:  # the old STOP file is still there
-        resumed = run(tmp_path, "--resume", leader.run_dir, ranks=1, env=first)
-        assert (resumed.returncode, back.wait()) == (0, 0), resumed.console + back.console
-    assert weights(leader.run_dir) == weights(reference.run_dir)
-
-
-def test_a_node_that_falls_silent_is_given_up_and_the_run_resumes_when_it_is_back(
-    tmp_path: Path, reference: Run
-):
-    # A heartbeat each second, and three may be missed: as in three minutes by default.
-    config, (first, second) = write_config(tmp_path), nodes(2, QWEN3_FT_HEARTBEAT="1,3")
-    with Run(tmp_path, config, "run_name=mute", ranks=1, env=first) as leader:
-        with Run(tmp_path, config, "run_name=mute", ranks=1, env=second, faults=SLOW) as lost:
-            leader.reach(4)
-            for pid in lost.pids():
-                os.kill(
-                    pid, signal.SIGSTOP
-                )  # as with a node without power, no connection is closed
-            leader.see("node 1 sent no heartbeat for 3 s; restarting")
-            leader.see("restart 1 of 3")
-        back = run(tmp_path, config, "run_name=mute", ranks=1, env=second)
-        assert (leader.wait(), back.returncode) == (0, 0), leader.console + back.console
-    assert weights(leader.run_dir) == weights(reference.run_dir)
 
 
 def test_nodes_with_different_numbers_of_processes_are_refused(tmp_path: Path):
@@ -189,9 +191,14 @@ def test_a_rendezvous_port_that_is_taken_is_named_as_the_cause(tmp_path: Path):
     assert "another process has taken the port of the rendezvous" in leader.console
 
 
-@pytest.fixture
-def namespaces() -> list[str]:
-    """Two network namespaces, joined by a pair of virtual cables: 10.77.0.1 and 10.77.0.2."""
+@pytest.fixture(scope="module")
+def namespaces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[list[str]]]:
+    """Two nodes joined by a virtual cable: what a command begins with to be run on each.
+
+    To the first its own name, node-a, is 127.0.1.1, as Debian's installer writes it; to the
+    second it is 192.168.78.1. (torchrun numbers the nodes by the text of their addresses: node 0
+    comes first where it offers a loopback address.)
+    """
     if os.geteuid() or not shutil.which("ip"):
         pytest.skip("making network namespaces takes root and the program ip")
     names = [f"launcher-{uuid.uuid4().hex[:6]}" for _ in range(2)]
@@ -199,41 +206,49 @@ def namespaces() -> list[str]:
     commands = [["netns", "add", name] for name in names]
     commands += [["link", "add", cables[0], "type", "veth", "peer", "name", cables[1]]]
     for number, (name, cable) in enumerate(zip(names, cables, strict=True), 1):
-        inside = ["-n", name]
-        commands += [
-            ["link", "set", cable, "netns", name],
-            [*inside, "addr", "add", f"10.77.0.{number}/24", "dev", cable],
-            [*inside, "link", "set", cable, "up"],
-            [*inside, "link", "set", "lo", "up"],
-        ]
+        commands += [["link", "set", cable, "netns", name]]
+        commands += [["-n", name, "addr", "add", f"192.168.78.{number}/24", "dev", cable]]
+        commands += [["-n", name, "link", "set", device, "up"] for device in (cable, "lo")]
+    begins, folder = [], tmp_path_factory.mktemp("hosts")
+    for name, address in zip(names, ("127.0.1.1", "192.168.78.1"), strict=True):
+        hosts = folder / name
+        hosts.write_text(f"127.0.0.1 localhost\n{address} node-a\n", encoding="utf-8")
+        inside = f'mount --bind {hosts} /etc/hosts && exec "$@"'
+        begins.append(["ip", "netns", "exec", name, "unshare", "-m", "sh", "-c", inside, "sh"])
     try:
         for command in commands:
             done = subprocess.run(["ip", *command], capture_output=True, text=True)
             if done.returncode:
                 pytest.skip(f"network namespaces cannot be made here: {done.stderr.strip()}")
-        yield names
+        yield begins
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-def test_two_network_namespaces_train_one_run(
-    namespaces: list[str], tmp_path: Path, reference: Run
-):
-    config, environments = write_config(tmp_path), nodes(2, "10.77.0.1")
-    commands = [
-        ["ip", "netns", "exec", name, sys.executable, str(SCRIPT)] for name in namespaces
-    ]
-    for name, env in zip(namespaces, environments, strict=True):
-        env["GLOO_SOCKET_IFNAME"] = (
-            f"v{name[-6:]}"  # gloo would ask for the host name's address, which both share
-        )
-    with Run(
-        tmp_path, config, "run_name=net", ranks=1, env=environments[1], command=commands[1]
-    ) as second:
-        first = run(
-            tmp_path, config, "run_name=net", ranks=1, env=environments[0], command=commands[0]
-        )
+@pytest.fixture(scope="module")
+def cabled(
+    namespaces: list[list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Run, Run]:
+    """A run of the two nodes, which meet at the name node-a."""
+    folder = tmp_path_factory.mktemp("cabled")
+    config, ends = write_config(folder), []
+    for env, begin in zip(nodes(2, "node-a"), namespaces, strict=True):
+        # gloo would ask for the host name's address, which both share.
+        env["GLOO_SOCKET_IFNAME"] = f"v{begin[3][-6:]}"
+        ends.append({"env": env, "command": [*begin, sys.executable, str(SCRIPT)]})
+    with Run(folder, config, "run_name=net", ranks=1, **ends[1]) as second:
+        first = run(folder, config, "run_name=net", ranks=1, **ends[0])
         second.wait()
+    return first, second
+
+
+def test_two_nodes_meet_at_a_name_that_is_loopback_on_node_0(cabled: tuple[Run, Run]):
+    first, second = cabled
     assert (first.returncode, second.returncode) == (0, 0), first.console + second.console
-    assert weights(first.run_dir) == weights(reference.run_dir)
+
+
+def test_two_network_namespaces_train_one_run(
+    cabled: tuple[Run, Run], reference: SimpleNamespace
+):
+    assert weights(cabled[0].run_dir) == weights(reference.run_dir)

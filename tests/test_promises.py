@@ -4,17 +4,13 @@ import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from helpers import SCRIPT
 from helpers.config import CONFIGS, ZERO3_FILE, make_model, write_config, write_json
-from helpers.launcher import Run, fake_gpus, free_port, losses, run, train
+from helpers.launcher import Run, fake_gpus, losses, train
 from train_qwen3_ft import Devices, build_torchrun_command, clear_stale_locks, extensions_folder
 
 OFFLOAD_FILE = str(CONFIGS / "deepspeed" / "ds_z3_offload_config.json")
@@ -39,60 +35,6 @@ def test_node_0_offers_master_addr_itself(host: str):
 
 def test_node_1_offers_the_address_by_which_node_0_reaches_it():
     assert local_address(NODE_RANK="1", MASTER_ADDR="127.0.0.2") == "127.0.0.1"
-
-
-@pytest.fixture
-def namespaces(tmp_path: Path) -> Iterator[list[list[str]]]:
-    """Two nodes joined by a virtual cable: what a command begins with to be run on each.
-
-    To the first its own name, node-a, is 127.0.1.1, as Debian's installer writes it; to the
-    second it is 192.168.78.1. (torchrun numbers the nodes by the text of their addresses: node 0
-    comes first where it offers a loopback address.)
-    """
-    if os.geteuid() or not shutil.which("ip"):
-        pytest.skip("making network namespaces takes root and the program ip")
-    names = [f"promise-{uuid.uuid4().hex[:6]}" for _ in range(2)]
-    cables = [f"v{name[-6:]}" for name in names]
-    commands = [["netns", "add", name] for name in names]
-    commands += [["link", "add", cables[0], "type", "veth", "peer", "name", cables[1]]]
-    for number, (name, cable) in enumerate(zip(names, cables, strict=True), 1):
-        commands += [["link", "set", cable, "netns", name]]
-        commands += [["-n", name, "addr", "add", f"192.168.78.{number}/24", "dev", cable]]
-        commands += [["-n", name, "link", "set", device, "up"] for device in (cable, "lo")]
-    begins = []
-    for name, address in zip(names, ("127.0.1.1", "192.168.78.1"), strict=True):
-        hosts = tmp_path / f"hosts-{name}"
-        hosts.write_text(f"127.0.0.1 localhost\n{address} node-a\n", encoding="utf-8")
-        inside = f'mount --bind {hosts} /etc/hosts && exec "$@"'
-        begins.append(["ip", "netns", "exec", name, "unshare", "-m", "sh", "-c", inside, "sh"])
-    try:
-        for command in commands:
-            done = subprocess.run(["ip", *command], capture_output=True, text=True)
-            if done.returncode:
-                pytest.skip(f"network namespaces cannot be made here: {done.stderr.strip()}")
-        yield begins
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)
-
-
-def test_two_nodes_meet_at_a_name_that_is_loopback_on_node_0(namespaces, tmp_path: Path):
-    config, port = write_config(tmp_path, deepspeed=None, max_steps=2), str(free_port())
-    ends = []
-    for rank, begin in enumerate(namespaces):
-        env = {
-            "NNODES": "2",
-            "NODE_RANK": str(rank),
-            "MASTER_ADDR": "node-a",
-            "MASTER_PORT": port,
-        }
-        env["GLOO_SOCKET_IFNAME"] = f"v{begin[3][-6:]}"
-        ends.append({"env": env, "command": [*begin, sys.executable, str(SCRIPT)]})
-    with Run(tmp_path, config, "run_name=name", ranks=1, **ends[1]) as second:
-        first = run(tmp_path, config, "run_name=name", ranks=1, seconds=120, **ends[0])
-        second.wait()
-    assert (first.returncode, second.returncode) == (0, 0), first.console + second.console
-    assert sorted(losses(first.run_dir)) == [1, 2]
 
 
 # --- the disk of a run that is resumed

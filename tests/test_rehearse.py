@@ -4,12 +4,15 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from helpers.config import write_config
 from helpers.launcher import Run, committed, run, train
+from helpers.plan import bare_plan
+from train_qwen3_ft import Values, Zero, rehearsal_of
 
 MEASURED = (
     "step_seconds",
@@ -106,9 +109,9 @@ def test_the_end_of_a_run_compares_with_plan_and_rehearsal(real: Run):
 
 @pytest.fixture(scope="module")
 def tight(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A rehearsal on a GPU that holds one long sample at a time, with a micro-batch of 4."""
+    """A rehearsal on a GPU that holds one long sample at a time, with a micro-batch of 2."""
     folder = tmp_path_factory.mktemp("tight")
-    sizes = {"max_samples": 200, "per_device_train_batch_size": 4, "cutoff_len": 512}
+    sizes = {"max_samples": 200, "per_device_train_batch_size": 2, "cutoff_len": 512}
     config = write_config(folder, deepspeed=None, save_strategy="no", **sizes)
     faults = [{"point": "out of memory", "samples": 1, "over": LONG}]
     return run(folder, config, "--rehearse", ranks=1, faults=faults)
@@ -122,14 +125,17 @@ def test_samples_that_do_not_fit_are_found_in_the_first_step(tight: Run):
 
 def test_it_names_the_micro_batch_that_works(tight: Run):
     assert tight.returncode == 0
-    works = "per_device_train_batch_size=1 gradient_accumulation_steps=4"
-    assert tight.see(rf"^memory .* with {works}; a GPU is out of memory with 4$")
+    works = "per_device_train_batch_size=1 gradient_accumulation_steps=2"
+    assert tight.see(rf"^memory .* with {works}; a GPU is out of memory with 2$")
     assert left_in(tight.folder) == []
 
 
 def test_a_run_of_another_configuration_is_not_compared_with_it(tight: Run):
-    done = train(tight.folder, tight.folder / "config.yaml", "max_steps=1", ranks=1)
-    assert read_json(done.run_dir / "summary.json")["rehearsal"] is None
+    figures = read_json(tight.folder / "out" / "rehearsal.json")
+    values = Values(figures["configuration"], output_dir=str(tight.folder / "out"))
+    plan = replace(bare_plan({}, Zero(), 1), values=values)
+    assert rehearsal_of(plan) == figures
+    assert rehearsal_of(replace(plan, values=Values(values, cutoff_len=511))) == {}
 
 
 def test_where_no_micro_batch_fits_it_says_so(tmp_path: Path):

@@ -3,6 +3,7 @@
 Several tests look at one run; the fixtures of a module's scope say which.
 """
 
+import json
 import os
 import re
 import shutil
@@ -145,7 +146,9 @@ def test_resuming_where_there_never_was_a_run_is_refused(
     assert re.search("expected the (run )?directory", refusal(failed, run_dir=tmp_path))
 
 
-def test_resuming_a_finished_run_says_so_and_succeeds(reference: Run, tmp_path: Path):
+def test_resuming_a_finished_run_says_so_and_succeeds(
+    reference: SimpleNamespace, tmp_path: Path
+):
     done = run(tmp_path, "--resume", reference.run_dir)
     assert done.returncode == 0
     assert done.console == (
@@ -156,7 +159,7 @@ def test_resuming_a_finished_run_says_so_and_succeeds(reference: Run, tmp_path: 
 
 
 def test_resume_without_a_directory_takes_the_newest_unfinished_run(
-    failed: SimpleNamespace, reference: Run, tmp_path: Path
+    failed: SimpleNamespace, reference: SimpleNamespace, tmp_path: Path
 ):
     sources = {"old": failed.run_dir, "new": failed.run_dir, "finished": reference.run_dir}
     for number, (name, source) in enumerate(sources.items()):
@@ -190,7 +193,7 @@ def test_a_resume_passes_over_a_torn_checkpoint_and_names_it(resumed_from_torn: 
 
 
 def test_a_resume_past_a_torn_checkpoint_ends_with_identical_weights(
-    resumed_from_torn: Run, reference: Run
+    resumed_from_torn: Run, reference: SimpleNamespace
 ):
     assert resumed_from_torn.returncode == 0, resumed_from_torn.console
     assert weights(resumed_from_torn.run_dir) == weights(reference.run_dir)
@@ -205,9 +208,8 @@ def raised(scratch: Path) -> Run:
     """A run that evaluates every second step, in which rank 1 raises in step 5, before the first
     checkpoint.
     """
-    config = write_config(
-        scratch / "raised", save_steps=100, val_size=4, eval_strategy="steps", eval_steps=2
-    )
+    evaluation = {"val_size": 4, "eval_strategy": "steps", "eval_steps": 2}
+    config = write_config(scratch / "raised", save_steps=100, deepspeed=None, **evaluation)
     return run(scratch / "raised", config, faults=[{"point": "raise", "step": 5, "rank": 1}])
 
 
@@ -249,16 +251,19 @@ def test_a_failed_run_has_its_curve_of_training_and_of_evaluation(raised: Run):
 
 # --- what a run records however it goes
 
+ALONE = {"deepspeed": None, "max_samples": 12}  # one rank, 12 steps
+
 
 @pytest.fixture(scope="module")
 def rank_0_killed(scratch: Path) -> Run:
-    """A run that saves the model only, so that it cannot restart, and whose rank 0 is killed in the
-    middle, between two steps that are logged.
+    """A run that saves the model only, so that it cannot restart, and whose only rank is killed in
+    the middle, between two steps that are logged.
     """
     folder = scratch / "rank 0"
-    config = write_config(folder, report_to="swanlab", save_only_model=True, plot_loss=True)
+    changes = {"report_to": "swanlab", "save_only_model": True, "plot_loss": True}
+    config = write_config(folder, **ALONE, **changes)
     faults = [{"point": "kill", "step": 8}]
-    return run(folder, config, faults=faults, env={"SWANLAB_MODE": "local"})
+    return run(folder, config, ranks=1, faults=faults, env={"SWANLAB_MODE": "local"})
 
 
 def test_a_kill_that_leaves_nothing_to_resume_is_not_tried_again(rank_0_killed: Run):
@@ -277,9 +282,9 @@ def test_a_run_that_saves_the_model_only_is_said_not_to_be_resumable(
 
 
 def test_a_kill_of_rank_0_leaves_every_logged_step_in_the_metrics(
-    rank_0_killed: Run, reference: Run
+    rank_0_killed: Run, alone: SimpleNamespace
 ):
-    known = losses(reference.run_dir)
+    known = losses(alone.whole.run_dir)
     assert rank_0_killed.returncode == 1, rank_0_killed.console
     assert losses(rank_0_killed.run_dir) == {step: known[step] for step in range(1, 8)}
 
@@ -320,7 +325,7 @@ def alone(scratch: Path) -> SimpleNamespace:
     lock = folder / "extensions" / "operator" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
-    config = write_config(folder, deepspeed=None, max_samples=12, save_total_limit=None)
+    config = write_config(folder, **ALONE, save_total_limit=None)
     whole = train(
         folder, config, ranks=1, env={"TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
     )
@@ -328,7 +333,8 @@ def alone(scratch: Path) -> SimpleNamespace:
         {"point": "trainer state", "step": 6},
         {"point": "final save", "step": 12},
     ]
-    killed = run(folder, config, ranks=1, faults=faults)
+    # LLaMA-Factory takes overwrite_output_dir for an order to delete its log at each start.
+    killed = run(folder, config, "overwrite_output_dir=true", ranks=1, faults=faults)
     return SimpleNamespace(whole=whole, killed=killed, lock=lock)
 
 
@@ -341,6 +347,13 @@ def test_one_process_without_zero_resumes_to_identical_weights(alone: SimpleName
 def test_a_kill_before_the_final_model_trains_no_step_more(alone: SimpleNamespace):
     assert "finished at step 12 of 12" in alone.killed.console
     assert losses(alone.killed.run_dir) == losses(alone.whole.run_dir)
+
+
+def test_overwrite_output_dir_loses_no_history_at_a_restart(alone: SimpleNamespace):
+    text = (alone.killed.run_dir / "trainer_log.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
+    steps = {line["current_steps"] for line in lines if "loss" in line}
+    assert steps == set(losses(alone.whole.run_dir)) == set(range(1, 13))
 
 
 def test_a_stale_build_lock_is_cleared_at_the_start(alone: SimpleNamespace):

@@ -16,10 +16,8 @@ from train_qwen3_ft import checkpoint_problem
 
 # A rank killed while it loads DeepSpeed's operator leaves a build lock that others wait for.
 PLAIN = {"deepspeed": None}
-HELD = {
-    "preprocessing_num_workers": 2,
-    "overwrite_cache": True,
-}  # so that tokenizing processes are there
+# So that tokenizing processes are there, of a rank that needs nothing else.
+HELD = {"preprocessing_num_workers": 2, "overwrite_cache": True, **PLAIN}
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +151,7 @@ def test_a_sigterm_to_one_rank_alone_does_not_stop_or_hurt_the_run(stopped: Simp
 
 
 def test_a_run_that_was_stopped_and_resumed_ends_with_identical_weights(
-    stopped: SimpleNamespace, reference: Run
+    stopped: SimpleNamespace, reference: SimpleNamespace
 ):
     assert weights(stopped.last.run_dir) == weights(reference.run_dir)
     assert losses(stopped.last.run_dir) == losses(reference.run_dir)
@@ -161,8 +159,7 @@ def test_a_run_that_was_stopped_and_resumed_ends_with_identical_weights(
 
 def test_a_sigterm_to_everybody_in_tokenization_is_a_stop_before_the_first_step(tmp_path: Path):
     fault = {"point": "hold tokenization", "seconds": 3}
-    config = write_config(tmp_path, deepspeed=None, **HELD)
-    with Run(tmp_path, config, ranks=1, faults=[fault]) as live:
+    with Run(tmp_path, write_config(tmp_path, **HELD), ranks=1, faults=[fault]) as live:
         until(lambda: len(live.children(0)) >= 2, "the tokenizing processes")
         signal_all(everybody(live), signal.SIGTERM)
         assert live.wait(120) == 143, live.console
@@ -181,7 +178,7 @@ def test_a_stop_before_the_first_step_promises_no_resume(tmp_path: Path):
 def window_closed(scratch: Path) -> SimpleNamespace:
     """A run in a terminal whose window is closed after the first step."""
     folder = scratch / "window"
-    config = write_config(folder, save_steps=100)
+    config = write_config(folder, save_steps=100, **PLAIN)
     with Run(folder, config, ranks=1, faults=[{"point": "slow"}], terminal=True) as live:
         live.reach(1)
         live.terminal.close()
@@ -252,10 +249,9 @@ def kill_and_look(live: Run, victim: str) -> list[str]:
 
 @pytest.mark.parametrize("victim", ["launcher", "torchrun", "rank 1"])
 def test_a_kill_in_training_leaves_no_process(tmp_path: Path, victim: str):
-    config = write_config(
-        tmp_path, max_restarts=0, report_to="swanlab", save_steps=100, dataloader_num_workers=1
-    )
-    ranks = 2 if victim == "rank 1" else 1
+    ranks, more = (2, {}) if victim == "rank 1" else (1, PLAIN)
+    more = {**more, "save_steps": 100, "dataloader_num_workers": 1}
+    config = write_config(tmp_path, max_restarts=0, report_to="swanlab", **more)
     with Run(
         tmp_path, config, ranks=ranks, env={"SWANLAB_MODE": "local"}, faults=[{"point": "slow"}]
     ) as live:

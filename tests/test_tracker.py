@@ -139,18 +139,40 @@ def test_the_evaluation_loss_is_recorded_once_at_its_step(local: Run) -> None:
     assert re.findall(r"step (\d+)/12  evaluation loss \d", local.console) == ["6", "12"]
 
 
-def test_offline_mode_keeps_every_point_for_a_later_sync(tmp_path: Path) -> None:
-    done = train(tmp_path, env={"SWANLAB_MODE": "offline"})
-    assert "SwanLab offline (from SWANLAB_MODE)" in done.console
-    [folder] = swanlog(done)
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run in offline mode that evaluates two data sets."""
+    changes = {
+        **EVALUATED,
+        "val_size": None,
+        "eval_on_each_dataset": True,
+        "eval_dataset": "code2sql_demo,code2sql_heldout",
+        "max_samples": 24,
+    }
+    folder = tmp_path_factory.mktemp("offline")
+    return train(folder, changes=changes, env={"SWANLAB_MODE": "offline"})
+
+
+def test_offline_mode_keeps_every_point_for_a_later_sync(offline: Run) -> None:
+    assert "SwanLab offline (from SWANLAB_MODE)" in offline.console
+    [folder] = swanlog(offline)
     record = read_record(folder)
-    assert dict(record["points"]["train/loss"]) == logged(done)
+    assert dict(record["points"]["train/loss"]) == logged(offline)
     assert record["state"] == "finished"
+
+
+def test_each_evaluated_data_set_has_its_own_loss(offline: Run) -> None:
+    [folder] = swanlog(offline)
+    points = read_record(folder)["points"]
+    for name in ("code2sql_demo", "code2sql_heldout"):
+        assert [step for step, _ in points[f"eval/{name}_loss"]] == [6, 12]
+        shown = rf"step \d+/12  evaluation loss \d.* on {name}$"
+        assert len(re.findall(shown, offline.console, re.MULTILINE)) == 2
 
 
 @pytest.fixture(scope="module")
 def older_spelling(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """use_swanlab with a name and a folder, on a PATH that is empty: no git, no shell."""
+    """use_swanlab with a name and a folder, on a PATH that is empty: no git, no shell; in a terminal."""
     folder = tmp_path_factory.mktemp("older")
     (folder / "nothing").mkdir()
     changes = {
@@ -159,7 +181,8 @@ def older_spelling(tmp_path_factory: pytest.TempPathFactory) -> Run:
         "swanlab_run_name": "mine",
         "swanlab_logdir": str(folder / "elsewhere"),
     }
-    return train(folder, changes=changes, env={"PATH": str(folder / "nothing")})
+    env = {"PATH": str(folder / "nothing")}
+    return train(folder, changes=changes, env=env, terminal=True)
 
 
 def test_the_older_spelling_use_swanlab_works(older_spelling: Run) -> None:
@@ -171,27 +194,6 @@ def test_a_node_without_git_trains_and_records_all_the_same(older_spelling: Run)
     assert older_spelling.returncode == 0, older_spelling.console
     [folder] = records(older_spelling.folder / "elsewhere")
     assert read_record(folder)["state"] == "finished"
-
-
-def test_each_evaluated_data_set_has_its_own_loss(tmp_path: Path) -> None:
-    done = train(
-        tmp_path,
-        changes={
-            **EVALUATED,
-            "val_size": None,
-            "eval_on_each_dataset": True,
-            "eval_dataset": "code2sql_demo,code2sql_heldout",
-            "max_samples": 24,
-        },
-    )
-    [folder] = swanlog(done)
-    for name in ("code2sql_demo", "code2sql_heldout"):
-        assert [step for step, _ in read_record(folder)["points"][f"eval/{name}_loss"]] == [
-            6,
-            12,
-        ]
-        shown = rf"step \d+/12  evaluation loss \d.* on {name}$"
-        assert len(re.findall(shown, done.console, re.MULTILINE)) == 2
 
 
 # --- stops, resumes, and a tracker that is killed
@@ -312,9 +314,6 @@ def test_a_failures_does_not_touch_training(failures: dict[str, Run], fault: str
 # --- the console
 
 
-def test_a_terminal_shows_a_live_bar(tmp_path: Path) -> None:
-    config = write_config(tmp_path, **{**SETTINGS, "report_to": "none"})
-    done = run(tmp_path, config, ranks=1, terminal=True)
-    assert done.returncode == 0, done.console
-    assert re.search(r"\r.*loss \d+\.\d+  lr .*\d+/12", done.console)
-    assert "finished at step 12 of 12" in done.console
+def test_a_terminal_shows_a_live_bar(older_spelling: Run) -> None:
+    assert re.search(r"\r.*loss \d+\.\d+  lr .*\d+/12", older_spelling.console)
+    assert "finished at step 12 of 12" in older_spelling.console
