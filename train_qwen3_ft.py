@@ -611,12 +611,7 @@ SECRET_ENVIRONMENT = {
 MODEL_PATHS = ("model_name_or_path", "adapter_name_or_path", "ref_model", "reward_model")
 OUTPUT_PATHS = ("output_dir", "cache_dir", "swanlab_logdir", "profiler_output_dir")
 PATHS = (
-    "deepspeed",
-    "dataset_dir",
-    "media_dir",
-    "resume_from_checkpoint",
-    "tokenized_path",
-    "fsdp_config",
+    *"deepspeed dataset_dir media_dir resume_from_checkpoint tokenized_path fsdp_config".split(),
     *MODEL_PATHS,
     *OUTPUT_PATHS,
 )
@@ -868,50 +863,30 @@ RANGES = (
     (
         lambda number: number >= 1,
         "1 or more",
-        "per_device_train_batch_size",
-        "per_device_eval_batch_size",
-        "cutoff_len",
-        "gradient_accumulation_steps",
-        "max_samples",
-        "global_batch_size",
-        "ddp_timeout",
-        "preprocessing_num_workers",
-        "preprocessing_batch_size",
-        "save_total_limit",
-        "buffer_size",
-        "hang_timeout",
+        """
+        per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps
+        global_batch_size cutoff_len max_samples buffer_size preprocessing_num_workers
+        preprocessing_batch_size save_total_limit ddp_timeout hang_timeout
+        """,
     ),
     (
         lambda number: number > 0,
         "more than 0",
-        "num_train_epochs",
-        "logging_steps",
-        "save_steps",
-        "eval_steps",
+        "num_train_epochs logging_steps save_steps eval_steps",
     ),
     (
         lambda number: number >= 0,
         "0 or more",
-        "learning_rate",
-        "weight_decay",
-        "warmup_ratio",
-        "warmup_steps",
-        "max_grad_norm",
-        "val_size",
-        "dataloader_num_workers",
-        "max_restarts",
-        "label_smoothing_factor",
-        "neftune_noise_alpha",
+        """
+        learning_rate weight_decay warmup_ratio warmup_steps max_grad_norm val_size max_restarts
+        dataloader_num_workers label_smoothing_factor neftune_noise_alpha
+        """,
     ),
     (lambda number: number <= 1, "a share up to 1", "warmup_ratio"),
     (
         lambda number: number < 1 or number == int(number),
         "a whole number, or a share below 1",
-        "logging_steps",
-        "save_steps",
-        "eval_steps",
-        "warmup_steps",
-        "val_size",
+        "logging_steps save_steps eval_steps warmup_steps val_size",
     ),
     (lambda number: number != 1, "a share below 1, or a whole number above 1", "val_size"),
     (lambda number: number != 0, "-1 (as many as the epochs have) or 1 or more", "max_steps"),
@@ -937,8 +912,8 @@ def check_keys(config: Config, problems: Problems) -> Config:
 def checked_value(key: str, value: object, wanted: Field) -> object:
     """`value` as the type that `key` takes. Raises ValueError where it cannot be."""
     value = cast(value, wanted)
-    for fits, expected, *keys in RANGES:
-        if key in keys and isinstance(value, (int, float)) and not fits(value):
+    for fits, expected, keys in RANGES:
+        if key in keys.split() and isinstance(value, (int, float)) and not fits(value):
             raise ValueError(f"expected {expected}, got {value}")
     return value
 
@@ -1260,20 +1235,11 @@ WORKING_VERSIONS = {
 }
 # The package behind each backend of report_to.
 BACKENDS = {
-    "tensorboard": "tensorboard",
-    "wandb": "wandb",
-    "mlflow": "mlflow",
-    "swanlab": "swanlab",
-    "comet_ml": "comet_ml",
-    "clearml": "clearml",
-    "neptune": "neptune",
-    "codecarbon": "codecarbon",
-    "dvclive": "dvclive",
-    "dagshub": "dagshub",
-    "flyte": "flytekit",
-    "trackio": "trackio",
-    "azure_ml": "azureml",
-}
+    name: name
+    for name in """
+    tensorboard wandb mlflow swanlab comet_ml clearml neptune codecarbon dvclive dagshub trackio
+    """.split()
+} | {"flyte": "flytekit", "azure_ml": "azureml"}
 # (key, the values that need the package, the name for pip)
 PACKAGES = (
     ("flash_attn", "fa2", "flash-attn"),
@@ -2418,14 +2384,18 @@ def loses_weights(v: Values) -> bool:
 
 
 def differing_settings(v: Values) -> str:
-    """The settings of the DeepSpeed file that should equal a key and do not: `bf16.enabled`."""
+    """The settings of the DeepSpeed file that do not equal their key: `bf16.enabled`."""
     settings = v.zero.settings
+    if not settings:  # a file that cannot be read
+        return ""
     wanted = {
         "train_micro_batch_size_per_gpu": v.per_device_train_batch_size,
         "gradient_accumulation_steps": v.gradient_accumulation_steps,
         "train_batch_size": v.global_batch,
     }
-    names = [key for key in wanted if settings.get(key) not in (None, "auto", wanted[key])]
+    # Where they are missing, accelerate accumulates nothing and DeepSpeed ends at its start.
+    given = {"gradient_accumulation_steps": 1, "train_batch_size": "auto"} | settings
+    names = [key for key in wanted if given.get(key) not in ("auto", wanted[key])]
     for key in ("bf16", "fp16"):
         section = settings.get(key)
         enabled = section.get("enabled") if isinstance(section, dict) else None
@@ -2602,7 +2572,9 @@ RULES = (
         "true in its zero_optimization",
     ),
     Rule(
-        "deepspeed", differing_settings, 'its {} differs from the key here; write "auto" there'
+        "deepspeed",
+        differing_settings,
+        'its {} is missing or differs from the key here; write "auto" there',
     ),
     Rule(
         "deepspeed",
@@ -3535,11 +3507,8 @@ class Supervisor:
             if self.run.is_rehearsal and self.stop.is_requested():
                 self.kill()
             self.follow()
-            for node in heartbeat.lost_nodes():
-                say(f"node {node} sent no heartbeat for {heartbeat.patience:g} s; restarting")
-                self.kill()
-            if hang_watch.is_stuck():
-                cause = hang_watch.describe(self.ranks)
+            cause = heartbeat.problem() or hang_watch.problem(self.ranks)
+            if cause:
                 say(cause)
                 self.kill()
             time.sleep(0.2)
@@ -3744,15 +3713,14 @@ class NodeHeartbeat:
     def __init__(self, run: Run, env: Environment):
         interval, missed = env.get(HEARTBEAT_VARIABLE, "10,18").split(",")
         self.interval, self.missed = float(interval), int(missed)
-        self.patience = self.interval * self.missed
         files = [run.logs / f"node{number}" for number in range(read_count(env, "NNODES", 1))]
         self.own, self.next = files.pop(node_rank(env)), 0.0
         self.looks = {path: deque(maxlen=self.missed + 1) for path in files}
 
-    def lost_nodes(self) -> list[str]:
-        """The numbers of the nodes that are lost."""
+    def problem(self) -> str:
+        """Which nodes are lost; '' for none."""
         if not self.looks or time.monotonic() < self.next:
-            return []
+            return ""
         self.next, lost = time.monotonic() + self.interval, []
         with contextlib.suppress(OSError):
             self.own.touch()
@@ -3760,7 +3728,10 @@ class NodeHeartbeat:
             seen.append(modified(path))
             if seen[-1] and seen.count(seen[-1]) > self.missed:
                 lost.append(path.name.removeprefix("node"))
-        return lost
+        if not lost:
+            return ""
+        seconds = self.interval * self.missed
+        return f"node {', '.join(lost)} sent no heartbeat for {seconds:g} s; restarting"
 
     def end(self) -> None:
         """Torchrun has ended: the others need not wait for a heartbeat."""
@@ -3781,6 +3752,26 @@ class HangWatch:
         self.run, self.timeout = run, timeout
         self.seen, self.since = set(), time.monotonic()
         self.step, self.step_began, self.paces = run.read_progress(), self.since, []
+
+    def problem(self, ranks: list) -> str:
+        """Where this node's ranks (psutil's processes) stand if nobody makes progress, else ''.
+
+        Their stacks go to their logs.
+        """
+        import psutil
+
+        if not self.is_stuck():
+            return ""
+        where: dict[str, list[str]] = {}
+        for process in ranks:
+            number, place = "?", "is gone"
+            with contextlib.suppress(psutil.Error):
+                number = process.environ()["RANK"]
+                place = self.place_of(process, number)
+            where.setdefault(place, []).append(number)
+        parts = [f"rank {' and '.join(numbers)} {place}" for place, numbers in where.items()]
+        waited = time.monotonic() - self.since
+        return f"no progress for {waited:.0f} s: {'; '.join(parts)}"
 
     def is_stuck(self) -> bool:
         """Whether nobody has made progress for too long."""
@@ -3804,21 +3795,6 @@ class HangWatch:
             self.paces.append((now - self.step_began) / (step - self.step))
         if step != self.step:
             self.step, self.step_began = step, now
-
-    def describe(self, ranks: list) -> str:
-        """Where this node's ranks (psutil's processes) stand; their stacks go to the logs."""
-        import psutil
-
-        where: dict[str, list[str]] = {}
-        for process in ranks:
-            number, place = "?", "is gone"
-            with contextlib.suppress(psutil.Error):
-                number = process.environ()["RANK"]
-                place = self.place_of(process, number)
-            where.setdefault(place, []).append(number)
-        parts = [f"rank {' and '.join(numbers)} {place}" for place, numbers in where.items()]
-        waited = time.monotonic() - self.since
-        return f"no progress for {waited:.0f} s: {'; '.join(parts)}"
 
     def place_of(self, process, rank: str) -> str:
         """`in all_reduce (distributed_c10d.py:2810)`, as faulthandler writes it into the log."""
@@ -4520,7 +4496,7 @@ def train(run: Run, env: Environment) -> None:
     secrets = json.loads(os.environ.pop(SECRETS_VARIABLE, "{}"))
     config = derive_accumulation(load_config(run.config_file, {}), ranks)
     config = replace(config, secrets=secrets)
-    run_exp = import_trainer(config, env)
+    run_exp = import_trainer(env)
     from transformers import TrainerCallback
 
     callback_class = type("RankCallback", (RankCallback, TrainerCallback), {})
@@ -4540,7 +4516,7 @@ def train(run: Run, env: Environment) -> None:
         finish_wandb()
 
 
-def import_trainer(config: Config, env: Environment) -> Callable:
+def import_trainer(env: Environment) -> Callable:
     """Import what a rank needs without Python's cycle collector, a quarter of the import time."""
     gc.disable()
     import torch
@@ -4562,8 +4538,8 @@ def import_trainer(config: Config, env: Environment) -> Callable:
         # Several CPU ranks resume to the device cpu:0, which torch.load knows as cpu only.
         on_cpu = lambda storage, place: storage if place.startswith("cpu:") else None  # noqa: E731
         register_package(99, lambda storage: None, on_cpu)
-    if config.values.deepspeed:
-        import deepspeed  # noqa: F401  run_exp would, with the collector on
+    with contextlib.suppress(ImportError):
+        import deepspeed  # noqa: F401  accelerate always would, with the collector on
     gc.enable()
     gc.freeze()
     return run_exp

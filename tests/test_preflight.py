@@ -15,13 +15,13 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from helpers.config import TINY_MODEL, write_json
+from helpers.config import AUTO_BATCH, TINY_MODEL, write_json
 from helpers.launcher import FAKES, fake_gpus
 from train_qwen3_ft import known_fields
 
-ZERO2 = {"zero_optimization": {"stage": 2}}
+ZERO2 = {**AUTO_BATCH, "zero_optimization": {"stage": 2}}
 GATHERED = {"stage3_gather_16bit_weights_on_model_save": True}
-ZERO3 = {"zero_optimization": {"stage": 3, **GATHERED}}
+ZERO3 = {**AUTO_BATCH, "zero_optimization": {"stage": 3, **GATHERED}}
 EXAMPLES = json.loads(
     (Path(__file__).parent / "data" / "llamafactory_examples_keys.json").read_text(
         encoding="utf-8"
@@ -1017,7 +1017,8 @@ def tools(tmp_path: Path) -> Callable[..., dict[str, str]]:
 
 
 OFFLOAD = {
-    "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}, **GATHERED}
+    **AUTO_BATCH,
+    "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}, **GATHERED},
 }
 
 

@@ -3,11 +3,13 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from helpers.config import ZERO3_FILE, write_config
-from helpers.launcher import Run, fork, losses, run, train
+from helpers.launcher import Run, fork, losses, run, train, weights
+from train_qwen3_ft import Supervisor, load_config
 
 # Two ranks x 1 x 2 = 4 samples per step, 48 samples: 12 steps. Single precision, since it is exact.
 SETTINGS = {
@@ -59,6 +61,12 @@ def test_one_rank_continues_as_two_with_the_same_losses(whole: Run, on_one: Run)
     assert difference(done, whole) < 1e-5
 
 
+@pytest.mark.parametrize("whole", ["none"], indirect=True)
+def test_two_ranks_without_deepspeed_resume_to_identical_weights(whole: Run) -> None:
+    done = train(whole.folder, "--resume", fork(whole.run_dir, "same", 8))
+    assert weights(done.run_dir) == weights(whole.run_dir)
+
+
 def test_two_ranks_continue_as_four_with_the_same_losses(whole: Run) -> None:
     if whole.kind != "ZeRO-3":
         pytest.skip("four processes on two cores are slow: once is enough")
@@ -93,28 +101,33 @@ def test_kills_in_the_first_step_and_the_first_save_after_resharding_lose_nothin
 
 # --- out of memory
 
+ALONE = {**SETTINGS, "deepspeed": None, "gradient_accumulation_steps": 1}
+
 
 def memory_for(samples: int) -> list[dict]:
     return [{"point": "out of memory", "samples": samples}]
 
 
-ALONE = {**SETTINGS, "deepspeed": None, "gradient_accumulation_steps": 1, "max_samples": 96}
-
-
+@pytest.mark.parametrize("whole", ["none"], indirect=True)
 def test_a_gpu_that_is_out_of_memory_gets_half_the_micro_batch_until_it_fits(
-    tmp_path: Path,
+    whole: Run, tmp_path: Path
 ) -> None:
-    small = write_config(
-        tmp_path, name="small.yaml", **ALONE | {"gradient_accumulation_steps": 8}
-    )
-    large = write_config(tmp_path, **ALONE | {"per_device_train_batch_size": 8})
-    wanted = train(tmp_path, small, ranks=1)
-    done = train(tmp_path, large, ranks=1, faults=memory_for(1))
+    config = write_config(tmp_path, **ALONE, per_device_train_batch_size=4)
+    done = train(tmp_path, config, ranks=1, faults=memory_for(1))
     asked = re.findall(r"starting again with per_device_train_batch_size=(\d)", done.console)
-    assert asked == ["4", "2", "1"]
-    assert difference(done, wanted) < 1e-5
+    assert asked == ["2", "1"]
+    assert difference(done, whole) < 1e-5  # which has the same 4 samples per step
     text = (done.run_dir / "config.yaml").read_text(encoding="utf-8")
-    assert "per_device_train_batch_size: 1" in text and "gradient_accumulation_steps: 8" in text
+    assert "per_device_train_batch_size: 1" in text and "gradient_accumulation_steps: 4" in text
+
+
+@pytest.mark.parametrize(("micro", "halvings", "halves"), [(16, 2, True), (16, 3, False)])
+def test_the_micro_batch_is_halved_three_times_at_most(
+    tmp_path: Path, micro: int, halvings: int, halves: bool
+) -> None:
+    config = load_config(write_config(tmp_path, per_device_train_batch_size=micro), {})
+    launch = SimpleNamespace(config=config, halvings=halvings, leads=False)
+    assert Supervisor.halve_micro_batch(launch) is halves
 
 
 def test_a_micro_batch_of_one_that_does_not_fit_ends_the_run_with_advice(

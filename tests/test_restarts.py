@@ -375,16 +375,6 @@ def interrupted_copy(done: Run, folder: Path, step: int) -> Path:
     return run_dir
 
 
-def test_two_ranks_without_deepspeed_resume_to_identical_weights(tmp_path: Path):
-    config = write_config(
-        tmp_path / "whole", deepspeed=None, save_steps=5, save_total_limit=None
-    )
-    whole = train(tmp_path / "whole", config)
-    resumed = train(tmp_path, "--resume", interrupted_copy(whole, tmp_path, 5))
-    assert weights(resumed.run_dir) == weights(whole.run_dir)
-    assert losses(resumed.run_dir) == losses(whole.run_dir)
-
-
 def test_a_resumed_run_saves_and_logs_as_it_is_told_now(alone: SimpleNamespace, tmp_path: Path):
     run_dir = interrupted_copy(alone.whole, tmp_path, 4)
     changes = ("save_steps=5", "logging_steps=5", "save_total_limit=9")

@@ -13,21 +13,21 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import yaml
 
-from helpers.config import TINY_MODEL, write_json
+from helpers.config import AUTO_BATCH, TINY_MODEL, write_json
 from helpers.launcher import FAKES, fake_gpus
 
-EXAMPLES = json.loads(
-    (Path(__file__).parent / "data" / "llamafactory_examples_keys.json").read_text(
-        encoding="utf-8"
-    )
-)
 GATHER = {"stage3_gather_16bit_weights_on_model_save": True}
-ZERO2 = {"zero_optimization": {"stage": 2}}
-ZERO3 = {"zero_optimization": {"stage": 3, **GATHER}}
-OFFLOAD2 = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
-OFFLOAD3 = {"zero_optimization": {"stage": 3, **GATHER, "offload_optimizer": {"device": "cpu"}}}
+ZERO2 = {**AUTO_BATCH, "zero_optimization": {"stage": 2}}
+ZERO3 = {**AUTO_BATCH, "zero_optimization": {"stage": 3, **GATHER}}
+OFFLOAD2 = {
+    **AUTO_BATCH,
+    "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+}
+OFFLOAD3 = {
+    **AUTO_BATCH,
+    "zero_optimization": {"stage": 3, **GATHER, "offload_optimizer": {"device": "cpu"}},
+}
 MIG = ("MIG-0a1b2c3d-1111-2222-3333-444455556666", "MIG-0a1b2c3d-1111-2222-3333-444455557777")
 PAIRS = {"prompt": "instruction", "query": "input", "chosen": "output", "rejected": "worse"}
 FEEDBACK = {"prompt": "instruction", "query": "input", "response": "output", "kto_tag": "good"}
@@ -780,6 +780,11 @@ def bad(name: str, message: str, **changes: object):
             },
         ),
         bad(
+            "deepspeed-without-its-batch",
+            r"deepspeed: .*train_micro_batch_size_per_gpu, gradient_accumulation_steps.*missing",
+            deepspeed={"zero_optimization": {"stage": 2}},
+        ),
+        bad(
             "weights-only-and-the-best",
             r"save_only_model: .*load_best_model_at_end.*DeepSpeed",
             deepspeed=ZERO2,
@@ -1141,7 +1146,11 @@ def test_bf16_that_an_old_gpu_emulates_can_be_forced(packages):
     [
         good("zero3-that-gathers", deepspeed=ZERO3),
         good("zero3-offloaded", deepspeed=OFFLOAD3),
-        good("lora-needs-no-gathering", deepspeed={"zero_optimization": {"stage": 3}}, **LORA),
+        good(
+            "lora-needs-no-gathering",
+            deepspeed={**AUTO_BATCH, "zero_optimization": {"stage": 3}},
+            **LORA,
+        ),
         good("weights-only-and-the-best-without-deepspeed", **BEST, save_only_model=True),
         good("early-stopping", early_stopping_steps=3, **BEST),
         good(
@@ -1216,25 +1225,6 @@ def test_data_of_the_stage_is_accepted(here, write_config, tmp_path, stage, entr
     describe_data(tmp_path, **entry)
     done = here(config, "--dry-run")
     assert (done.returncode, done.stderr) == (0, "")
-
-
-GONE = {"examples/extras/fp8/llama3_fp8_fsdp_sft.yaml": "fsdp_transformer_layer_cls_to_wrap"}
-LACKING = (
-    r"dataset_info\.json|no such file|does not exist|not installed|pip install|login|flash-attn|"
-    r"memory: |is needed, .* is free|resume_from_checkpoint"
-)
-
-
-@pytest.mark.parametrize("example", EXAMPLES)
-def test_example_of_llamafactory_is_accepted(here, tmp_path, example):
-    values = {
-        key: value for key, value in EXAMPLES[example].items() if key != GONE.get(example)
-    }
-    (tmp_path / "example.yaml").write_text(yaml.safe_dump(values))
-    done = here(tmp_path / "example.yaml", "--dry-run", "--json", gpus=fake_gpus(8, 1000))
-    assert [
-        text for text in json.loads(done.stdout)["problems"] if not re.search(LACKING, text)
-    ] == []
 
 
 # --- The table of rules ---------------------------------------------------------------------------

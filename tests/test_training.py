@@ -98,9 +98,9 @@ def test_the_demo_model_translates_held_out_code(demo: Run) -> None:
     """
     from tools.demo_accuracy import exact_matches
 
-    right, asked = exact_matches(demo.run_dir, 40)
-    assert asked == 40
-    assert right >= 34
+    right, asked = exact_matches(demo.run_dir, 25)
+    assert asked == 25
+    assert right >= 20
 
 
 def test_the_summary_names_what_the_user_needs(demo: Run) -> None:
@@ -329,12 +329,25 @@ def test_tensorboard_wandb_offline_and_mlflow_pass_through_at_once(tmp_path: Pat
     assert runs == logged
 
 
+SECRETS = {
+    "swanlab_api_key": "yaml-secret-1",
+    "hf_hub_token": "yaml-secret-2",
+    "ms_hub_token": "yaml-secret-3",
+}
+
+
 @pytest.fixture(scope="module")
 def batched(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """One process and two steps of 4 samples, by global_batch_size."""
+    """One process and two steps of 4 samples, by global_batch_size; with a secret in every place
+    that takes one.
+    """
     folder = tmp_path_factory.mktemp("batched")
     batch = {"global_batch_size": 4, "gradient_accumulation_steps": None}
-    return train(folder, write_config(folder, max_steps=2, deepspeed=None, **batch), ranks=1)
+    tracking = {"report_to": "swanlab", "swanlab_mode": "local"}
+    config = write_config(folder, max_steps=2, deepspeed=None, **batch, **tracking, **SECRETS)
+    more = ("hub_token=override-secret-4", "om_hub_token=override-secret-5")
+    env = {"SWANLAB_API_KEY": "environment-secret-6", "WANDB_API_KEY": "environment-secret-7"}
+    return train(folder, config, *more, ranks=1, env=env)
 
 
 def test_config_yaml_launches_the_same_run_again(batched: Run, tmp_path: Path) -> None:
@@ -538,50 +551,19 @@ def test_the_planned_steps_are_those_of_a_real_run(
 
 # --- no secret anywhere
 
-SECRETS = {
-    "swanlab_api_key": "yaml-secret-1",
-    "hf_hub_token": "yaml-secret-2",
-    "ms_hub_token": "yaml-secret-3",
-}
 
-
-@pytest.fixture(scope="module")
-def with_secrets(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run with a secret in every place that takes one."""
-    folder = tmp_path_factory.mktemp("secrets")
-    config = write_config(
-        folder,
-        max_steps=2,
-        report_to="swanlab",
-        swanlab_mode="local",
-        deepspeed=None,
-        **SECRETS,
-    )
-    return train(
-        folder,
-        config,
-        "hub_token=override-secret-4",
-        "om_hub_token=override-secret-5",
-        ranks=1,
-        env={
-            "SWANLAB_API_KEY": "environment-secret-6",
-            "WANDB_API_KEY": "environment-secret-7",
-        },
-    )
-
-
-def test_no_secret_reaches_a_file_or_the_console(with_secrets: Run) -> None:
+def test_no_secret_reaches_a_file_or_the_console(batched: Run) -> None:
     command = [
         "grep",
         "-rlaE",
         "(yaml|override|environment)-secret-[0-9]",
-        str(with_secrets.folder),
+        str(batched.folder),
     ]
     planted = subprocess.run(command, capture_output=True, text=True).stdout.split()
-    assert planted == [str(with_secrets.folder / "config.yaml")]
+    assert planted == [str(batched.folder / "config.yaml")]
 
 
-def test_the_relaunchable_config_says_which_secrets_it_left_out(with_secrets: Run) -> None:
-    text = (with_secrets.run_dir / "config.yaml").read_text(encoding="utf-8")
+def test_the_relaunchable_config_says_which_secrets_it_left_out(batched: Run) -> None:
+    text = (batched.run_dir / "config.yaml").read_text(encoding="utf-8")
     assert re.search("hf_hub_token.* left out|left out.*hf_hub_token", text)
     assert "hf_hub_token" not in yaml.safe_load(text)
