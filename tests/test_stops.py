@@ -12,6 +12,7 @@ import pytest
 from helpers import SCRIPT
 from helpers.config import STEPS, write_config
 from helpers.launcher import Run, command_of, committed, losses, until, weights
+from helpers.swanlab_records import read_record, records
 from train_qwen3_ft import checkpoint_problem
 
 # A rank killed while it loads DeepSpeed's operator leaves a build lock that others wait for.
@@ -42,11 +43,11 @@ def signal_all(pids: list[int], number: int) -> None:
 
 
 # On how many ranks, how the stop is asked for, of which processes, and the exit code; None: by a
-# STOP file. Two ranks train under ZeRO-3, one without.
+# STOP file. Two ranks train under ZeRO-3, one without, recorded by SwanLab.
 STOPS = {
     "SIGTERM": (2, signal.SIGTERM, lambda live: [live.process.pid], 143),
     "SIGTERM to every process": (2, signal.SIGTERM, everybody, 143),
-    "STOP file": (2, None, None, 143),
+    "STOP file": (1, None, None, 143),
     "SIGINT": (1, signal.SIGINT, lambda live: [live.process.pid], 130),
     "SIGHUP": (1, signal.SIGHUP, lambda live: [live.process.pid], 129),
 }
@@ -88,7 +89,7 @@ def stopped(scratch: Path) -> SimpleNamespace:
     `last` the start that finished.
     """
     stops, slow, arguments = {}, [{"point": "slow"}], {}
-    for ranks, more in ((1, PLAIN), (2, {})):
+    for ranks, more in ((1, {**PLAIN, "report_to": "swanlab"}), (2, {})):
         workers = {"save_steps": 100, "save_total_limit": None, "dataloader_num_workers": 1}
         arguments[ranks] = (write_config(scratch / str(ranks), **workers, **more),)
     for kind, (ranks, *_) in STOPS.items():
@@ -138,6 +139,19 @@ def test_a_stop_says_how_to_resume(stopped: SimpleNamespace, kind: str):
     found = re.search(r"^resume +(.*)$", seen.console, re.MULTILINE)
     variables = "NPROC_PER_NODE=2 " if STOPS[kind][0] == 2 else ""
     assert found[1] == f"{variables}python {SCRIPT} --resume {seen.run_dir}"
+
+
+def test_a_stopped_run_is_recorded_as_stopped_by_the_user(stopped: SimpleNamespace):
+    for folder in records(stopped.stops["SIGINT"].run_dir.parent / "swanlog"):
+        record = read_record(folder)
+        assert (record["state"], record["error"]) == ("aborted", "stopped by the user")
+
+
+def test_a_resumed_run_is_another_local_record_whose_name_says_so(stopped: SimpleNamespace):
+    run_dir = stopped.stops["SIGINT"].run_dir
+    names = [read_record(folder)["name"] for folder in records(run_dir.parent / "swanlog")]
+    resumes = [f"{run_dir.name} (resume {number})" for number in (1, 2)]
+    assert sorted(names) == [run_dir.name, *resumes]
 
 
 def test_under_nohup_a_hangup_does_not_stop_the_run(stopped: SimpleNamespace):
@@ -249,9 +263,9 @@ def kill_and_look(live: Run, victim: str) -> list[str]:
 
 @pytest.mark.parametrize("victim", ["launcher", "torchrun", "rank 1"])
 def test_a_kill_in_training_leaves_no_process(tmp_path: Path, victim: str):
-    ranks, more = (2, {}) if victim == "rank 1" else (1, PLAIN)
-    more = {**more, "save_steps": 100, "dataloader_num_workers": 1}
-    config = write_config(tmp_path, max_restarts=0, report_to="swanlab", **more)
+    ranks = 2 if victim == "rank 1" else 1
+    changes = {**PLAIN, "save_steps": 100, "dataloader_num_workers": 1, "report_to": "swanlab"}
+    config = write_config(tmp_path, max_restarts=0, **changes)
     with Run(
         tmp_path, config, ranks=ranks, env={"SWANLAB_MODE": "local"}, faults=[{"point": "slow"}]
     ) as live:

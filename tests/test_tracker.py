@@ -118,8 +118,20 @@ EVALUATED = {
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run without a key that evaluates."""
-    return train(tmp_path_factory.mktemp("local"), changes=EVALUATED)
+    """A run without a key that evaluates, in a terminal, on a PATH that is empty: no git, no shell;
+    by use_swanlab, the older spelling, with a name and a folder.
+    """
+    folder = tmp_path_factory.mktemp("local")
+    (folder / "nothing").mkdir()
+    changes = {
+        **EVALUATED,
+        "report_to": None,
+        "use_swanlab": True,
+        "swanlab_run_name": "mine",
+        "swanlab_logdir": str(folder / "out" / "swanlog"),
+    }
+    env = {"PATH": str(folder / "nothing")}
+    return train(folder, changes=changes, env=env, terminal=True)
 
 
 def test_without_a_key_the_run_is_recorded_locally(local: Run) -> None:
@@ -170,81 +182,42 @@ def test_each_evaluated_data_set_has_its_own_loss(offline: Run) -> None:
         assert len(re.findall(shown, offline.console, re.MULTILINE)) == 2
 
 
-@pytest.fixture(scope="module")
-def older_spelling(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """use_swanlab with a name and a folder, on a PATH that is empty: no git, no shell; in a terminal."""
-    folder = tmp_path_factory.mktemp("older")
-    (folder / "nothing").mkdir()
-    changes = {
-        "report_to": None,
-        "use_swanlab": True,
-        "swanlab_run_name": "mine",
-        "swanlab_logdir": str(folder / "elsewhere"),
-    }
-    env = {"PATH": str(folder / "nothing")}
-    return train(folder, changes=changes, env=env, terminal=True)
-
-
-def test_the_older_spelling_use_swanlab_works(older_spelling: Run) -> None:
-    [folder] = records(older_spelling.folder / "elsewhere")
+def test_the_older_spelling_use_swanlab_works(local: Run) -> None:
+    [folder] = swanlog(local)
     assert read_dashboard(folder) == {"name": "mine", "status": "finished"}
 
 
-def test_a_node_without_git_trains_and_records_all_the_same(older_spelling: Run) -> None:
-    assert older_spelling.returncode == 0, older_spelling.console
-    [folder] = records(older_spelling.folder / "elsewhere")
+def test_a_node_without_git_trains_and_records_all_the_same(local: Run) -> None:
+    assert local.returncode == 0, local.console
+    [folder] = swanlog(local)
     assert read_record(folder)["state"] == "finished"
 
 
-# --- stops, resumes, and a tracker that is killed
-
-
-def stop_and_resume(folder: Path, **options: object) -> tuple[Run, Run]:
-    """A run that is stopped after its first logged step, and the launch that resumes and finishes
-    it.
-    """
-    config = write_config(folder, **{**SETTINGS, "logging_steps": 2})
-    with Run(folder, config, ranks=1, faults=SLOW, **options) as live:
-        live.reach(2)
-        live.process.send_signal(signal.SIGTERM)
-        live.wait()
-    return live, run(folder, config, "--resume", ranks=1, **options)
-
-
-@pytest.fixture(scope="module")
-def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
-    """The same without a key."""
-    return stop_and_resume(tmp_path_factory.mktemp("resumed"))
-
-
-def test_a_stopped_run_is_recorded_as_stopped_by_the_user(resumed: tuple[Run, Run]) -> None:
-    record = read_record(swanlog(resumed[0])[0])
-    assert (record["state"], record["error"]) == ("aborted", "stopped by the user")
-
-
-def test_a_resumed_run_is_a_second_local_record_whose_name_says_so(
-    resumed: tuple[Run, Run],
-) -> None:
-    done = resumed[1]
-    names = [read_record(folder)["name"] for folder in swanlog(done)]
-    assert sorted(names) == [done.run_dir.name, f"{done.run_dir.name} (resume 1)"]
-    assert [len(values) for values in losses(done.run_dir).values()] == [1] * 6
+# --- a resume, and a tracker that is killed
 
 
 @pytest.fixture(scope="module")
 def online(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """The same with a service; `remote` is {run id: what the service has}."""
+    """A run with a service, stopped after its first logged step and resumed to its end; `remote` is
+    {run id: what the service has}.
+    """
+    folder = tmp_path_factory.mktemp("online")
+    config = write_config(folder, **{**SETTINGS, "logging_steps": 2})
     with SwanLabService() as service:
-        folder = tmp_path_factory.mktemp("online")
-        _, done = stop_and_resume(folder, env=service.environment)
-        web = service.environment["SWANLAB_WEB_HOST"]
-        return SimpleNamespace(done=done, remote=service.runs, web=web)
+        env = service.environment
+        with Run(folder, config, ranks=1, faults=SLOW, env=env) as live:
+            live.reach(2)
+            live.process.send_signal(signal.SIGTERM)
+            live.wait()
+        done = run(folder, config, "--resume", ranks=1, env=env)
+        return SimpleNamespace(done=done, remote=service.runs, web=env["SWANLAB_WEB_HOST"])
 
 
 def test_a_resumed_run_continues_the_same_experiment_online(online: SimpleNamespace) -> None:
     assert online.done.returncode == 0, online.done.console
     [remote] = online.remote.values()
     assert list(remote["scalars"]["train/loss"]) == [2, 4, 6, 8, 10, 12]
+    assert [len(values) for values in losses(online.done.run_dir).values()] == [1] * 6
 
 
 def test_online_the_service_gets_every_point_and_the_end(online: SimpleNamespace) -> None:
@@ -314,6 +287,6 @@ def test_a_failures_does_not_touch_training(failures: dict[str, Run], fault: str
 # --- the console
 
 
-def test_a_terminal_shows_a_live_bar(older_spelling: Run) -> None:
-    assert re.search(r"\r.*loss \d+\.\d+  lr .*\d+/12", older_spelling.console)
-    assert "finished at step 12 of 12" in older_spelling.console
+def test_a_terminal_shows_a_live_bar(local: Run) -> None:
+    assert re.search(r"\r.*loss \d+\.\d+  lr .*\d+/12", local.console)
+    assert "finished at step 12 of 12" in local.console

@@ -366,40 +366,42 @@ def test_a_runs_config_with_a_global_batch_size_fits_another_number_of_processes
     assert "1 per device x 2 processes x 2 accumulation = 4 samples per step" in again.console
 
 
-def test_streamed_data_trains_for_max_steps(tmp_path: Path) -> None:
-    config = write_config(
-        tmp_path, streaming=True, max_samples=None, max_steps=3, deepspeed=None
-    )
-    done = train(tmp_path, config)
-    assert "3 in all (the data is streamed)" in done.console
-    assert read_summary(done)["steps"] == 3
-
-
-def test_a_million_streamed_rows_take_hardly_more_memory_than_a_few_loaded_ones(
-    batched: Run, tmp_path: Path
-) -> None:
-    with open(tmp_path / "many.jsonl", "w", encoding="utf-8") as file:
+@pytest.fixture(scope="module")
+def streamed(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Three steps of two ranks on a million streamed rows."""
+    folder = tmp_path_factory.mktemp("streamed")
+    with open(folder / "many.jsonl", "w", encoding="utf-8") as file:
         file.writelines(
             f'{{"instruction": "get(id={n})", "output": "SELECT {n}"}}\n'
             for n in range(1_000_000)
         )
     columns = {"prompt": "instruction", "response": "output"}
     entry = {"many": {"file_name": "many.jsonl", "columns": columns}}
-    write_json(tmp_path / "dataset_info.json", entry)
+    write_json(folder / "dataset_info.json", entry)
     config = write_config(
-        tmp_path,
+        folder,
         dataset="many",
-        dataset_dir=str(tmp_path),
+        dataset_dir=str(folder),
         streaming=True,
         max_steps=3,
         max_samples=None,
-        cache_dir=str(tmp_path / "cache"),
+        cache_dir=str(folder / "cache"),
         deepspeed=None,
         save_strategy="no",
     )
-    done = train(tmp_path, config, ranks=1)
-    assert read_summary(done)["steps"] == 3
-    assert read_summary(done)["peak_memory"] - read_summary(batched)["peak_memory"] < 256 << 20
+    return train(folder, config)
+
+
+def test_streamed_data_trains_for_max_steps(streamed: Run) -> None:
+    assert "3 in all (the data is streamed)" in streamed.console
+    assert read_summary(streamed)["steps"] == 3
+
+
+def test_a_million_streamed_rows_take_hardly_more_memory_than_a_few_loaded_ones(
+    streamed: Run, batched: Run
+) -> None:
+    peaks = [read_summary(done)["peak_memory"] for done in (streamed, batched)]
+    assert peaks[0] - peaks[1] < 256 << 20
 
 
 # --- the plan comes true
