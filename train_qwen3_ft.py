@@ -2574,7 +2574,7 @@ RULES = (
     Rule(
         "deepspeed",
         differing_settings,
-        'its {} is missing or differs from the key here; write "auto" there',
+        'set {} to "auto" in it: missing, or not what the key here says',
     ),
     Rule(
         "deepspeed",
@@ -3466,7 +3466,8 @@ class Supervisor:
         """After a GPU was out of memory: the same optimizer step in smaller parts."""
         values = self.config.values
         micro, rest = divmod(values.per_device_train_batch_size, 2)
-        if rest or self.halvings == 3:
+        in_deepspeed = self.plan.zero.settings.get("train_micro_batch_size_per_gpu", "auto")
+        if rest or in_deepspeed != "auto" or self.halvings == 3:
             return False
         self.halvings += 1
         steps = values[ACCUMULATION] * 2

@@ -29,10 +29,10 @@ LONG = (
     "test_checkpoints",
     "test_rehearse",
     "test_commit",
+    "test_plan",
     "test_data",
     "test_notify",
     "test_failures",
-    "test_plan",
     "test_promises",
 )
 

@@ -17,7 +17,7 @@ import pytest
 
 import train_qwen3_ft
 from helpers import ROOT
-from helpers.config import TINY_MODEL, write_json
+from helpers.config import AUTO_BATCH, TINY_MODEL, write_json
 from helpers.launcher import ask_python, fake_gpus
 from helpers.plan import bare_plan, plan_phases
 from train_qwen3_ft import (
@@ -36,7 +36,7 @@ QWEN3_14B = 14_768_307_200  # what transformers counts for Qwen/Qwen3-14B's conf
 LARGEST_LAYER = 151_936 * 5_120
 OFFLOAD = "configs/deepspeed/ds_z3_offload_config.json"
 GATHERED = {"stage3_gather_16bit_weights_on_model_save": True}
-ZERO3 = {"zero_optimization": {"stage": 3, **GATHERED}}
+ZERO3 = {**AUTO_BATCH, "zero_optimization": {"stage": 3, **GATHERED}}
 
 
 # --- Steps

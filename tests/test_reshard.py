@@ -9,7 +9,7 @@ import pytest
 
 from helpers.config import ZERO3_FILE, write_config
 from helpers.launcher import Run, fork, losses, run, train, weights
-from train_qwen3_ft import Supervisor, load_config
+from train_qwen3_ft import Supervisor, Zero, load_config
 
 # Two ranks x 1 x 2 = 4 samples per step, 48 samples: 12 steps. Single precision, since it is exact.
 SETTINGS = {
@@ -121,12 +121,18 @@ def test_a_gpu_that_is_out_of_memory_gets_half_the_micro_batch_until_it_fits(
     assert "per_device_train_batch_size: 1" in text and "gradient_accumulation_steps: 4" in text
 
 
-@pytest.mark.parametrize(("micro", "halvings", "halves"), [(16, 2, True), (16, 3, False)])
-def test_the_micro_batch_is_halved_three_times_at_most(
-    tmp_path: Path, micro: int, halvings: int, halves: bool
+@pytest.mark.parametrize(
+    ("halvings", "in_deepspeed", "halves"),
+    [(2, "auto", True), (3, "auto", False), (0, 16, False)],
+    ids=["a third time", "not a fourth time", "not where DeepSpeed's file has it"],
+)
+def test_the_micro_batch_is_halved(
+    tmp_path: Path, halvings: int, in_deepspeed: object, halves: bool
 ) -> None:
-    config = load_config(write_config(tmp_path, per_device_train_batch_size=micro), {})
-    launch = SimpleNamespace(config=config, halvings=halvings, leads=False)
+    config = load_config(write_config(tmp_path, per_device_train_batch_size=16), {})
+    zero = Zero(settings={"train_micro_batch_size_per_gpu": in_deepspeed})
+    plan = SimpleNamespace(zero=zero)
+    launch = SimpleNamespace(config=config, plan=plan, halvings=halvings, leads=False)
     assert Supervisor.halve_micro_batch(launch) is halves
 
 

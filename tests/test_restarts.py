@@ -36,8 +36,8 @@ def line_of(console: str, label: str) -> str:
 
 @pytest.fixture(scope="module")
 def failed(scratch: Path) -> SimpleNamespace:
-    """A run with one restart allowed that is killed twice, in its steps 4 and 6; meanwhile a second
-    launcher tries.
+    """A run with one restart allowed whose rank 1 is killed twice, in step 4 and in the save of step
+    6 before it writes its shard; meanwhile a second launcher tries.
 
     Its data is a copy, so that a test can change it. `second` is the second launcher, `before` and
     `after` the run's config.yaml around it.
@@ -46,7 +46,8 @@ def failed(scratch: Path) -> SimpleNamespace:
     shutil.copytree(CONFIGS / "data", folder / "data")
     config = write_config(folder, max_restarts=1, dataset_dir=str(folder / "data"))
     faults = [
-        {"point": "kill", "step": 4, "rank": 1, "name": name} for name in ("first", "second")
+        {"point": "kill", "step": 4, "rank": 1},
+        {"point": "one shard", "step": 6, "rank": 1},
     ]
     with Run(folder, config, faults=faults) as live:
         until(lambda: committed(live.run_dir), "the first checkpoint")
@@ -77,9 +78,14 @@ def test_kills_after_progress_restart_as_often_as_max_restarts_says(failed: Simp
     assert failed.run.returncode == 1
 
 
+def test_each_report_of_a_kill_names_the_rank_that_was_killed(failed: SimpleNamespace):
+    kills = re.findall(r"^rank \d was killed by SIGKILL", failed.run.console, re.MULTILINE)
+    assert kills == ["rank 1 was killed by SIGKILL"] * 2
+
+
 def test_a_failed_run_says_what_is_left_and_how_to_resume(failed: SimpleNamespace):
     summary = failed.run.console[failed.run.console.rindex("\nstate ") :]
-    assert re.search(f"^state +failed at step [45] of {STEPS}$", summary, re.MULTILINE)
+    assert re.search(f"^state +failed at step 6 of {STEPS}$", summary, re.MULTILINE)
     assert re.search("^checkpoints +checkpoint-4, checkpoint-2$", summary, re.MULTILINE)
     assert re.search(
         rf"python {re.escape(str(SCRIPT))} --resume {re.escape(str(failed.run_dir))}$",
@@ -190,6 +196,15 @@ def test_a_resume_passes_over_a_torn_checkpoint_and_names_it(resumed_from_torn: 
         r"moved to incomplete-checkpoint-4",
         resumed_from_torn.console,
     )
+
+
+def test_a_checkpoint_that_lacks_the_shard_of_a_rank_is_moved_aside_and_named(
+    resumed_from_torn: Run,
+):
+    message = (
+        "checkpoint-6 is incomplete (it has no manifest); moved to incomplete-checkpoint-6"
+    )
+    assert message in resumed_from_torn.console
 
 
 def test_a_resume_past_a_torn_checkpoint_ends_with_identical_weights(

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import os
 import re
 import shutil
 import sqlite3
@@ -96,11 +97,13 @@ def test_the_demo_model_translates_held_out_code(demo: Run) -> None:
     """The README states the number for all 100; here a part of them, through the template it was
     trained with.
     """
-    from tools.demo_accuracy import exact_matches
-
-    right, asked = exact_matches(demo.run_dir, 25)
-    assert asked == 25
-    assert right >= 20
+    command = [sys.executable, str(ROOT / "tests" / "tools" / "demo_accuracy.py")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(demo.run_dir), "30"], capture_output=True, text=True, env=env
+    )
+    right, asked = re.search(r"exact: (\d+) of (\d+)", done.stdout).groups()
+    assert asked == "30" and int(right) >= 24, done.stdout + done.stderr
 
 
 def test_the_summary_names_what_the_user_needs(demo: Run) -> None:

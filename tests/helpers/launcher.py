@@ -58,7 +58,7 @@ def until(condition: Callable[[], object], what: str, seconds: float = PATIENCE)
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
-        time.sleep(0.05)
+        time.sleep(0.1)
     return value
 
 
@@ -282,7 +282,7 @@ class Run:
         """
         deadline = time.monotonic() + seconds
         while (pids := self.pids()) and time.monotonic() < deadline:
-            time.sleep(0.05)
+            time.sleep(0.1)
         return [f"{pid} {command_of(pid)}" for pid in pids]
 
 
@@ -361,7 +361,12 @@ def ask_python(code: str, data: object) -> object:
         input=json.dumps(data),
         capture_output=True,
         text=True,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
+        env={
+            **os.environ,
+            "CUDA_VISIBLE_DEVICES": "",
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+        },
     )
     assert "RESULT" in done.stdout, done.stderr
     return json.loads(done.stdout.partition("RESULT")[2])
