@@ -224,7 +224,8 @@ def full_disk(scratch: Path) -> Iterator[SimpleNamespace]:
     if not mount("-t", "tmpfs", "-o", "size=40m", "tmpfs", out):
         pytest.skip("a small file system cannot be mounted here (it needs root)")
     try:
-        full = run(folder, write_config(folder, save_total_limit=4), "--force")
+        config = write_config(folder, max_samples=12, save_total_limit=4)
+        full = run(folder, config, "--force", ranks=1)
         kept = [
             path.name
             for path in full.run_dir.glob("checkpoint-*")
@@ -233,7 +234,8 @@ def full_disk(scratch: Path) -> Iterator[SimpleNamespace]:
         described = [
             (full.run_dir / name).read_bytes() for name in ("config.yaml", "plan.json")
         ]
-        still_full = run(folder, "--resume", full.run_dir, "--force", "logging_steps=1")
+        resume = ("--resume", full.run_dir)
+        still_full = run(folder, *resume, "--force", "logging_steps=1", ranks=1)
         after = [(full.run_dir / name).read_bytes() for name in ("config.yaml", "plan.json")]
         mount("-o", "remount,size=400m", out)
         yield SimpleNamespace(
@@ -241,7 +243,7 @@ def full_disk(scratch: Path) -> Iterator[SimpleNamespace]:
             kept=kept,
             still_full=still_full,
             unharmed=described == after,
-            resumed=run(folder, "--resume", full.run_dir),
+            resumed=run(folder, *resume, ranks=1),
         )
     finally:
         subprocess.run(["umount", str(out)])
@@ -270,10 +272,10 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_intact(full_disk: SimpleName
 
 
 def test_resuming_after_room_was_made_ends_with_identical_weights(
-    full_disk: SimpleNamespace, reference: SimpleNamespace
+    full_disk: SimpleNamespace, undisturbed: Run
 ):
     assert full_disk.resumed.returncode == 0, full_disk.resumed.console
-    assert weights(full_disk.resumed.run_dir) == weights(reference.run_dir)
+    assert weights(full_disk.resumed.run_dir) == weights(undisturbed.run_dir)
 
 
 # --- build locks

@@ -65,10 +65,10 @@ def reward(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def killed_reward(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A reward model under ZeRO-3 whose second rank is killed in step 5 of 6."""
+    """A reward model under ZeRO-3 that is killed in step 5 of 6."""
     folder = tmp_path_factory.mktemp("killed")
-    fault = {"point": "kill", "step": 5, "rank": 1}
-    return run(folder, reward_config(folder), faults=[fault])
+    fault = {"point": "kill", "step": 5}
+    return run(folder, reward_config(folder, max_samples=6), ranks=1, faults=[fault])
 
 
 def test_every_checkpoint_of_a_reward_model_is_complete(reward: Run, killed_reward: Run):

@@ -45,8 +45,8 @@ def signal_all(pids: list[int], number: int) -> None:
 # On how many ranks, how the stop is asked for, of which processes, and the exit code; None: by a
 # STOP file. Two ranks train under ZeRO-3, one without, recorded by SwanLab.
 STOPS = {
-    "SIGTERM": (2, signal.SIGTERM, lambda live: [live.process.pid], 143),
     "SIGTERM to every process": (2, signal.SIGTERM, everybody, 143),
+    "SIGTERM": (1, signal.SIGTERM, lambda live: [live.process.pid], 143),
     "STOP file": (1, None, None, 143),
     "SIGINT": (1, signal.SIGINT, lambda live: [live.process.pid], 130),
     "SIGHUP": (1, signal.SIGHUP, lambda live: [live.process.pid], 129),
@@ -150,7 +150,7 @@ def test_a_stopped_run_is_recorded_as_stopped_by_the_user(stopped: SimpleNamespa
 def test_a_resumed_run_is_another_local_record_whose_name_says_so(stopped: SimpleNamespace):
     run_dir = stopped.stops["SIGINT"].run_dir
     names = [read_record(folder)["name"] for folder in records(run_dir.parent / "swanlog")]
-    resumes = [f"{run_dir.name} (resume {number})" for number in (1, 2)]
+    resumes = [f"{run_dir.name} (resume {number})" for number in (1, 2, 3)]
     assert sorted(names) == [run_dir.name, *resumes]
 
 
