@@ -4503,7 +4503,9 @@ def train(run: Run, env: Environment) -> None:
     callback_class = type("RankCallback", (RankCallback, TrainerCallback), {})
     callback = callback_class(run, config)
     if run.checkpoint_ranks() not in (None, ranks):
-        reshard_on_load()
+        share_rng_state()
+        if config.values.deepspeed:
+            reshard_on_load()
     measure_data(config.values, partial(record_data, run))
     if run.is_rehearsal:
         rehearse_data(callback)
@@ -5183,22 +5185,28 @@ def mark_learned(ids: list[int], labels: list[int], tokenizer, marks: tuple[str,
 # of the old ranks' files, which are mapped into memory: nothing is computed or written.
 
 
-def reshard_on_load() -> None:
-    """Let transformers and DeepSpeed load a checkpoint that another number of ranks has saved."""
-    from deepspeed.runtime.engine import DeepSpeedEngine
+def share_rng_state() -> None:
+    """Let all ranks load one random state: a new rank has no file, and samplers must not draw
+    apart.
+    """
     from transformers import Trainer
 
-    load_rng_state, load_module = (
-        Trainer._load_rng_state,
-        DeepSpeedEngine.load_module_state_dict,
-    )
+    load_rng_state = Trainer._load_rng_state
 
     def load_first_rng_state(trainer, checkpoint):
-        """One random state for all: a new rank has no file, and samplers must not draw apart."""
         with TemporaryDirectory() as folder:
             for name in ("rng_state.pth", f"rng_state_{trainer.args.process_index}.pth"):
                 shutil.copy(min(Path(checkpoint).glob("rng_state*")), Path(folder, name))
             load_rng_state(trainer, folder)
+
+    Trainer._load_rng_state = load_first_rng_state
+
+
+def reshard_on_load() -> None:
+    """Let DeepSpeed load a checkpoint that another number of ranks has saved."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    load_module = DeepSpeedEngine.load_module_state_dict
 
     def load_trained(engine, checkpoint, **options):
         """Leave out frozen parameters, cut for the old ranks: they are still the base model's."""
@@ -5208,7 +5216,6 @@ def reshard_on_load() -> None:
         """Rank 0's file beside the optimizer's will do for every rank."""
         return [engine._get_ckpt_name(*path, "00", "0")]
 
-    Trainer._load_rng_state = load_first_rng_state
     DeepSpeedEngine.load_module_state_dict = load_trained
     DeepSpeedEngine._get_all_ckpt_names = first_file
     DeepSpeedEngine._load_zero_checkpoint = load_resharded

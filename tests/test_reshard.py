@@ -37,9 +37,7 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """The uninterrupted run on two ranks."""
     folder = tmp_path_factory.mktemp(request.param)
     kinds = {"ZeRO-3": {}, "ZeRO-2": {"deepspeed": ZERO2}, "none": {"deepspeed": None}}
-    done = train(folder, write_config(folder, **SETTINGS, **kinds[request.param]))
-    done.kind = request.param
-    return done
+    return train(folder, write_config(folder, **SETTINGS, **kinds[request.param]))
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +65,8 @@ def test_two_ranks_without_deepspeed_resume_to_identical_weights(whole: Run) -> 
     assert weights(done.run_dir) == weights(whole.run_dir)
 
 
+@pytest.mark.parametrize("whole", ["ZeRO-3"], indirect=True)
 def test_two_ranks_continue_as_four_with_the_same_losses(whole: Run) -> None:
-    if whole.kind != "ZeRO-3":
-        pytest.skip("four processes on two cores are slow: once is enough")
     done = train(whole.folder, "--resume", fork(whole.run_dir, "four", 8), ranks=4)
     assert difference(done, whole) < 1e-5
 
@@ -85,11 +82,10 @@ def test_a_number_of_ranks_that_cannot_keep_the_samples_of_a_step_is_refused(
     )
 
 
+@pytest.mark.parametrize("whole", ["ZeRO-3"], indirect=True)
 def test_kills_in_the_first_step_and_the_first_save_after_resharding_lose_nothing(
     whole: Run,
 ) -> None:
-    if whole.kind != "ZeRO-3":
-        pytest.skip("the same code: once is enough")
     run_dir = fork(whole.run_dir, "killed", 8)
     for fault in ({"point": "kill", "step": 1}, {"point": "manifest", "step": 12}):
         killed = run(whole.folder, "--resume", run_dir, ranks=1, faults=[fault])
