@@ -10,7 +10,17 @@ from types import SimpleNamespace
 import pytest
 
 from helpers.config import STEPS, make_model, write_config, write_json
-from helpers.launcher import Run, ask_python, committed, losses, metrics, run, train, weights
+from helpers.launcher import (
+    Run,
+    ask_python,
+    committed,
+    logged_steps,
+    losses,
+    metrics,
+    run,
+    train,
+    weights,
+)
 from train_qwen3_ft import checkpoint_problem
 
 
@@ -24,12 +34,6 @@ def differing_files(checkpoint: Path) -> list[str]:
     there = {str(path.relative_to(checkpoint)): path.stat().st_size for path in paths}
     names = sorted(there.keys() | listed.keys())
     return [name for name in names if there.get(name) != listed.get(name)]
-
-
-def logged_steps(run_dir: Path) -> list[int]:
-    """The steps whose loss LLaMA-Factory's own log has."""
-    lines = (run_dir / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()
-    return [line["current_steps"] for line in map(json.loads, lines) if "loss" in line]
 
 
 # --- a reward model, whose checkpoints LLaMA-Factory rewrites in a callback of its own

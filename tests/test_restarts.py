@@ -3,7 +3,6 @@
 Several tests look at one run; the fixtures of a module's scope say which.
 """
 
-import json
 import os
 import re
 import shutil
@@ -14,7 +13,7 @@ import pytest
 
 from helpers import SCRIPT
 from helpers.config import CONFIGS, STEPS, write_config
-from helpers.launcher import Run, committed, losses, run, train, until, weights
+from helpers.launcher import Run, committed, logged_steps, losses, run, train, until, weights
 from helpers.swanlab_records import read_record, records
 
 
@@ -365,9 +364,7 @@ def test_a_kill_before_the_final_model_trains_no_step_more(alone: SimpleNamespac
 
 
 def test_overwrite_output_dir_loses_no_history_at_a_restart(alone: SimpleNamespace):
-    text = (alone.killed.run_dir / "trainer_log.jsonl").read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in text.splitlines()]
-    steps = {line["current_steps"] for line in lines if "loss" in line}
+    steps = set(logged_steps(alone.killed.run_dir))
     assert steps == set(losses(alone.whole.run_dir)) == set(range(1, 13))
 
 

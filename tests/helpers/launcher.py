@@ -342,6 +342,12 @@ def losses(run_dir: Path) -> dict[int, list[float]]:
     return found
 
 
+def logged_steps(run_dir: Path) -> list[int]:
+    """The steps whose loss LLaMA-Factory's own log has."""
+    lines = (run_dir / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [line["current_steps"] for line in map(json.loads, lines) if "loss" in line]
+
+
 def committed(run_dir: Path) -> list[int]:
     """The steps of the checkpoints that have a manifest, as the folder shows it."""
     return sorted(
