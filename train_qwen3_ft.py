@@ -6,9 +6,14 @@
     CUDA_VISIBLE_DEVICES=0,1 python train_qwen3_ft.py    # two GPUs, whatever the YAML says
     python train_qwen3_ft.py my.yaml learning_rate=2e-5  # override any YAML key
 
-Usage: python train_qwen3_ft.py [CONFIG.yaml] [key=value ...]
-                                [--dry-run [--json] | --preview [N] | --rehearse [--json] |
-                                 --resume [RUN_DIR]] [--force]
+Usage: python train_qwen3_ft.py [CONFIG.yaml] [key=value ...] [option ...]
+
+    --dry-run           print plan, problems and command; start nothing
+    --preview [N]       N samples (default 2) as the model will see them, and the data's figures
+    --rehearse          a few steps of the run on its devices, measured, then removed
+    --resume [RUN_DIR]  continue RUN_DIR, or the newest unfinished run under output_dir
+    --json              with --dry-run or --rehearse: the same as one JSON object
+    --force             start anyway: an estimate, a busy GPU or an untested version stops nothing
 
 CONFIG is a LLaMA-Factory training YAML. The launcher adds keys of its own: cuda_visible_devices
 (GPU ids as nvidia-smi shows them; CUDA_VISIBLE_DEVICES in the environment wins),
@@ -55,7 +60,6 @@ chapter reads top-down: what calls stands above what it calls, each check with i
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
 import copy
 import csv
@@ -154,9 +158,6 @@ class LaunchError(Exception):
 class Problems(list):
     """Problems that were found so far: they are gathered, so that all are shown at once."""
 
-    def add(self, text: str, can_force: bool = False) -> None:
-        self.append(Forceable(text) if can_force else text)
-
     def attempt(self, function: Callable, *arguments: object, where: str = ""):
         """What the function returns; None where it raised LaunchError or OSError, now gathered."""
         try:
@@ -167,7 +168,7 @@ class Problems(list):
             found = [describe_os_error(error)]
         for problem in found:
             text = f"{where}: {problem}" if where else problem
-            self.add(text, isinstance(problem, Forceable))
+            self.append(Forceable(text) if isinstance(problem, Forceable) else text)
         return None
 
 
@@ -324,6 +325,7 @@ class Plan:
     model: Model
     device_bytes: int | None
     disk_free: int
+    data: dict[str, str]  # the data files, and by what a change of them is noticed
     phase: str = ""  # the one that takes the most memory
     memory: dict[str, int] | None = None  # by part in that phase, on each device
     host_memory: int | None = None
@@ -371,7 +373,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the launcher, or the rank or tracker that it started; returns the exit code."""
     open_standard_streams()
     try:
-        options, env = parse_arguments(sys.argv[1:] if argv is None else argv), dict(os.environ)
+        options, env = parse_arguments(argv), dict(os.environ)
         if not (options.previewer or options.tracker or UNDER_TORCHRUN in env):
             return check_and_launch(options, env)
         if UNDER_TORCHRUN in env:
@@ -404,7 +406,12 @@ def say(text: str, stream: TextIO | None = None) -> None:
     """Print a line for the user; a closed terminal must not end the run."""
     stream = stream or sys.stdout
     try:
-        print(text, file=stream, flush=True)
+        if "tqdm" in sys.modules:  # there may be a bar, which is drawn again below the line
+            sys.modules["tqdm"].tqdm.write(text, file=stream)
+        else:
+            print(text, file=stream)
+        if stream:
+            stream.flush()
     except (OSError, ValueError):
         # The rest of the buffer must not fail at exit.
         with contextlib.suppress(OSError, ValueError):
@@ -417,37 +424,25 @@ OVERRIDE = re.compile(r"[\w-]+=")
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """An argument parser whose errors are the launcher's."""
+    """An argument parser whose errors are the launcher's, and whose help is the manual."""
 
     def error(self, message: str):
         raise LaunchError(f"{hide_values(message)}; see python {SCRIPT.name} --help")
 
+    def format_help(self) -> str:
+        return __doc__
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Split the command line into `config` (path), `overrides` ({key: text}) and the options."""
-    parser = ArgumentParser(
-        prog=SCRIPT.name,
-        description=__doc__,
-        usage=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add, hidden = parser.add_argument, argparse.SUPPRESS
-    add("words", nargs="*", metavar="CONFIG.yaml, key=value", help=hidden)
-    preview_help = "N samples (default 2) as the model will see them, and the data's figures"
-    add("--preview", nargs="?", const="2", metavar="N", help=preview_help)
-    resume_help = "continue RUN_DIR, or the newest unfinished run under output_dir"
-    add("--resume", nargs="?", const="", metavar="RUN_DIR", help=resume_help)
-    switches = {
-        "--dry-run": "print plan, problems and command; start nothing",
-        "--rehearse": "a few steps of the run on its devices, measured, then removed",
-        "--json": "with --dry-run or --rehearse: the same as one JSON object",
-        "--force": "start anyway: an estimate, a busy GPU or an untested version stops nothing",
-    }
-    for name, text in switches.items():
-        add(name, action="store_true", help=text)
-    for name in ("--previewer", "--tracker"):
-        add(name, type=Path, help=hidden)
+    parser = ArgumentParser(allow_abbrev=False)
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--preview", nargs="?", const="2")
+    parser.add_argument("--resume", nargs="?", const="")
+    for name in ("--dry-run", "--rehearse", "--json", "--force"):
+        parser.add_argument(name, action="store_true")
+    for name in ("--previewer", "--tracker"):  # a process that the launcher has started
+        parser.add_argument(name, type=Path)
     options = parser.parse_intermixed_args(argv)
     if options.json and not (options.dry_run or options.rehearse):
         raise LaunchError("--json goes with --dry-run or --rehearse")
@@ -549,17 +544,17 @@ def preflight(options: argparse.Namespace, env: Environment, run: Run | None) ->
     problems += check_packages(config, zero, env)
     where = config.where("model_name_or_path")
     model = problems.attempt(read_model, config.values, where=where) or Model("unknown")
-    rows = inspect_data(config, "dataset", problems)
-    inspect_data(config, "eval_dataset", problems)
-    plan = make_plan(config, devices, gpus, zero, model, rows, ranks)
-    check_rules(config, plan, problems)
-    check_webhooks(config, problems)
-    check_access(config, problems)
-    check_output(config, problems)
+    data = inspect_data(config, "dataset", problems)
+    others = inspect_data(config, "eval_dataset", problems)
+    plan = make_plan(config, devices, gpus, zero, model, data, others, ranks)
+    problems += check_rules(config, plan)
+    problems += check_webhooks(config)
+    problems += check_access(config)
+    problems += check_output(config)
     if has_devices:
-        check_plan(plan, config, run, problems)
+        problems += check_plan(plan, config, run)
     if run:
-        check_resume(config, plan, run, env, problems)
+        problems += check_resume(config, plan, run, env)
     else:
         problems.attempt(new_run, config)
     return Preflight(config, plan, problems, run)
@@ -616,7 +611,6 @@ PATHS = (
     *OUTPUT_PATHS,
 )
 NAMES = ("run_name", *PATHS)  # here 1.10 is a name, not a number
-FLOAT_TAG = "tag:yaml.org,2002:float"
 
 
 def load_config(path: Path, overrides: dict[str, str]) -> Config:
@@ -634,7 +628,7 @@ def load_config(path: Path, overrides: dict[str, str]) -> Config:
             line = lines.get(str(key), 1)
             raise LaunchError(f"{path}:{line}: {key!r}: expected a key that is a word")
     for key, text in overrides.items():
-        values[key] = parse_yaml(text, f"command line: {key}", key)[0]
+        values |= parse_yaml(f"'{key}': {text}", f"command line: {key}")[0]
     values = {key: value for key, value in values.items() if value is not None}
     secrets = {key: str(value) for key, value in values.items() if SECRET_KEY.search(key)}
     values = resolve_paths(without(values, *secrets))
@@ -659,20 +653,12 @@ class ConfigLoader(yaml.SafeLoader):
 
     yaml_implicit_resolvers = {}
 
-    def construct_number(self, node: yaml.ScalarNode) -> int | float:
-        """`1_000`, `0x1F` and `0o17` are integers; everything else that matched is a float."""
-        text = node.value.lower().replace(".inf", "inf").replace(".nan", "nan")
-        try:
-            return int(text, 0)
-        except ValueError:
-            return float(text)
-
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         """Refuses a key that is given twice; a number stays text where NAMES has its key."""
         node, first = super().compose_mapping_node(anchor), {}
         for key, value in node.value:
-            if key.value in NAMES:
-                keep_as_text(value)
+            if key.value in NAMES and value.tag.endswith((":int", ":float")):
+                value.tag = "tag:yaml.org,2002:str"
             old = first.setdefault(str(key.value), key)
             if old is not key and key.value != "<<":
                 line = old.start_mark.line + 1
@@ -681,25 +667,21 @@ class ConfigLoader(yaml.SafeLoader):
         return node
 
 
-for _tag, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    (
-        "float",
-        r"[-+]?(0|[1-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+|\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
-        r"|[0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|\.[0-9]+([eE][-+]?[0-9]+)?"
-        r"|[0-9]+[eE][-+]?[0-9]+)",
-        list("-+.0123456789"),
-    ),
-    ("merge", r"<<", ["<"]),
-):
+SCALARS = {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?(0|[1-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+)",
+    "float": r"[-+]?(\.(inf|Inf|INF)|\.(nan|NaN|NAN)|[0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?"
+    r"|\.[0-9]+([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)",
+    "merge": r"<<",
+}
+for _name, _pattern in SCALARS.items():
     _expression = re.compile(f"^(?:{_pattern})$")
-    ConfigLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _expression, _first)
-ConfigLoader.add_constructor(FLOAT_TAG, ConfigLoader.construct_number)
+    ConfigLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", _expression, None)
 
 
-def parse_yaml(text: str, source: str, key: str = "") -> tuple[object, dict[str, int]]:
-    """Parse one YAML document, which is the value of `key` where one is named.
+def parse_yaml(text: str, source: str) -> tuple[object, dict[str, int]]:
+    """Parse one YAML document.
 
     Returns the value and, where it is a mapping, the line of each top-level key. Raises
     LaunchError with `source:line` for a syntax error, a duplicate key or an unusable key.
@@ -709,8 +691,6 @@ def parse_yaml(text: str, source: str, key: str = "") -> tuple[object, dict[str,
         node, lines = loader.get_single_node(), {}
         if node is None:
             return None, lines
-        if key in NAMES:
-            keep_as_text(node)
         if isinstance(node, yaml.MappingNode):
             lines = {str(name.value): name.start_mark.line + 1 for name, _ in node.value}
         return loader.construct_document(node), lines
@@ -720,12 +700,6 @@ def parse_yaml(text: str, source: str, key: str = "") -> tuple[object, dict[str,
         raise LaunchError(f"{place}: not valid YAML: {error.problem}{hint}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise LaunchError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
-
-
-def keep_as_text(node: yaml.Node) -> None:
-    """Let a number stay the text that was written."""
-    if node.tag == FLOAT_TAG:
-        node.tag = "tag:yaml.org,2002:str"
 
 
 def resolve_paths(values: dict) -> dict:
@@ -786,29 +760,25 @@ class Field:
         return " or ".join(text for kind, text in KINDS.items() if kind in kinds)
 
 
+# SwanLab's modes of today; LLaMA-Factory's enumeration has two of them.
+SWANLAB_MODES = ("online", "cloud", "local", "offline", "disabled")
 LAUNCHER_FIELDS = {
+    "swanlab_mode": Field(choices=SWANLAB_MODES),
     "cuda_visible_devices": Field(),
     "global_batch_size": Field({"int"}),
     "max_restarts": Field({"int"}),
     "hang_timeout": Field({"int"}),
     "notify": Field({"str"}),
 }
-FIELD_SOURCES = (
-    "llamafactory/hparams/model_args.py",
-    "llamafactory/hparams/data_args.py",
-    "llamafactory/hparams/training_args.py",
-    "llamafactory/hparams/finetuning_args.py",
-    "llamafactory/hparams/generating_args.py",
-    "transformers/training_args.py",
-    "transformers/training_args_seq2seq.py",
-)
-CHOICE_SOURCES = (
-    "transformers/trainer_utils.py",
-    "transformers/training_args.py",
-    "llamafactory/extras/constants.py",
-)
-# SwanLab's modes of today; LLaMA-Factory's enumeration has two of them.
-SWANLAB_MODES = ("online", "cloud", "local", "offline", "disabled")
+# Enumerations stand before the fields that name them.
+SOURCES = """
+    transformers/trainer_utils.py llamafactory/extras/constants.py transformers/training_args.py
+    transformers/training_args_seq2seq.py llamafactory/hparams/model_args.py
+    llamafactory/hparams/data_args.py llamafactory/hparams/training_args.py
+    llamafactory/hparams/finetuning_args.py llamafactory/hparams/generating_args.py
+""".split()
+ENUMERATION = r"(?ms)^class (\w+)\(\w*Enum\):\n(.*?)(?=^\S)"
+FIELD = r'(?m)^    (\w+): (.+) = field\((?![^"]*init=False)'
 # Text that LLaMA-Factory splits at commas, so that a list does as well.
 SPLIT_KEYS = """
     dataset eval_dataset adapter_name_or_path interleave_probs lora_target oft_target
@@ -817,29 +787,17 @@ SPLIT_KEYS = """
 
 
 def known_fields() -> dict[str, Field]:
-    """Every key of the installed LLaMA-Factory and transformers."""
-    choices, fields = {}, dict(LAUNCHER_FIELDS)
-    for node in classes_of(CHOICE_SOURCES):  # of an enumeration: its words
-        values = [line.value for line in node.body if isinstance(line, ast.Assign)]
-        choices[node.name] = [
-            value.value for value in values if isinstance(value, ast.Constant)
-        ]
-    for line in (line for node in classes_of(FIELD_SOURCES) for line in node.body):
-        if isinstance(line, ast.AnnAssign) and "init=False" not in ast.unparse(line):
-            key, annotation = line.target.id, ast.unparse(line.annotation)
-            if key in SPLIT_KEYS:
-                annotation += " | list"
-            fields[key] = read_annotation(annotation, choices)
-    fields["swanlab_mode"] = Field(choices=SWANLAB_MODES)
-    return fields
-
-
-def classes_of(names: Iterable[str]) -> Iterator[ast.ClassDef]:
-    """The classes in files of installed packages."""
-    for name in names:
-        for node in ast.parse(source_of(name)).body:
-            if isinstance(node, ast.ClassDef):
-                yield node
+    """Every key of the installed LLaMA-Factory and transformers, as their sources declare it."""
+    source, fields = "\n".join(map(source_of, SOURCES)), {}
+    choices = {
+        name: re.findall(r'(?m)^    \w+ = "(.+)"', body)
+        for name, body in re.findall(ENUMERATION, source)
+    }
+    for key, annotation in re.findall(FIELD, source):
+        if key in SPLIT_KEYS:
+            annotation += " | list"
+        fields[key] = read_annotation(annotation, choices)
+    return fields | LAUNCHER_FIELDS
 
 
 def source_of(name: str) -> str:
@@ -850,9 +808,9 @@ def source_of(name: str) -> str:
 
 
 def read_annotation(text: str, choices: dict[str, list[str]]) -> Field:
-    """Turn an annotation, such as `IntervalStrategy | Literal['no'] | None`, into a Field."""
+    """Turn an annotation, such as `IntervalStrategy | Literal["no"] | None`, into a Field."""
     text = re.sub(r"\b(list|dict)\[[^|\]]*\]", r"\1", text)  # of a list any elements will do
-    words, names = re.findall(r"'(.*?)'", text), re.findall(r"\w+", text)
+    words, names = re.findall(r'"(.*?)"', text), re.findall(r"\w+", text)
     for name in names:
         words += choices.get(name, ())
     return Field(KINDS.keys() & names, tuple(words))
@@ -903,8 +861,8 @@ def check_keys(config: Config, problems: Problems) -> Config:
                 raise ValueError(f"unknown key{hint}")
             if key in config.values:
                 values[key] = checked_value(key, config.values[key], fields[key])
-        except (ValueError, OverflowError) as error:
-            problems.add(f"{config.where(key)}: {error}")
+        except ValueError as error:
+            problems.append(f"{config.where(key)}: {error}")
             refused.add(key)
     return replace(config, values=values, refused=frozenset(refused))
 
@@ -921,36 +879,29 @@ def checked_value(key: str, value: object, wanted: Field) -> object:
 def cast(value: object, wanted: Field) -> object:
     """`value` as the type the key takes; LLaMA-Factory casts nothing that comes as a dict.
 
-    Where it has the choice `no`, false means that (save_strategy: false). Raises ValueError
-    that says what was expected.
+    The words yes, no, on, off of YAML 1.1 are booleans here; where there is the choice `no`,
+    false means that (save_strategy: false). Raises ValueError that says what was expected.
     """
-    with contextlib.suppress(ValueError, OverflowError):
-        if not wanted.choices:
-            return cast_kind(value, wanted.kinds)
-        choice = "no" if value is False else value
-        if choice in wanted.choices or (isinstance(value, list) and "list" in wanted.kinds):
+    kinds, word, booleans = wanted.kinds, str(value).lower(), ConfigLoader.bool_values
+    choice = "no" if value is False else value
+    if wanted.choices:
+        if choice in wanted.choices:
             return choice
+    elif not kinds or (type(value).__name__ in kinds and not isinstance(value, float)):
+        return value
+    elif "bool" in kinds and word in booleans:
+        return booleans[word]
+    elif type(value) in (str, int, float):
+        with contextlib.suppress(ValueError):
+            number = float(value)
+            if "int" in kinds and number.is_integer():
+                return int(number)
+            if "float" in kinds and math.isfinite(number):
+                return number
+        if "str" in kinds:
+            return str(value)
     hint = did_you_mean(str(value), wanted.choices)
     raise ValueError(f"expected {wanted}, got {value!r}{hint}")
-
-
-def cast_kind(value: object, kinds: Set[str]) -> object:
-    """A value of a type; the words yes, no, on, off of YAML 1.1 are booleans here."""
-    if not kinds or (type(value).__name__ in kinds and not isinstance(value, float)):
-        return value
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise ValueError
-    word, words = str(value).lower(), ConfigLoader.bool_values
-    if "bool" in kinds and word in words:
-        return words[word]
-    number = float(value)
-    if "int" in kinds and number == int(number):
-        return int(number)
-    if "float" in kinds and math.isfinite(number):
-        return number
-    if "str" in kinds:
-        return str(value)
-    raise ValueError
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
@@ -1012,8 +963,7 @@ def read_gpu(pynvml, index: int) -> Gpu:
 
     def ask(name: str, *arguments: object):
         with contextlib.suppress(pynvml.NVMLError, AttributeError):
-            answer = getattr(pynvml, name)(*arguments)
-            return answer.decode() if isinstance(answer, bytes) else answer
+            return getattr(pynvml, name)(*arguments)
 
     memory = ask("nvmlDeviceGetMemoryInfo", handle)
     users = tuple(
@@ -1250,7 +1200,7 @@ PACKAGES = (
     ("use_badam", "True", "badam"),
     ("use_adam_mini", "True", "adam-mini"),
     ("quantization_bit", r"\d", "bitsandbytes"),
-    ("optim", "bnb|8bit|paged_", "bitsandbytes"),
+    ("optim", r"bnb|paged_|lion|ademamix|^(?!adamw_torch).*8bit", "bitsandbytes"),
     ("predict_with_generate", "True", "jieba"),
     ("predict_with_generate", "True", "nltk"),
     ("predict_with_generate", "True", "rouge-chinese"),
@@ -1409,7 +1359,6 @@ QWEN3_SHAPES = {
     "14B": (5120, 40, 40, 8, 17408, False),
     "32B": (5120, 64, 64, 8, 25600, False),
 }
-LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 SHAPE_KEYS = (
     "hidden_size",
     "num_hidden_layers",
@@ -1451,7 +1400,7 @@ def read_model_folder(folder: Path, label: str, from_scratch: bool) -> Model:
     """A model that is on the disk. Raises LaunchError that says what is missing or broken."""
     shape = read_json(folder / "config.json", "a model folder has a config.json")
     lacking = sorted(NEEDED_SHAPE_KEYS - shape.keys())
-    if lacking and shape.get("model_type") in LLAMA_LIKE:
+    if lacking and shape.get("model_type") == "qwen3":
         raise LaunchError(f"{folder}/config.json: has no {', '.join(lacking)}")
     missing = [] if from_scratch else missing_weights(folder)
     if missing:
@@ -1468,9 +1417,9 @@ def read_model_folder(folder: Path, label: str, from_scratch: bool) -> Model:
 def hub_snapshot(name: str, values: Values) -> Path | None:
     """The local snapshot of a hub model, where its config.json is in the Hugging Face cache."""
     repository = hub_cache(values) / f"models--{name.replace('/', '--')}"
-    reference = repository / "refs" / (values.model_revision or "main")
-    revision = reference.read_text().strip() if reference.is_file() else "main"
-    folder = repository / "snapshots" / revision
+    revision = values.model_revision or "main"  # a commit has no file in refs
+    commit = read_from(repository / "refs" / revision).strip() or revision
+    folder = repository / "snapshots" / commit
     return folder if (folder / "config.json").is_file() else None
 
 
@@ -1490,37 +1439,20 @@ def qwen3_config(name: str) -> dict:
 
 
 def count_parameters(config: dict) -> int | None:
-    """Parameters of a Llama-like decoder by its config.json; None for another architecture.
+    """Parameters of a dense Qwen3 by its config.json; None for another architecture.
 
-    Embedding and output matrix (once where tied); in each layer the attention projections with
-    their biases and Qwen3's query and key norms, three MLP matrices for each expert with their
-    router, two norms; a last norm.
+    Embedding and output matrix (once where tied); in each layer the attention projections, the
+    query and key norms, three MLP matrices, two norms; a last norm.
     """
-    kind, get = config.get("model_type"), config.get
-    if kind not in LLAMA_LIKE or get("mlp_only_layers") or get("decoder_sparse_step", 1) != 1:
+    if config.get("model_type") != "qwen3" or config.get("attention_bias"):
         return None
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    head = get("head_dim") or hidden // heads
-    queries, keys = heads * head, (get("num_key_value_heads") or heads) * head
-    layer = 2 * hidden * (queries + keys) + count_mlp_parameters(config) + 2 * hidden
-    if kind.startswith("qwen3"):
-        layer += 2 * head
-    if kind == "qwen2":
-        layer += queries + 2 * keys
-    elif get("attention_bias"):
-        layer += queries + 2 * keys + hidden
-    matrices = 1 if get("tie_word_embeddings") else 2
+    head = config.get("head_dim") or hidden // heads
+    width = head * (heads + (config.get("num_key_value_heads") or heads))
+    layer = 2 * hidden * width + 3 * hidden * config["intermediate_size"] + 2 * (hidden + head)
+    matrices = 1 if config.get("tie_word_embeddings") else 2
     layers = config["num_hidden_layers"] * layer
     return matrices * config["vocab_size"] * hidden + layers + hidden
-
-
-def count_mlp_parameters(config: dict) -> int:
-    """Parameters of one layer's MLP, or of its experts and their router."""
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    if config["model_type"] == "qwen3_moe":
-        return config["num_experts"] * (3 * hidden * config["moe_intermediate_size"] + hidden)
-    biases = 2 * inner + hidden if config.get("mlp_bias") else 0
-    return 3 * hidden * inner + biases
 
 
 def missing_weights(folder: Path) -> list[str]:
@@ -1600,16 +1532,16 @@ DATA_FILES = (*TEXT_FILES, "parquet", "arrow")
 COUNTED_ARRAY = 64 << 20  # bytes: a larger JSON array is not counted without a limit
 
 
-def inspect_data(config: Config, key: str, problems: Problems) -> list[int | None]:
-    """The rows of each data set that `key` (dataset or eval_dataset) names; None: unknown."""
+def inspect_data(config: Config, key: str, problems: Problems) -> list[tuple]:
+    """(path, rows) of each data set that `key` (dataset or eval_dataset) names; None: unknown."""
     names = name_list(config.values.get(key))
     where = config.where(key)
     info = None
     if names:
         info = problems.attempt(read_dataset_info, config.values, where=where)
     if info is None:
-        return [None] * len(names)
-    rows = []
+        return [(None, None)] * len(names)
+    found = []
     for name in names:
         path = problems.attempt(find_data, name, info, config.values, where=where)
         count = None
@@ -1619,8 +1551,8 @@ def inspect_data(config: Config, key: str, problems: Problems) -> list[int | Non
             limit = config.values.max_samples
             count = problems.attempt(count_data, path, entry, limit, where=place)
             problems.attempt(check_columns, path, entry, where=place)
-        rows.append(count)
-    return rows
+        found.append((path, count))
+    return found
 
 
 def read_dataset_info(values: Values) -> dict | None:
@@ -1629,8 +1561,6 @@ def read_dataset_info(values: Values) -> dict | None:
     Raises LaunchError.
     """
     folder = values.dataset_dir
-    if isinstance(folder, dict):
-        return folder
     if folder.startswith(("ONLINE", "REMOTE:")):
         return None
     hint = "dataset_dir is the folder that holds dataset_info.json"
@@ -1649,7 +1579,7 @@ def find_data(name: str, info: dict, values: Values) -> Path | None:
         return None
     if "file_name" not in entry:
         raise LaunchError(f"{name} has no file_name in {folder}/dataset_info.json")
-    path = Path(folder if isinstance(folder, str) else ".", entry["file_name"])
+    path = Path(folder, entry["file_name"])
     if not path.exists():
         raise LaunchError(
             f"{name}: {path} does not exist; correct file_name in {folder}/dataset_info.json"
@@ -1820,11 +1750,23 @@ def first_columns(path: Path) -> set[str]:
     """The columns of a data file by its first 1,000 rows; none where they cannot be told."""
     columns = set()
     if path.suffix[1:] in TEXT_FILES and path.is_file():
-        with contextlib.suppress(ValueError, csv.Error):
+        with contextlib.suppress(OSError, ValueError, csv.Error):
             for row in itertools.islice(read_rows(path), 1000):
                 names = json.loads(row) if isinstance(row, str) else row
                 columns.update(names if isinstance(names, dict) else ())
     return columns - {None}  # under which csv puts fields without a name
+
+
+def fingerprints(paths: list[Path | None]) -> dict[str, str]:
+    """{path: size and, up to 64 MiB, hash} of the files, to notice data that has changed."""
+    files = {}
+    for path in paths:
+        if path and path.is_file() and os.access(path, os.R_OK):
+            size = path.stat().st_size
+            files[str(path)] = str(size)
+            if size <= COUNTED_ARRAY:
+                files[str(path)] += f" {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+    return files
 
 
 # --- plan ---------------------------------------------------------------------------------------
@@ -1900,7 +1842,8 @@ def make_plan(
     gpus: list[Gpu],
     zero: Zero,
     model: Model,
-    rows: list[int | None],
+    data: list[tuple],
+    others: list[tuple],
     world_size: int,
 ) -> Plan:
     """Work out the plan; asks only the disk and the host's memory."""
@@ -1909,9 +1852,12 @@ def make_plan(
         room = min((gpu.total for gpu in gpus if gpu.total), default=None)
     else:
         room = host_bytes() // max(devices.processes, 1)
-    steps = plan_steps(rows, values, world_size)
+    steps = plan_steps([rows for _, rows in data], values, world_size)
+    files = fingerprints([path for path, _ in data + others])
     free = free_bytes(Path(values.output_dir))
-    return estimate(Plan(devices, gpus, world_size, zero, values, steps, model, room, free))
+    return estimate(
+        Plan(devices, gpus, world_size, zero, values, steps, model, room, free, files)
+    )
 
 
 def plan_steps(rows: list[int | None], values: dict, world_size: int) -> Steps:
@@ -1944,7 +1890,8 @@ def estimate(plan: Plan) -> Plan:
     The formulas are those of full fine-tuning.
     """
     values = plan.values
-    if not plan.model.parameters or values.finetuning_type != "full" or values.fsdp:
+    is_full = values.finetuning_type == "full" and not values.fsdp
+    if not (plan.model.parameters and is_full and values.optim in OPTIMIZER_BYTES):
         return plan
     checkpoint, at_once = estimate_disk(plan)
     plan = replace(plan, checkpoint_bytes=checkpoint, disk_bytes=at_once)
@@ -1954,7 +1901,7 @@ def estimate(plan: Plan) -> Plan:
     phases = estimate_phases(plan)
     largest = max(phases, key=lambda phase: sum(phases[phase].values()))
     memory = states | phases[largest]
-    return replace(plan, phase=largest, memory=memory, host_memory=host or None)
+    return replace(plan, phase=largest, memory=memory, host_memory=host)
 
 
 def unknown_memory(plan: Plan) -> str:
@@ -1978,7 +1925,7 @@ def uncountable_reason(rows: list[int | None], values: Values) -> str:
     if packs or values.neat_packing:
         return "packing joins samples"
     if values.tokenized_path and os.path.isdir(values.tokenized_path):
-        return "tokenized_path holds the samples"
+        return "tokenized_path holds the samples, whatever the data keys say now"
     if None in rows or not rows:
         return "the rows of the data are counted when it is loaded"
     if values.mix_strategy != "concat" and len(rows) > 1:
@@ -2105,7 +2052,7 @@ def kind_of_loss(values: Values) -> str:
 
 def optimizer_bytes(plan: Plan) -> int:
     """Bytes per parameter of the optimizer's moments, and of DeepSpeed's 32-bit weights."""
-    moments = OPTIMIZER_BYTES.get(plan.values.optim, 8)
+    moments = OPTIMIZER_BYTES[plan.values.optim]
     if plan.zero.used:
         return moments + 4
     return moments // 2 if plan.values.pure_bf16 and moments == 8 else moments
@@ -2193,26 +2140,26 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def check_webhooks(config: Config, problems: Problems) -> None:
+def check_webhooks(config: Config) -> Iterator[str]:
     """Addresses that could not be posted to at the end."""
     for key in WEBHOOKS:
         if not config.secrets.get(key, "http://").startswith(("http://", "https://")):
-            problems.add(f"{config.where(key)}: expected a URL that begins with https://")
+            yield f"{config.where(key)}: expected a URL that begins with https://"
 
 
-def check_access(config: Config, problems: Problems) -> None:
+def check_access(config: Config) -> Iterator[str]:
     """Paths that lead through a folder of another user."""
     for key in PATHS:
         path = str(config.values.get(key))
         try:
             os.stat(path)
         except PermissionError:
-            problems.add(f"{config.where(key)}: {path}: permission denied; use a path of yours")
+            yield f"{config.where(key)}: {path}: permission denied; use a path of yours"
         except OSError:
             pass  # what must exist is checked with its subject
 
 
-def check_output(config: Config, problems: Problems) -> None:
+def check_output(config: Config) -> Iterator[str]:
     """output_dir must be a folder that can be written, or one that can be made."""
     folder = Path(config.values.get("output_dir", "."))
     while not os.path.lexists(folder):
@@ -2225,55 +2172,49 @@ def check_output(config: Config, problems: Problems) -> None:
         problem = "cannot be written"
     else:
         return
-    problems.add(f"{config.where('output_dir')}: {folder} {problem}; choose a folder of yours")
+    yield f"{config.where('output_dir')}: {folder} {problem}; choose a folder of yours"
 
 
-def check_plan(plan: Plan, config: Config, run: Run | None, problems: Problems) -> None:
+def check_plan(plan: Plan, config: Config, run: Run | None) -> Iterator[str]:
     """What would not fit: samples, device memory, host memory, disk; and GPUs that others use.
 
     The user may know better than an estimate: all but the samples can be forced.
     """
-    force = partial(problems.add, can_force=True)
     if plan.device_bytes and plan.needed > plan.device_bytes:
         kind = "memory" if plan.devices.ids else "host memory"
-        force(
+        yield Forceable(
             f"{kind}: {format_bytes(plan.needed)} is needed on each {plan.unit}, "
             f"{format_bytes(plan.device_bytes)} is there{nearest_that_fits(plan)}"
         )
     if plan.host_memory and plan.host_memory > host_bytes():
-        force(
+        yield Forceable(
             f"host memory: offloading and saving need {format_bytes(plan.host_memory)}, this node "
             f"has {format_bytes(host_bytes())}; use more GPUs without offload, or a smaller model"
         )
-    check_disk(plan, config, run, force)
+    yield from check_disk(plan, config, run)
     for gpu in plan.gpus:
         if gpu.used and gpu.used > 1 << 30:
             users = f" by {', '.join(gpu.users)}" if gpu.users else ""
-            force(
+            yield Forceable(
                 f"{plan.devices.where}: GPU {gpu.index} is busy: {format_bytes(gpu.used)} in "
                 f"use{users}; choose another, or wait"
             )
-    if plan.steps.samples is not None and plan.steps.samples < 1:
-        problems.add(
-            f"{config.where('val_size')}: {plan.values.val_size} leaves no sample to train on; "
-            "use less"
-        )
 
 
-def check_disk(plan: Plan, config: Config, run: Run | None, force: Callable) -> None:
+def check_disk(plan: Plan, config: Config, run: Run | None) -> Iterator[str]:
     """Room for the checkpoints of this run that are still to come, and for a download."""
     room = plan.disk_free
-    for folder in run.checkpoints() if run else ():
-        room += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if run:  # folders count with their 4 KiB
+        room += sum(path.stat().st_size for path in run.path.glob("checkpoint-*/**/*"))
     if plan.disk_bytes and plan.disk_bytes > room:
-        force(
+        yield Forceable(
             f"{config.where('output_dir')}: disk: {format_bytes(plan.disk_bytes)} is needed, "
             f"{format_bytes(plan.disk_free)} is free; lower save_total_limit or use another "
             "output_dir"
         )
     cache = hub_cache(plan.values)
     if plan.model.download > free_bytes(cache):
-        force(
+        yield Forceable(
             f"{cache}: the download of {plan.model.label} does not fit in "
             f"{format_bytes(free_bytes(cache))}; set HF_HOME to a larger disk"
         )
@@ -2282,20 +2223,22 @@ def check_disk(plan: Plan, config: Config, run: Run | None, force: Callable) -> 
 def nearest_that_fits(plan: Plan) -> str:
     """The smallest change that fits: a smaller micro-batch, offload, more devices; '' if none."""
     micro = plan.values.per_device_train_batch_size
+    words, smaller = [], plan
+    if plan.phase == "evaluation":  # of the training's batches it takes less than the training
+        words = [f"per_device_eval_batch_size={micro}"]
+        values = Values(plan.values, per_device_eval_batch_size=micro)
+        smaller = replace(plan, values=values)
     sizes = [size for size in range(micro, 0, -1) if micro % size == 0]
     offload = "deepspeed=configs/deepspeed/ds_z3_offload_config.json"
-    offloaded = replace(plan, zero=Zero(3, True, True, used=True))
-    tries = [split_step(plan, size) for size in sizes]
-    if plan.phase == "evaluation":
-        smaller = range(plan.values.per_device_eval_batch_size - 1, 0, -1)
-        tries = [with_keys(plan, {"per_device_eval_batch_size": size}) for size in smaller]
-    tries += [split_step(offloaded, size, offload) for size in sizes]
+    offloaded = replace(smaller, zero=Zero(3, True, True, used=True))
+    tries = [split_step(smaller, size, *words) for size in sizes]
+    tries += [split_step(offloaded, size, *words, offload) for size in sizes]
     for count in (2, 4, 8, 16, 32, 64):
         if count > plan.world_size:
             tries.append((f"{count} devices", estimate(replace(plan, world_size=count))))
-    for words, other in tries:
-        if other.needed <= plan.device_bytes and (other.host_memory or 0) <= host_bytes():
-            return f"; it fits with {words} ({format_bytes(other.needed)})"
+    for found, other in tries:
+        if other.needed <= plan.device_bytes and other.host_memory <= host_bytes():
+            return f"; it fits with {found} ({format_bytes(other.needed)})"
     return ""
 
 
@@ -2304,12 +2247,6 @@ def split_step(plan: Plan, size: int, *words: str) -> tuple[str, Plan]:
     values = plan.values
     samples = values.per_device_train_batch_size * values.gradient_accumulation_steps
     keys = {"per_device_train_batch_size": size, ACCUMULATION: samples // size}
-    return with_keys(plan, keys, *words)
-
-
-def with_keys(plan: Plan, keys: dict[str, int], *words: str) -> tuple[str, Plan]:
-    """`words` and those of the keys that change, and the plan with them."""
-    values = plan.values
     changed = [f"{key}={value}" for key, value in keys.items() if value != values[key]]
     return " ".join([*words, *changed]), estimate(replace(plan, values=Values(values | keys)))
 
@@ -2335,33 +2272,20 @@ def suggest_split(plan: Plan) -> str:
 # --- rules between keys -------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Rule:
-    """Keys that LLaMA-Factory or transformers would refuse after minutes, or that lose the model.
-
-    `breaks` is asked where the key is on: given, and neither false, 0 nor `no`. It gets the
-    configuration's Values and in them, from the plan, `zero`, `model` and `global_batch`.
-    """
-
-    key: str
-    breaks: Callable[[Values], object]
-    text: str
+def keep_one(keys: str, other: str) -> tuple:
+    """Keys that cannot be on together with another."""
+    return keys, lambda v: v[other], f"cannot be combined with {other}; keep one"
 
 
-def keep_one(key: str, other: str) -> Rule:
-    """Two keys that cannot both be on."""
-    return Rule(key, lambda v: v[other], f"cannot be combined with {other}; keep one")
+def needs(keys: str, other: str, *values: str) -> tuple:
+    """Keys that work where another has one of these values."""
+    text = f"needs {other}: {' or '.join(values)}; set that, or turn it off"
+    return keys, lambda v: v[other] not in values, text
 
 
-def needs(key: str, other: str, *values: str) -> Rule:
-    """A key that works where another has one of these values."""
-    text = f"needs {other}: {' or '.join(values)}; set that, or remove {key}"
-    return Rule(key, lambda v: v[other] not in values, text)
-
-
-def not_with_zero3(key: str, advice: str) -> Rule:
+def not_with_zero3(key: str, advice: str) -> tuple:
     """A key that ZeRO-3 cannot do."""
-    return Rule(key, lambda v: v.zero.stage == 3, f"cannot be used with ZeRO-3; {advice}")
+    return key, lambda v: v.zero.stage == 3, f"cannot be used with ZeRO-3; {advice}"
 
 
 def saves_between_evaluations(v: Values) -> bool:
@@ -2379,7 +2303,7 @@ def lacks_metric(v: Values) -> bool:
 
 def loses_weights(v: Values) -> bool:
     """Whether ZeRO-3 leaves the final model in shards; LoRA adapters are always gathered."""
-    adapter = v.finetuning_type in ("lora", "oft") and v.stage not in ("rm", "ppo")
+    adapter = v.finetuning_type in ("lora", "oft") and v.stage != "rm"
     return not v.zero.saves_weights and not adapter
 
 
@@ -2404,12 +2328,13 @@ def differing_settings(v: Values) -> str:
     return ", ".join(names)
 
 
-def is_incomplete_data(folder: str) -> bool:
-    """Whether a folder holds something, but no tokenized data that was written to its end."""
-    if not os.path.isdir(folder):
-        return False
-    files = {path.name for path in Path(folder).rglob("*")}
-    return bool(files) and "state.json" not in files
+def incomplete_data(v: Values) -> str:
+    """tokenized_path, where it holds something, but no data that was written to its end."""
+    folder = Path(v.tokenized_path)
+    with contextlib.suppress(OSError):
+        if os.listdir(folder) and not any(folder.rglob("state.json")):
+            return v.tokenized_path
+    return ""
 
 
 def unknown_template(v: Values) -> str:
@@ -2433,46 +2358,46 @@ def read_templates() -> dict[str, str]:
 # {} in a text stands for what `breaks` returned. The conditions are those of LLaMA-Factory 0.9.5's
 # hparams/parser.py, transformers 5.5.4's TrainingArguments and Trainer, and accelerate's DeepSpeed.
 RULES = (
-    Rule(
+    (
         "tokenized_path",
-        lambda v: is_incomplete_data(v.tokenized_path) and v.tokenized_path,
+        incomplete_data,
         "{} holds incomplete tokenized data; remove the folder to tokenize again",
     ),
     keep_one("val_size", "eval_dataset"),
     keep_one("mask_history", "train_on_prompt"),
-    Rule("template", unknown_template, "{}"),
-    Rule(
+    ("template", unknown_template, "{}"),
+    (
         "streaming",
         lambda v: v.max_steps <= 0,
         "streamed data has no length; set max_steps",
     ),
-    Rule(
+    (
         "max_samples",
         lambda v: v.streaming,
         "cannot be combined with streaming: true; use max_steps",
     ),
-    Rule(
+    (
         "val_size",
         lambda v: v.streaming and v.val_size < 1,
         "cannot be a share with streaming: true; give a number of samples",
     ),
-    Rule(
+    (
         "resume_from_checkpoint",
         lambda v: not os.path.isdir(v.resume_from_checkpoint) and v.resume_from_checkpoint,
         "{} does not exist; expected a checkpoint folder",
     ),
-    *(needs(key, "stage", "sft") for key in ("predict_with_generate", "neat_packing")),
-    Rule(
+    needs("predict_with_generate neat_packing", "stage", "sft"),
+    (
         "train_sampling_strategy",
         lambda v: v.train_sampling_strategy == "group_by_length" and v.stage in ("dpo", "rm"),
         "preference pairs cannot be grouped by length; use random",
     ),
-    Rule(
+    (
         "stage",
-        lambda v: v.stage == "ppo" and version_fits("trl", ">=0.10"),
+        lambda v: v.stage == "ppo",
         "ppo needs trl 0.9.6 or older, which this LLaMA-Factory does not take; use dpo or kto",
     ),
-    Rule(
+    (
         "stage",
         lambda v: (
             v.stage == "rm"
@@ -2484,35 +2409,35 @@ RULES = (
         "set deepspeed: configs/deepspeed/ds_z3_config.json, or finetuning_type: lora",
     ),
     # precision and attention
-    keep_one("fp16", "bf16"),
-    keep_one("pure_bf16", "bf16"),
+    keep_one("fp16 pure_bf16", "bf16"),
     keep_one("pure_bf16", "fp16"),
-    *(
-        Rule(key, lambda v: v.use_cpu, "cannot be used on a CPU; use bf16")
-        for key in ("fp16", "pure_bf16")
-    ),
-    Rule(
+    ("fp16 pure_bf16", lambda v: v.use_cpu, "cannot be used on a CPU; use bf16"),
+    (
         "flash_attn",
         lambda v: v.flash_attn == "fa3",
         "LLaMA-Factory cannot switch fa3 on; use fa2 or auto",
     ),
     not_with_zero3("pure_bf16", "use bf16: true"),
-    Rule(
+    (
         "flash_attn",
         lambda v: v.flash_attn == "fa2" and precision(v) == "fp32",
         "fa2 computes in 16 bit only; set bf16: true, or use flash_attn: sdpa",
     ),
-    *(
-        Rule(
-            key,
-            lambda v, key=key: v.neat_packing and v.flash_attn == "fa2" and v[key] > 1,
-            "neat_packing with flash_attn: fa2 takes one sequence at a time; set it to 1",
-        )
-        for key in ("per_device_train_batch_size", "per_device_eval_batch_size")
+    (
+        "neat_packing",
+        lambda v: (
+            v.flash_attn == "fa2"
+            and (
+                v.per_device_train_batch_size > 1
+                or (v.eval_strategy != "no" and v.per_device_eval_batch_size > 1)
+            )
+        ),
+        "takes one sequence at a time with flash_attn: fa2; set per_device_train_batch_size and "
+        "per_device_eval_batch_size to 1",
     ),
     # evaluation, and which checkpoint is the best
     *(
-        Rule(
+        (
             key,
             lambda v: not v.eval_dataset and not v.val_size,
             "there is nothing to evaluate on; set eval_dataset or val_size, or turn evaluation off",
@@ -2521,32 +2446,32 @@ RULES = (
     ),
     not_with_zero3("predict_with_generate", "use ZeRO-2, or generate after training"),
     keep_one("predict_with_generate", "compute_accuracy"),
-    Rule(
+    (
         "load_best_model_at_end",
         lambda v: v.save_strategy not in ("best", v.eval_strategy),
         "needs the same save_strategy and eval_strategy, or save_strategy: best",
     ),
-    Rule(
+    (
         "load_best_model_at_end",
         saves_between_evaluations,
         "needs an evaluation at each checkpoint; make save_steps a multiple of eval_steps",
     ),
-    Rule(
+    (
         "save_only_model",
         lambda v: v.load_best_model_at_end and v.zero.used,
         "cannot be combined with load_best_model_at_end under DeepSpeed; keep one",
     ),
-    Rule(
+    (
         "save_strategy",
         lambda v: v.save_strategy == "best" and lacks_metric(v),
         "best needs evaluation and a metric; set eval_strategy and metric_for_best_model: loss",
     ),
-    Rule(
+    (
         "early_stopping_steps",
         lacks_metric,
         "needs evaluation and a metric; set eval_strategy and metric_for_best_model: loss",
     ),
-    Rule(
+    (
         "metric_for_best_model",
         lambda v: (
             "accuracy" in v.metric_for_best_model
@@ -2555,7 +2480,7 @@ RULES = (
         ),
         "evaluation gives no accuracy; set compute_accuracy: true, or use loss",
     ),
-    Rule(
+    (
         "lr_scheduler_type",
         lambda v: (
             v.lr_scheduler_type.endswith("_min_lr")
@@ -2564,19 +2489,19 @@ RULES = (
         'needs its lowest rate; set lr_scheduler_kwargs: {"min_lr_rate": 0.1}',
     ),
     # DeepSpeed, quantization, workers
-    *(keep_one("deepspeed", other) for other in ("fsdp", "use_galore", "use_apollo")),
-    Rule(
+    keep_one("fsdp use_galore use_apollo", "deepspeed"),
+    (
         "deepspeed",
         loses_weights,
         "the run would end without a model; set stage3_gather_16bit_weights_on_model_save: "
         "true in its zero_optimization",
     ),
-    Rule(
+    (
         "deepspeed",
         differing_settings,
         'set {} to "auto" in it: missing, or not what the key here says',
     ),
-    Rule(
+    (
         "deepspeed",
         lambda v: v.zero.offload_optimizer and not v.optim.startswith("adamw_torch"),
         "offloading replaces it by Adam; set optim: adamw_torch, or do not offload",
@@ -2584,9 +2509,9 @@ RULES = (
     not_with_zero3("auto_find_batch_size", "set per_device_train_batch_size, or use ZeRO-2"),
     not_with_zero3("use_unsloth", "use ZeRO-2"),
     needs("quantization_bit", "finetuning_type", "lora", "oft"),
-    *(needs(key, "finetuning_type", "full", "freeze") for key in ("use_galore", "use_apollo")),
+    needs("use_galore use_apollo", "finetuning_type", "full", "freeze"),
     *(
-        Rule(
+        (
             key,
             lambda v: not v.dataloader_num_workers and not v.streaming,
             "needs dataloader_num_workers: 1 or more",
@@ -2596,7 +2521,7 @@ RULES = (
 )
 
 
-def check_rules(config: Config, plan: Plan, problems: Problems) -> None:
+def check_rules(config: Config, plan: Plan) -> Iterator[str]:
     """Keys that are missing, or exclude each other."""
     view = Values(plan.values, zero=plan.zero, model=plan.model, global_batch=plan.global_batch)
     required = {
@@ -2605,16 +2530,20 @@ def check_rules(config: Config, plan: Plan, problems: Problems) -> None:
         "do_train": "nothing would be trained; set do_train: true",
         "dataset": "no data to train on; name a data set of dataset_info.json",
     }
-    if view.stage == "ppo":
-        required["reward_model"] = "is missing; stage: ppo needs one"
     for key, text in required.items():
         if not config.values.get(key) and key not in config.refused:
-            problems.add(f"{config.where(key)}: {text}")
-    for rule in RULES:
-        is_on = view[rule.key] not in (None, False, "", "no")
-        found = is_on and rule.key not in config.refused and rule.breaks(view)
-        if found:
-            problems.add(f"{config.where(rule.key)}: {rule.text.replace('{}', str(found))}")
+            yield f"{config.where(key)}: {text}"
+    if plan.steps.samples is not None and plan.steps.samples < 1:
+        yield (
+            f"{config.where('val_size')}: {plan.values.val_size} leaves no sample to train on; "
+            "use less"
+        )
+    for keys, breaks, text in RULES:
+        for key in keys.split():
+            is_on = view[key] not in (None, False, "", "no")
+            found = is_on and key not in config.refused and breaks(view)
+            if found:
+                yield f"{config.where(key)}: {text.replace('{}', str(found))}"
 
 
 # --- resume -------------------------------------------------------------------------------------
@@ -2626,8 +2555,16 @@ FIXED_KEYS = """
     ref_model pref_beta pref_loss bf16 fp16 pure_bf16 dataset dataset_dir max_samples val_size
     cutoff_len packing neat_packing train_on_prompt mask_history mix_strategy interleave_probs
     enable_thinking train_sampling_strategy disable_shuffling seed data_seed optim learning_rate
-    weight_decay adam_beta1 adam_beta2 adam_epsilon deepspeed global_batch_size
+    weight_decay adam_beta1 adam_beta2 adam_epsilon deepspeed global_batch_size lora_rank lora_alpha
+    lora_target lora_dropout
 """.split()
+# What decides how long a run takes and how much memory.
+DECISIVE = (
+    *FIXED_KEYS,
+    ACCUMULATION,
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+)
 
 
 def find_run(options: argparse.Namespace) -> Run | None:
@@ -2659,78 +2596,57 @@ def find_run(options: argparse.Namespace) -> Run | None:
     return max(runs, key=order)
 
 
-def check_resume(
-    config: Config, plan: Plan, run: Run, env: Environment, problems: Problems
-) -> None:
+def check_resume(config: Config, plan: Plan, run: Run, env: Environment) -> Iterator[str]:
     """Why the run cannot continue like this: it is still running, has no checkpoint, or changed."""
     if node_rank(env) == 0 and run.is_running():
+        problems = Problems()
         problems.attempt(run.lock)
+        yield from problems
         return
-    old = load_config(run.config_file, {})
-    recorded = run.read("plan.json")
-    before = Values(old.values)
-    now = Values(config.values)
-    before["deepspeed"] = (Problems().attempt(read_deepspeed, old.values) or Zero()).kind
-    now["deepspeed"] = plan.zero.kind
-    before["global_batch_size"] = recorded.get("global_batch_size") or plan.global_batch
-    now["global_batch_size"] = config.values.global_batch_size or plan.global_batch
-    fixed = [*FIXED_KEYS, *(key for key in before | now if key.startswith("lora_"))]
+    recorded, now = run.read("plan.json"), decisive_values(plan)
+    before = recorded.get("configuration", now)
     if run.read("summary.json").get("state") == "diverged":
-        fixed.remove("learning_rate")
-    for key in fixed:
-        was = before[key]
-        new = now[key]
+        before["learning_rate"] = now["learning_rate"]
+    for key in FIXED_KEYS:
+        was, new = before[key], now[key]
         if (was or None) != (new or None):  # false is what most are where not given
-            problems.add(
+            yield (
                 f"{config.where(key)}: was {was} when the run started and is {new} now, but "
                 "cannot change on resume; start a new run instead"
             )
-    for path, content in data_fingerprints(config.values).items():
+    for path, content in plan.data.items():
         if (recorded.get("data") or {}).get(path, content) != content:
-            problems.add(
+            yield Forceable(
                 f"{path}: has changed since the run started; put the old file back, or start a "
-                "new run",
-                can_force=True,
+                "new run"
             )
-    check_checkpoint(plan, run, problems)
+    yield from check_checkpoint(plan, run)
 
 
-def data_fingerprints(values: Values) -> dict[str, str]:
-    """{path: size and, up to 64 MiB, hash} of the data files, to notice data that has changed."""
-    files = {}
-    for path in data_files(values):
-        size = path.stat().st_size
-        files[str(path)] = str(size)
-        if size <= COUNTED_ARRAY:
-            files[str(path)] += f" {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
-    return files
+def decisive_values(plan: Plan) -> dict:
+    """What decides how long a step takes and how much memory."""
+    return {key: plan.values[key] for key in DECISIVE} | {
+        "deepspeed": plan.zero.kind,
+        "offloads": str(plan.zero),
+        "global_batch_size": plan.values.global_batch_size or plan.global_batch,
+        "world_size": plan.world_size,
+    }
 
 
-def data_files(values: Values) -> list[Path]:
-    """The files of the data sets, where they are files on this node."""
-    paths = []
-    info = Problems().attempt(read_dataset_info, values) or {}
-    for name in name_list(values.dataset) + name_list(values.eval_dataset):
-        path = Problems().attempt(find_data, name, info, values)
-        if path and path.is_file():
-            paths.append(path)
-    return paths
-
-
-def check_checkpoint(plan: Plan, run: Run, problems: Problems) -> None:
+def check_checkpoint(plan: Plan, run: Run) -> Iterator[str]:
     """Whether there is a checkpoint that these ranks can load."""
     good = run.newest_checkpoint()
     if not good:
         found = [f"{path.name}: {checkpoint_problem(path)}" for path in run.checkpoints()]
         seen = f" ({'; '.join(found)})" if found else ""
-        problems.add(
+        yield (
             f"{run.path}: there is no checkpoint to resume from{seen}; start a new run, under "
             "another run_name or after removing this folder"
         )
         return
     ranks = run.checkpoint_ranks()
     if ranks != plan.world_size and not plan.values.optim.startswith("adamw_torch"):
-        problems.add(
+        yield (
             f"{good.name} was saved by {plural(ranks, 'rank')}, this run has {plan.world_size}: "
             "only torch's AdamW can be resharded; use as many GPUs as then"
         )
@@ -2753,15 +2669,15 @@ def dry_run(found: Preflight, as_json: bool, env: Environment) -> None:
 
 def print_plan(found: Preflight, run: Run, env: Environment) -> None:
     """Print the plan, one screen."""
-    swanlab = str(setup_experiment_tracking(found.config, run, env))
+    plan, swanlab = found.plan, str(setup_experiment_tracking(found.config, run, env))
     backends = tracking_backends(found.config.values)
     names = [swanlab if name == "swanlab" else name for name in backends]
     print_lines(
         {
-            **plan_lines(found.plan),
+            **plan_lines(plan),
             "resharded": describe_resharding(found),
-            "padding": describe_padding(found),
-            "thinking": thinking_advice(found.config.values),
+            "padding": padding_advice(earlier_figures(plan), plan.values, plan.global_batch),
+            "thinking": thinking_advice(plan),
             "tracking": ", ".join(names) or "none",
             "run": str(run.path),
             "follow": f"tail -F {shlex.quote(str(run.logs / 'rank0.log'))}",
@@ -2782,26 +2698,19 @@ def describe_resharding(found: Preflight) -> str:
     return text
 
 
-def describe_padding(found: Preflight) -> str:
-    """What an earlier run on the same data says of its padding."""
-    figures, plan = earlier_figures(found.config.values), found.plan
-    return padding_advice(figures, plan.values, plan.global_batch) if figures else ""
-
-
-def thinking_advice(values: Values) -> str:
+def thinking_advice(plan: Plan) -> str:
     """That an empty thought is learned with each answer; '' where none is."""
-    if "enable_thinking" in values:
+    template = plan.values.template
+    files = [path for path in plan.data if path.endswith((".json", ".jsonl", ".csv"))]
+    thinks = "ReasoningTemplate" in read_templates().get(template, "")
+    if "enable_thinking" in plan.values or not (thinks and files):
         return ""
-    thinks = "ReasoningTemplate" in read_templates().get(values.template, "")
-    paths = [path for path in data_files(values) if path.suffix in (".json", ".jsonl", ".csv")]
-    if not (thinks and paths):
-        return ""
-    for path in paths:
+    for path in files:
         with open(path, "rb") as file:
             if b"<think>" in file.read(1 << 20):
                 return ""
     return (
-        f"template {values.template} puts an empty <think></think> before each answer, which is "
+        f"template {template} puts an empty <think></think> before each answer, which is "
         "learned as part of it; with enable_thinking: false it belongs to the prompt"
     )
 
@@ -2812,7 +2721,7 @@ def padding_advice(figures: dict, values: Values, global_batch: int) -> str:
     The steps of packed data are a lower bound: packs are not full to the last token.
     """
     grouped = values.train_sampling_strategy == "group_by_length"
-    if values.packing or grouped or figures["padding"] < 0.3:
+    if values.packing or grouped or figures.get("padding", 0) < 0.3:
         return ""
     total = figures["tokens"]["all"]
     now, grouped = (total / (1 - figures[name]) for name in ("padding", "grouped"))
@@ -2825,14 +2734,14 @@ def padding_advice(figures: dict, values: Values, global_batch: int) -> str:
     )
 
 
-def earlier_figures(values: Values) -> dict:
+def earlier_figures(plan: Plan) -> dict:
     """data.json of the newest run under output_dir on the same data; {} where there is none."""
     with contextlib.suppress(OSError):
-        files = list(Path(values.output_dir).glob("*/data.json"))
-        data = data_fingerprints(values) if files else {}
+        files = list(Path(plan.values.output_dir).glob("*/data.json"))
         for path in sorted(files, key=os.path.getmtime, reverse=True):
-            plan, figures = Run(path.parent).read("plan.json"), read_json_or_empty(path)
-            if figures.get("cutoff_len") == values.cutoff_len and plan.get("data") == data:
+            old, figures = Run(path.parent).read("plan.json"), read_json_or_empty(path)
+            same_cut = figures.get("cutoff_len") == plan.values.cutoff_len
+            if same_cut and old.get("data") == plan.data:
                 return figures
     return {}
 
@@ -2864,7 +2773,6 @@ def plan_lines(plan: Plan) -> dict[str, str]:
         "schedule": describe_schedule(values),
         **resource_lines(plan),
         "faster": suggest_split(plan),
-        "data": data_advice(plan),
     }
 
 
@@ -2955,16 +2863,6 @@ def describe_memory(plan: Plan) -> str:
     return text
 
 
-def data_advice(plan: Plan) -> str:
-    """What to know of tokenized data; '' for none."""
-    folder = plan.values.tokenized_path
-    if folder and os.path.isdir(folder):
-        return f"as it was tokenized into {folder}, whatever the data keys say now"
-    if not folder and (plan.steps.samples or 0) >= 100_000:
-        return "tokenized_path=FOLDER would keep the tokenized data for the next run"
-    return ""
-
-
 def plan_as_data(found: Preflight, run: Run, env: Environment) -> dict:
     """The plan as one JSON object; null where something cannot be known. Sizes in bytes."""
     plan = found.plan
@@ -2981,7 +2879,8 @@ def plan_as_data(found: Preflight, run: Run, env: Environment) -> dict:
         "host_memory": plan.host_memory,
         "checkpoint_bytes": plan.checkpoint_bytes,
         "disk_bytes": plan.disk_bytes,
-        "data": data_fingerprints(found.config.values),
+        "data": plan.data,
+        "configuration": decisive_values(plan),
         "problems": found.problems,
         "command": build_torchrun_command(plan.devices, run.config_file, env),
         "environment": shown_environment(build_rank_environment(found, run, env), env),
@@ -3148,24 +3047,12 @@ def rehearsal_lines(plan: Plan, figures: dict) -> dict[str, str]:
 
 
 REHEARSAL_FILE = "rehearsal.json"  # in output_dir
-# What decides how long a run takes and how much memory.
-DECISIVE = (
-    *FIXED_KEYS,
-    ACCUMULATION,
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-)
 
 
 def rehearsal_of(plan: Plan) -> dict:
     """The rehearsal of this very configuration, from output_dir; {} where there was none."""
     rehearsal = read_json_or_empty(Path(plan.values.output_dir, REHEARSAL_FILE))
     return rehearsal if rehearsal.get("configuration") == decisive_values(plan) else {}
-
-
-def decisive_values(plan: Plan) -> dict:
-    """What decides how long a step takes and how much memory."""
-    return {key: plan.values[key] for key in DECISIVE} | {"world_size": plan.world_size}
 
 
 # --- launch: run directory, torchrun's command and environment ----------------------------------
@@ -3293,10 +3180,9 @@ def launchable_config(config: Config, devices: Devices) -> str:
 class ConfigDumper(yaml.SafeDumper):
     """Quotes whatever a YAML 1.1 reader or ConfigLoader would not read back as the text it is."""
 
-
-for _first, _resolvers in ConfigLoader.yaml_implicit_resolvers.items():
-    for _tag, _expression in _resolvers:
-        ConfigDumper.add_implicit_resolver(_tag, _expression, [_first])
+    yaml_implicit_resolvers = (
+        yaml.SafeDumper.yaml_implicit_resolvers | ConfigLoader.yaml_implicit_resolvers
+    )
 
 
 def build_torchrun_command(devices: Devices, config_path: Path, env: Environment) -> list[str]:
@@ -3361,7 +3247,7 @@ def build_rank_environment(found: Preflight, run: Run, env: Environment) -> Envi
     for key, variable in SECRET_ENVIRONMENT.items():
         if key in secrets:
             fixed[variable] = secrets[key]
-    others = without(secrets, *SECRET_ENVIRONMENT, *LAUNCHER_FIELDS)
+    others = without(secrets, *SECRET_ENVIRONMENT, *WEBHOOKS)
     fixed[SECRETS_VARIABLE] = json.dumps(others)
     return {**defaults, **tracker_environment(found.plan, run), **env, **fixed}
 
@@ -3610,9 +3496,10 @@ def roll_back_to_checkpoint(run: Run) -> None:
     """Before a start: no incomplete checkpoint in the way, nothing that tells of an older end."""
     for line in quarantine_incomplete_checkpoints(run):
         say(line)
-    names = ("summary.json", "training_loss.png", "data.json")
-    for path in (*map(run.path.joinpath, names), *run.logs.glob("rank*.error")):
-        path.unlink(missing_ok=True)
+    ours = ("summary.json", "training_loss.png", "data.json")
+    for pattern in (*ours, "logs/rank*.error", "logs/rank*.progress"):
+        for path in run.path.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def quarantine_incomplete_checkpoints(run: Run) -> list[str]:
@@ -3881,7 +3768,7 @@ class Console:
         self.spoke, self.due = line["time"], step + total / self.LINES
         pace = (line["time"] - self.begin["time"]) / max(step - self.begin["step"], 1)
         say(
-            f"step {step}/{total}  {text}  {line['tokens_per_second']:.0f} tokens/s  "
+            f"step {step}/{total}  {text}  {line.get('train_tokens_per_second', 0):.0f} tokens/s  "
             f"{format_seconds(pace * (total - step))} left"
         )
 
@@ -3895,8 +3782,6 @@ class Console:
                 text += f"{line[name]:.4f}"
                 if found[1]:
                     text += f" on {found[1].rstrip('_')}"
-                if self.bar is not None:
-                    self.bar.clear()
                 say(text)
 
     def advance(self, run: Run) -> None:
@@ -3983,12 +3868,13 @@ class TrackerProcess:
     def start(self) -> None:
         """Start a tracker, which reads its settings from stdin."""
         self.starts, self.begun, self.place = self.starts + 1, time.monotonic(), ""
+        self.run.update_swanlab_state(place="", problem="its process ended")
         with open(self.run.logs / "swanlab.log", "ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-u", str(SCRIPT), "--tracker", str(self.run.path)],
                 env=self.env,
                 stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+                stdout=log,
                 stderr=log,
                 text=True,
             )
@@ -4006,22 +3892,19 @@ class TrackerProcess:
         """Notice that the tracker has begun, that it does not, or that it has died."""
         if self.process is None:
             return
-        if self.place:
-            if self.process.poll() not in (None, 0):
-                self.start_again("its process ended")
-        elif select.select([self.process.stdout], [], [], 0)[0]:
-            answer = json.loads(self.process.stdout.readline() or "{}")
-            if "place" in answer:
-                self.confirm(**answer)
-            else:
-                self.start_again(answer.get("problem", "its process ended"))
+        said = self.run.read("logs/swanlab.json")
+        if self.process.poll() not in (None, 0):
+            self.start_again(said.get("problem", "its process ended"))
+        elif self.place:
+            return
+        elif said.get("place"):
+            self.confirm(said["place"])
         elif time.monotonic() - self.begun > self.READY:
             self.start_again(f"no answer in {self.READY} s")
 
-    def confirm(self, place: str, dashboard: str) -> None:
+    def confirm(self, place: str) -> None:
         """The tracker records in the folder `place`; tell why, where it is not the first to try."""
         self.place = place
-        self.run.update_swanlab_state(dashboard=dashboard)
         if self.problem and self.online:
             self.say_local(f"SwanLab cannot be reached ({self.problem})")
         elif self.problem:
@@ -4053,10 +3936,10 @@ class TrackerProcess:
             self.write(self.end)
         limit = self.END if self.place else self.READY + self.END
         for waited in wait_for(""):
+            self.watch()
             if self.process is None or self.process.poll() == 0:
                 break
-            self.watch()
-            if waited > limit and self.process:
+            if waited > limit:
                 self.process.kill()
                 self.process = None
                 self.say_local("SwanLab did not take the whole run in time")
@@ -4186,7 +4069,7 @@ def summarize(run: Run, state: str, cause: str, started: float) -> dict:
     the share of a step's time in which a rank waits for its data.
     """
     lines, good = run.read_metrics(), run.newest_checkpoint()
-    losses, rates = logged(lines, "loss"), logged(lines, "tokens_per_second")
+    losses, rates = logged(lines, "loss"), logged(lines, "train_tokens_per_second")
     planned, curve = run.read("plan.json").get("total_steps"), run.path / "training_loss.png"
     own = [line for line in lines if line["time"] > started]  # of this launch
     finished, figures = state == "finished", next(reversed(logged(own, "figures")), {})
@@ -4203,7 +4086,7 @@ def summarize(run: Run, state: str, cause: str, started: float) -> dict:
         "first_loss": next(iter(losses), None),
         "last_loss": next(reversed(losses), None),
         "seconds": round(time.time() - started, 1),
-        "tokens_per_second": statistics.median(rates) if rates else None,
+        "tokens_per_second": next(reversed(rates), None),
         "start_seconds": own[0]["time"] - started if own else None,
         "checkpoint_bytes": sum(files.values()) or None,
         **dict.fromkeys(MEASURED),
@@ -4301,10 +4184,9 @@ def print_summary(run: Run, config: Config, summary: dict) -> None:
         time += f", {figures.pop('time')}"
     if summary["last_loss"] is not None:
         loss = "{first_loss:.4f} at first, {last_loss:.4f} at last".format_map(summary)
-    chat, serve = "", ""
+    commands = {}
     if summary["model"]:
-        model = Path(summary["model"])
-        chat, serve = chat_command(model, config.values), serve_command(model, config.values)
+        commands = model_commands(Path(summary["model"]), config.values)
     if not resume and state != "finished":
         resume = "there is no checkpoint to resume from"
     total = summary["total_steps"] or "an unknown number"
@@ -4320,8 +4202,7 @@ def print_summary(run: Run, config: Config, summary: dict) -> None:
             "curve": summary["curve"],
             "dashboard": summary["dashboard"],
             "model": summary["model"],
-            "chat": chat,
-            "serve": serve,
+            **commands,
             "resume": resume,
         }
     )
@@ -4336,32 +4217,26 @@ def resume_command(run: Run) -> str:
     return shlex.join([*variables, "python", str(SCRIPT), "--resume", str(run.path)])
 
 
-def chat_command(run_dir: Path, values: dict) -> str:
-    """The command that chats with the model or its adapter; '' for a reward model."""
-    if values["stage"] == "rm":
-        return ""
-    words = ["llamafactory-cli", "chat", "--model_name_or_path", str(run_dir)]
-    if values["finetuning_type"] in ("lora", "oft"):
-        words[3:] = [values["model_name_or_path"], "--adapter_name_or_path", str(run_dir)]
-    words += ["--template", values.get("template", "default")]
-    if values.get("enable_thinking") is False:
-        words += ["--enable_thinking", "false"]
-    return shlex.join(words)
+def model_commands(model: Path, values: Values) -> dict[str, str]:
+    """What chats with the model or its adapter, and what serves it; {} for a reward model.
 
-
-def serve_command(model: Path, values: Values) -> str:
-    """vLLM with the thinking that the model was trained with; '' for a reward model."""
+    Both think, or do not, as the model was trained to.
+    """
     if values.stage == "rm":
-        return ""
-    words = ["vllm", "serve", str(model)]
+        return {}
+    chat = ["llamafactory-cli", "chat", "--model_name_or_path", str(model)]
+    serve = ["vllm", "serve", str(model)]
     if values.finetuning_type in ("lora", "oft"):
-        words = ["vllm", "serve", values.model_name_or_path, "--enable-lora", "--lora-modules"]
-        words.append(f"{model.name}={model}")
+        base = values.model_name_or_path
+        chat[3:] = [base, "--adapter_name_or_path", str(model)]
+        serve[2:] = [base, "--enable-lora", "--lora-modules", f"{model.name}={model}"]
+    chat += ["--template", values.get("template", "default")]
     if values.get("enable_thinking") is False:
-        words += ["--default-chat-template-kwargs", '{"enable_thinking": false}']
+        chat += ["--enable_thinking", "false"]
+        serve += ["--default-chat-template-kwargs", '{"enable_thinking": false}']
     elif values.template in ("qwen3", "qwen3_vl"):
-        words += ["--reasoning-parser", "qwen3"]
-    return shlex.join(words)
+        serve += ["--reasoning-parser", "qwen3"]
+    return {"chat": shlex.join(chat), "serve": shlex.join(serve)}
 
 
 WEBHOOKS = ("notify", "swanlab_lark_webhook_url")
@@ -4494,27 +4369,25 @@ def train(run: Run, env: Environment) -> None:
             "the nodes started different numbers of processes; give each node the same number "
             "of GPUs"
         )
-    secrets = json.loads(os.environ.pop(SECRETS_VARIABLE, "{}"))
+    secrets = json.loads(os.environ.pop(SECRETS_VARIABLE))
     config = derive_accumulation(load_config(run.config_file, {}), ranks)
-    config = replace(config, secrets=secrets)
     run_exp = import_trainer(env)
     from transformers import TrainerCallback
 
     callback_class = type("RankCallback", (RankCallback, TrainerCallback), {})
     callback = callback_class(run, config)
-    if run.checkpoint_ranks() not in (None, ranks):
-        share_rng_state()
-        if config.values.deepspeed:
-            reshard_on_load()
+    if config.values.deepspeed and run.checkpoint_ranks() not in (None, ranks):
+        reshard_on_load()
     measure_data(config.values, partial(record_data, run))
     if run.is_rehearsal:
         rehearse_data(callback)
     state = "finished"
     try:
-        run_exp(build_training_args(config, run), [callback])
+        run_exp(build_training_args(config, run) | secrets, [callback])
     except Stopped:
         state = "diverged" if callback.diverged else "stopped"
-    callback.write_end(state)
+    end = {"state": state, "cause": callback.diverged, "figures": callback.figures}
+    callback.write(event="end", **end)
     if "wandb" in tracking_backends(config.values):
         finish_wandb()
 
@@ -4549,8 +4422,9 @@ def import_trainer(env: Environment) -> Callable:
 
 
 def build_training_args(config: Config, run: Run) -> dict:
-    """The dict for LLaMA-Factory's run_exp: without the launcher's keys, writing into the run
-    directory, resuming its newest committed checkpoint."""
+    """The dict for LLaMA-Factory's run_exp: without the launcher's keys and secrets, writing into
+    the run directory, resuming its newest committed checkpoint.
+    """
     values = config.values
     args = {
         "disable_tqdm": True,  # the console has a bar of ours; the logs need none
@@ -4559,7 +4433,6 @@ def build_training_args(config: Config, run: Run) -> dict:
         "logging_nan_inf_filter": False,  # it shows a NaN loss as the average so far
         "ddp_timeout": 7200,  # ranks wait for rank 0's tokenization
         **values,
-        **without(config.secrets, *SECRET_ENVIRONMENT),
         "output_dir": str(run.path),
         "run_name": run.path.name,
     }
@@ -4583,9 +4456,12 @@ def resume_args(run: Run, values: Values) -> dict:
     if not checkpoint:
         return {}
     total = run.read("plan.json").get("total_steps")
-    total = total or read_json_or_empty(checkpoint / "trainer_state.json")["max_steps"]
+    state = read_json_or_empty(checkpoint / "trainer_state.json")
+    done, goal = state["epoch"], values.num_train_epochs
+    if total:
+        done, goal = state["global_step"], total
     resume = {"resume_from_checkpoint": str(checkpoint)}
-    if checkpoint_step(checkpoint) >= total and not values.streaming:
+    if done >= goal and not values.streaming:
         # The last checkpoint was saved, the model was not. The trainer would train a step more.
         resume |= {"max_steps": -1, "num_train_epochs": 0.0}
     return resume
@@ -4602,14 +4478,11 @@ class RankCallback:
         self.run, self.config = run, config
         self.stopping, self.saved, self.state = False, None, None
         self.loss_watch, self.diverged = LossWatch(), ""
-        self.mark = (0.0, 0, 0)  # time, step and tokens at the last log
         # In seconds; a step with its wait for data, without saving and evaluating.
         self.waits, self.steps, self.saves, self.evaluations = [], [], [], []
         self.lapped, self.figures = 0.0, {}
         self.batches = 1  # evaluations in one; a rehearsal's evaluates one batch of so many
-        rank = os.environ["RANK"]
-        self.leads = rank == "0"
-        self.progress = run.logs / f"rank{rank}.progress"
+        self.progress = run.logs / f"rank{os.environ['RANK']}.progress"
 
     def on_train_begin(self, args, state, control, **kwargs):
         use_learning_rate(args.learning_rate, kwargs["lr_scheduler"])
@@ -4618,7 +4491,7 @@ class RankCallback:
         self.state = state
         if self.agree_to_stop(args):
             raise Stopped
-        self.mark = (time.time(), state.global_step, state.num_input_tokens_seen)
+        seed_length_groups(args.seed, state)
         self.write(event="begin", total_steps=state.max_steps)
         self.lap()
 
@@ -4686,16 +4559,6 @@ class RankCallback:
         self.saved = None
         self.saves[-1] += self.lap()
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        if args.train_sampling_strategy == "group_by_length":
-            self.repeat_order(args.seed + int(state.epoch))
-
-    def repeat_order(self, seed: int) -> None:
-        """Let a resumed epoch draw the order it had: LengthGroupedSampler has no seed."""
-        import torch
-
-        torch.default_generator.manual_seed(seed)
-
     def on_evaluate(self, args, state, control, **kwargs):
         self.tell("saving")  # which may follow
         self.evaluations.append(self.lap())
@@ -4746,7 +4609,6 @@ class RankCallback:
     def on_log(self, args, state, control, logs, **kwargs):
         numbers = {key: value for key, value in logs.items() if isinstance(value, (int, float))}
         if "loss" in numbers:
-            numbers |= self.speed(args, state)
             warm = state.global_step > args.get_warmup_steps(state.max_steps)
             # Every rank logs the same numbers, so all of them stop at this step.
             self.diverged = self.loss_watch.problem(state.global_step, numbers, args.fp16, warm)
@@ -4755,44 +4617,41 @@ class RankCallback:
                 control.should_save = control.should_evaluate = False
         self.write(**numbers)
 
-    def speed(self, args, state) -> dict[str, float]:
-        """Samples and tokens per second of the whole job since the last log."""
-        now = (time.time(), state.global_step, state.num_input_tokens_seen)
-        seconds, steps, tokens = (new - old for new, old in zip(now, self.mark, strict=True))
-        self.mark = now
-        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        samples = steps * batch * args.world_size
-        return {"samples_per_second": samples / seconds, "tokens_per_second": tokens / seconds}
-
     def write(self, **more: object) -> None:
         """Append one line to metrics.jsonl; rank 0 does.
 
         Each line has time (seconds since 1970), step and tokens. A log of the trainer adds its
         numbers; `event: begin`, at each start, total_steps; `event: end` state, cause and figures.
         """
-        if not self.leads or self.state is None:
+        if not self.state.is_world_process_zero:
             return
         step, tokens = self.state.global_step, self.state.num_input_tokens_seen
         line = {"time": time.time(), "step": step, "tokens": tokens, **more}
         with open(self.run.metrics_file, "ab", buffering=0) as file:
             file.write(json.dumps(line).encode() + b"\n")
 
-    def write_end(self, state: str) -> None:
-        """The last line: how training ended, and what was measured of it."""
-        self.write(event="end", state=state, cause=self.diverged, figures=self.figures)
+
+def seed_length_groups(seed: int, state) -> None:
+    """Let the order by length follow from the epoch, on all ranks and after a resume."""
+    import torch
+    from transformers import trainer_pt_utils as samplers
+
+    def draw(sampler):
+        generator = torch.Generator().manual_seed(seed + int(state.epoch))
+        lengths, group = sampler.lengths, sampler.batch_size
+        return iter(samplers.get_length_grouped_indices(lengths, group, generator=generator))
+
+    samplers.LengthGroupedSampler.__iter__ = draw
 
 
 def use_learning_rate(rate: float, scheduler) -> None:
     """Resume with the configuration's learning rate, not with the checkpoint's."""
     scheduler = getattr(scheduler, "scheduler", scheduler)  # inside accelerate's wrapper
-    if len(set(getattr(scheduler, "base_lrs", ()))) != 1 or scheduler.base_lrs[0] == rate:
-        return
-    scheduler.base_lrs = [rate] * len(scheduler.base_lrs)
-    for group, factor in zip(
-        scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True
-    ):
-        group["lr"] = rate * factor(scheduler.last_epoch)
-    scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
+    rates = getattr(scheduler, "base_lrs", ())
+    if len(set(rates)) == 1 and rates[0] != rate:
+        scheduler.base_lrs = [rate] * len(rates)
+        scheduler.last_epoch -= 1
+        scheduler.step()  # sets this step's rates anew
 
 
 class LossWatch:
@@ -4846,8 +4705,8 @@ def weights_are_finite(model, device) -> bool:
 
 def resume_problem(values: Values) -> str:
     """Why LLaMA-Factory cannot resume such a run at all; '' where it can."""
-    if values.stage in ("rm", "ppo") and values.finetuning_type in ("full", "freeze"):
-        return f"LLaMA-Factory cannot resume stage: {values.stage} with full or freeze"
+    if values.stage == "rm" and values.finetuning_type in ("full", "freeze"):
+        return "LLaMA-Factory cannot resume stage: rm with full or freeze"
     return ""
 
 
@@ -4898,17 +4757,14 @@ def measure_data(values: Values, tell: Callable) -> None:
     def new_measured_processor(*args, **options):
         return measured(new_processor(*args, **options))
 
-    def tokenize_and_tell(rows, data_args, args, stage, template, tokenizer, *rest, is_eval):
-        more = (data_args, args, stage, template, tokenizer, *rest)
+    def tokenize_and_tell(rows, *more, is_eval):
+        data_args, args, stage, template, tokenizer, *_ = more
         tokenized = tokenize(rows, *more, is_eval=is_eval)
-        if rows is None:
-            return None
         counted, samples = rows, tokenized
         if stage == "pt":  # its samples are blocks of text, not rows
             counted = samples
         if data_args.streaming:
-            first = itertools.islice(tokenized, STREAMED_ROWS)
-            counted = samples = Dataset.from_list(list(first))
+            counted = samples = Dataset.from_list(list(tokenized.take(STREAMED_ROWS)))
         try:
             figures = data_figures(samples, len(counted), data_args, args, values)
             figures["template"] = template_difference(template, tokenizer, rows)
@@ -4947,11 +4803,10 @@ def measured(processor):
             del self.template.encode_multiturn
             if not batch:  # every row was dropped; datasets fails at a batch without a column
                 return {"input_ids": []}
+            samples = next(iter(batch.values()))  # their ids
+            rows = len(samples)
             if not whole:  # other stages than sft: measured as they were cut
-                whole = [
-                    len(ids) for ids in batch.get("input_ids", batch.get("chosen_input_ids"))
-                ]
-            rows = len(next(iter(batch.values())))
+                whole = [len(ids) for ids in samples]
             batch["measured"] = [whole] + [[]] * (rows - 1)
             batch["lost"] = [0] * rows
             ends = set(self.template.get_stop_token_ids(self.tokenizer))
@@ -5038,17 +4893,18 @@ def template_difference(template, tokenizer, rows) -> str:
     if not row:  # pre-training
         return ""
     turns, system = row["_prompt"][:1] + row["_response"][:1], row["_system"]
-    trained = template.encode_multiturn(tokenizer, turns, system)[0][0]
+    trained, _ = template.encode_oneturn(tokenizer, turns, system)
     if system:
         turns.insert(0, {"role": "system", "content": system})
-    thinking = bool(template.enable_thinking)
     try:
-        text = tokenizer.apply_chat_template(
-            turns[:-1], add_generation_prompt=True, tokenize=False, enable_thinking=thinking
+        served = tokenizer.apply_chat_template(
+            turns[:-1],
+            add_generation_prompt=True,
+            return_dict=False,
+            enable_thinking=bool(template.enable_thinking),
         )
     except Exception as error:  # jinja2's or the template's own, or there is none
         return f"cannot be compared with the tokenizer's chat template: {error}"
-    served = tokenizer.encode(text, add_special_tokens=False)
     if trained == served:
         return ""
     at = len(os.path.commonprefix([trained, served]))
@@ -5061,13 +4917,12 @@ def template_difference(template, tokenizer, rows) -> str:
 
 def data_problem(figures: dict, samples, tokenizer, values: Values) -> str:
     """Why this data cannot train this model; '' where it can."""
-    from transformers import AutoConfig
-
     if figures["unlearned"] == figures["kept"]:
         return f"nothing to learn from: cutoff_len={figures['cutoff_len']} leaves no answer"
-    trust = values.trust_remote_code
-    model = AutoConfig.from_pretrained(values.model_name_or_path, trust_remote_code=trust)
-    size = model.get_text_config().vocab_size
+    model = read_model(
+        Values(values, train_from_scratch=True)
+    )  # its weights do not matter here
+    size = model.shape.get("vocab_size", math.inf)
     # The first sample has all the tokens that the template adds to the tokenizer.
     largest = max(samples[0].get("input_ids") or samples[0]["chosen_input_ids"])
     if largest < size or values.resize_vocab:
@@ -5105,8 +4960,7 @@ def rehearse_data(callback: RankCallback) -> None:
     def longest_first(trainer, *, dataset, batch_size, sampler_fn, is_training=False, **more):
         args, count = trainer.args, batch_size * trainer.args.world_size
         if isinstance(dataset, Dataset):
-            name = next(name for name in dataset.column_names if name.endswith("input_ids"))
-            lengths = list_value_length(dataset.with_format("arrow")[:][name]).to_numpy()
+            lengths = list_value_length(dataset.data.column(0)).to_numpy()  # the ids
             longest = lengths.argsort()[::-1].tolist()
             if is_training:
                 default_generator.manual_seed(args.seed)  # the same order on each rank
@@ -5183,23 +5037,6 @@ def mark_learned(ids: list[int], labels: list[int], tokenizer, marks: tuple[str,
 # and the parts of many parameters lie one behind the other in a rank's flat groups; under ZeRO-1
 # and 2 all parameters of a flat group are one vector. Every rank reads its part of each vector out
 # of the old ranks' files, which are mapped into memory: nothing is computed or written.
-
-
-def share_rng_state() -> None:
-    """Let all ranks load one random state: a new rank has no file, and samplers must not draw
-    apart.
-    """
-    from transformers import Trainer
-
-    load_rng_state = Trainer._load_rng_state
-
-    def load_first_rng_state(trainer, checkpoint):
-        with TemporaryDirectory() as folder:
-            for name in ("rng_state.pth", f"rng_state_{trainer.args.process_index}.pth"):
-                shutil.copy(min(Path(checkpoint).glob("rng_state*")), Path(folder, name))
-            load_rng_state(trainer, folder)
-
-    Trainer._load_rng_state = load_first_rng_state
 
 
 def reshard_on_load() -> None:
@@ -5361,11 +5198,9 @@ def run_tracker(run: Run) -> int:
 
     The first line of stdin is what swanlab.init gets, with the `position` in metrics.jsonl
     where this launch begins; the next one says how the run ended. Where stdin ends without it
-    the launcher has died, and the record ends as crashed. Answers on stdout with the place of
-    the record, or with the problem.
+    the launcher has died, and the record ends as crashed. logs/swanlab.json tells the launcher
+    the place of the record, or the problem.
     """
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what SwanLab prints goes to the log
     orders = open(0, "rb", buffering=0, closefd=False)  # unbuffered, so that select() sees all
     init = json.loads(orders.readline())
     metrics = Follower(run.metrics_file, init.pop("position"))
@@ -5374,19 +5209,18 @@ def run_tracker(run: Run) -> int:
     try:
         record = open_record(init)
     except BaseException as error:  # whatever it is, training continues
-        problem = f"{type(error).__name__}: {error}"[:300]
-        say(json.dumps({"problem": problem}), answers)
+        run.update_swanlab_state(problem=f"{type(error).__name__}: {error}"[:300])
         os._exit(1)
     signal.alarm(0)
     dashboard = {
         "local": f"swanlab watch {record.dir.parent}",
         "offline": f"swanlab sync {record.dir}",
     }
-    place = {"place": str(record.dir), "dashboard": dashboard.get(init["mode"]) or record.url}
-    say(json.dumps(place), answers)
+    url = dashboard.get(init["mode"]) or record.url
+    run.update_swanlab_state(place=str(record.dir), dashboard=url)
     end = follow_to_the_end(record, metrics, orders)
     if end is None:
-        threading.Timer(6, os._exit, (1,)).start()  # in an outage finish() has no end
+        signal.alarm(6)  # in an outage finish() has no end
         end = {"state": "crashed", "error": "the launcher died"}
     record.finish(**end)
     os._exit(0)
@@ -5402,20 +5236,17 @@ def open_record(init: dict):
 
 
 def follow_to_the_end(record, metrics: Follower, orders) -> dict | None:
-    """Record each number once per step, until stdin tells the end; None: the launcher has died."""
-    last_steps: dict[str, int] = {}
+    """Record all numbers until stdin tells the end; None: the launcher has died.
+
+    A step that a restart repeats SwanLab leaves out by itself.
+    """
     while True:
         ended = bool(select.select([orders], [], [], 0.5)[0])
         for line in metrics.new_lines():  # after the end nothing is added any more
-            if "event" in line:
-                continue
-            step, numbers = line["step"], {}
-            for name, value in without(line, "time", "step").items():
-                if last_steps.get(name, -1) < step:
-                    last_steps[name] = step
-                    numbers[tracked_name(name)] = float(value)
-            if numbers:
-                record.log(numbers, step=step)
+            if "event" not in line:
+                numbers = without(line, "time", "step").items()
+                named = {tracked_name(name): float(value) for name, value in numbers}
+                record.log(named, step=line["step"])
         if ended:
             return json.loads(orders.readline() or "null")
 
@@ -5561,7 +5392,9 @@ def commit_checkpoint(folder: Path, world_size: int, problem: str = "") -> None:
         if path.is_file() and path.name != MANIFEST:  # one is there where a step is saved twice
             files[str(path.relative_to(folder))] = path.stat().st_size
     content = {"world_size": world_size, "problem": problem, "files": files}
-    write_atomically(folder / MANIFEST, json.dumps(content, indent=1), durable=True)
+    write_atomically(folder / MANIFEST, json.dumps(content, indent=1))
+    sync(folder / MANIFEST)
+    sync(folder)
 
 
 def sync(path: Path) -> None:
@@ -5629,15 +5462,11 @@ def read_from(path: Path, position: int = 0) -> str:
     return ""
 
 
-def write_atomically(path: Path, text: str, durable: bool = False) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Write a text file completely or, where that fails, leave the old one as it was."""
     draft = path.with_name(f"{path.name}.draft")
     draft.write_text(text, encoding="utf-8")
-    if durable:
-        sync(draft)
     draft.replace(path)
-    if durable:
-        sync(path.parent)
 
 
 def file_size(path: Path) -> int:

@@ -12,7 +12,7 @@ import yaml as pyyaml
 
 from helpers import ROOT, SCRIPT
 from helpers.config import write_json
-from train_qwen3_ft import LaunchError, Run, build_training_args, load_config
+from train_qwen3_ft import LaunchError, Run, build_training_args, commit_checkpoint, load_config
 
 
 def read(tmp_path: Path, text: str | bytes, **overrides: str) -> dict:
@@ -359,6 +359,19 @@ def test_training_args_leave_swanlab_to_the_launcher(tmp_path):
     args = build_training_args(load_config(tmp_path / "c.yaml", {}), Run(tmp_path / "run"))
     assert args["report_to"] == ["tensorboard"]
     assert not [key for key in args if "swanlab" in key]
+
+
+@pytest.mark.parametrize(("epochs", "trains"), [(1.0, False), (2.0, True)])
+def test_a_finished_run_of_unknown_length_trains_on_where_more_epochs_are_wanted(
+    tmp_path, epochs, trains
+):
+    run = Run(tmp_path / "run")
+    state = {"epoch": 1.0, "global_step": 7, "max_steps": 7}
+    write_json(run.path / "checkpoint-7" / "trainer_state.json", state)
+    commit_checkpoint(run.path / "checkpoint-7", 1)
+    (tmp_path / "c.yaml").write_text(f"packing: true\nnum_train_epochs: {epochs}\n")
+    args = build_training_args(load_config(tmp_path / "c.yaml", {}), run)
+    assert (args["num_train_epochs"] > 0) == trains
 
 
 # --- Secrets

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -17,12 +18,12 @@ from tokenizers import Tokenizer
 
 from helpers import HELPERS
 from helpers import config as configs
-from helpers.config import CONFIGS, write_json
+from helpers.config import CONFIGS, TINY_MODEL, write_json
 from helpers.launcher import Run, run, train
 from train_qwen3_ft import (
     Run as RunDirectory,
 )
-from train_qwen3_ft import Values, data_lines, padding_advice, serve_command
+from train_qwen3_ft import Values, data_lines, data_problem, model_commands, padding_advice
 
 MODEL = CONFIGS / "demo_model"
 COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
@@ -434,7 +435,22 @@ def test_no_advice_where_little_is_padding_or_it_is_followed(figures, values):
 )
 def test_what_serves_the_model(values, words):
     given = Values({"template": "qwen3", "finetuning_type": "full"} | values)
-    assert serve_command(Path("saves/x"), given) == f"vllm serve {words}"
+    assert model_commands(Path("saves/x"), given)["serve"] == f"vllm serve {words}"
+
+
+def test_what_the_model_can_embed_is_looked_up_where_the_model_was_downloaded(tmp_path):
+    snapshot = tmp_path / "models--someone--some-model" / "snapshots" / "abc"
+    write_json(snapshot / "config.json", TINY_MODEL)
+    values = Values(
+        model_name_or_path="someone/some-model", model_revision="abc", cache_dir=str(tmp_path)
+    )
+    tokenizer = SimpleNamespace(convert_ids_to_tokens="token {}".format)
+    figures = {"unlearned": 0, "kept": 1}
+    problems = [
+        data_problem(figures, [{"input_ids": [1, token]}], tokenizer, values)
+        for token in (767, 768)
+    ]
+    assert problems[0] == "" and "the model embeds 768 only" in problems[1]
 
 
 def test_objects_among_the_answers_are_an_error_of_the_loader(measured):

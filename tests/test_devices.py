@@ -570,6 +570,12 @@ def test_missing_gpu_does_not_hide_another_problem(here, write_config, tmp_path)
     assert re.search("tiny is not in", done.stderr)
 
 
+def test_missing_gpu_does_not_hide_that_no_sample_is_left(here, write_config):
+    done = here(write_config(use_cpu=None, val_size=5000), "--dry-run", gpus=[])
+    for text in ("no GPU", "leaves no sample"):
+        assert text in done.stderr, done.stderr
+
+
 def test_json_reports_the_devices_problems_too(plan_on):
     problems = plan_on(fake_gpus(1), cuda_visible_devices="0,3")["problems"]
     assert any("GPU 3 does not exist" in text for text in problems)

@@ -13,8 +13,8 @@ import pytest
 
 from helpers import SCRIPT
 from helpers.config import write_config
-from helpers.launcher import FAKES, STARTUP, Run, committed, fake_gpus, run, until
-from train_qwen3_ft import RANK_START, describe_failure, roll_back_to_checkpoint
+from helpers.launcher import FAKES, STARTUP, Run, fake_gpus, run, until
+from train_qwen3_ft import RANK_START, HangWatch, describe_failure, roll_back_to_checkpoint
 from train_qwen3_ft import Run as RunDirectory
 
 WATCHDOG = (
@@ -161,6 +161,19 @@ def test_an_error_of_an_earlier_start_is_no_cause_of_this_one(tmp_path: Path, ex
     assert explain("the new reason\n").startswith("the new reason")
 
 
+def test_ranks_that_this_start_has_no_more_do_not_lengthen_the_wait_for_it(tmp_path: Path):
+    """What they did last was to save, for which a rank gets longer than for a step."""
+    run_dir = RunDirectory(tmp_path)
+    run_dir.logs.mkdir()
+    (run_dir.logs / "rank3.progress").write_text("12 saving", encoding="utf-8")
+    roll_back_to_checkpoint(run_dir)
+    (run_dir.logs / "rank0.progress").write_text("12 training", encoding="utf-8")
+    watch = HangWatch(run_dir, 0.2)
+    assert not watch.is_stuck()
+    time.sleep(0.3)
+    assert watch.is_stuck()
+
+
 STALE = "RuntimeError: what failed in an earlier start"
 
 
@@ -176,8 +189,8 @@ def lingering(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     faults = [{**fault, "name": "first"}, {**fault, "name": "second"}]
     config = write_config(folder, deepspeed=None, max_restarts=1)
     with Run(folder, config, faults=faults) as alive:
-        until(lambda: committed(alive.run_dir), "the first checkpoint")
-        rank, error = alive.worker(1), alive.run_dir / "logs" / "rank0.error"
+        rank = until(lambda: alive.worker(1), "rank 1")
+        error = alive.run_dir / "logs" / "rank0.error"
         error.write_text(STALE, encoding="utf-8")
         os.utime(error, (time.time() + 3600,) * 2)
         alive.see("restart 1 of")

@@ -486,48 +486,8 @@ SMALL = {
     "num_key_value_heads": 2,
 }
 SHAPES = {
-    "llama": {"model_type": "llama", "tie_word_embeddings": False},
-    "llama-with-biases": {
-        "model_type": "llama",
-        "attention_bias": True,
-        "mlp_bias": True,
-        "tie_word_embeddings": True,
-    },
-    "llama-all-heads": {
-        "model_type": "llama",
-        "num_key_value_heads": 4,
-        "tie_word_embeddings": False,
-    },
-    "mistral": {"model_type": "mistral", "head_dim": 32, "tie_word_embeddings": False},
-    "qwen2-tied": {"model_type": "qwen2", "tie_word_embeddings": True},
-    "qwen2-untied": {"model_type": "qwen2", "tie_word_embeddings": False},
     "qwen3-tied": {"model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": True},
     "qwen3-untied": {"model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": False},
-    "qwen3-with-biases": {
-        "model_type": "qwen3",
-        "head_dim": 32,
-        "attention_bias": True,
-        "tie_word_embeddings": False,
-    },
-    "qwen3-moe": {
-        "model_type": "qwen3_moe",
-        "head_dim": 32,
-        "num_experts": 6,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 48,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "tie_word_embeddings": False,
-    },
-    "qwen3-moe-every-other-layer": {
-        "model_type": "qwen3_moe",
-        "head_dim": 32,
-        "num_experts": 6,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 48,
-        "decoder_sparse_step": 2,
-        "tie_word_embeddings": True,
-    },
     # the shapes of the Qwen3 releases that the launcher knows by name
     "Qwen/Qwen3-0.6B": {
         "model_type": "qwen3",
@@ -577,19 +537,21 @@ for name, shape in data.items():
         planned[name] = json.loads(
             here(tmp_path / "config.yaml", *words, "--dry-run", "--json").stdout
         )["parameters"]
-    # null is honest where the launcher does not know an architecture; a wrong number is not
-    assert {
-        name: count
-        for name, count in planned.items()
-        if count != real[name] and "every-other" not in name
-    } == {}
-    assert planned["qwen3-moe-every-other-layer"] in (None, real["qwen3-moe-every-other-layer"])
+    assert planned == real
     assert real["Qwen/Qwen3-14B"] == QWEN3_14B
 
 
-def test_parameters_of_another_architecture_are_unknown(here, write_config, tmp_path):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"model_type": "other"}, id="other"),
+        pytest.param({"model_type": "qwen3_moe", "num_experts": 6}, id="experts"),
+        pytest.param({"attention_bias": True}, id="biases"),
+    ],
+)
+def test_parameters_of_another_architecture_are_unknown(here, write_config, tmp_path, changes):
     config = write_config()
-    write_json(tmp_path / "model" / "config.json", {**TINY_MODEL, "model_type": "other"})
+    write_json(tmp_path / "model" / "config.json", {**TINY_MODEL, **changes})
     plan = json.loads(here(config, "--dry-run", "--json").stdout)
     assert [
         plan[key] for key in ("parameters", "memory_per_gpu", "host_memory", "checkpoint_bytes")
@@ -849,7 +811,11 @@ def test_memory_that_is_unknown_is_not_guessed_and_the_plan_names_the_key(
     here, plan_of, write_config, changes, key
 ):
     config = write_config(**changes)
-    assert plan_of(config)["memory_per_gpu"] is None
+    plan = plan_of(config)
+    assert plan["memory_per_gpu"] is None
+    assert (plan["checkpoint_bytes"] is None) == (
+        key.split()[0] in ("finetuning_type:", "optim:")
+    )
     text = here(config, "--dry-run").stdout
     assert re.search(rf"^memory +not estimated with {key}$", text, re.MULTILINE)
 
@@ -895,6 +861,15 @@ def test_an_evaluation_with_larger_batches_than_training_is_the_peak(peak_of, he
     assert evaluation["logits"] == 4 * 2048 * 151_936 * 10
     done = here(*EVALUATES, "per_device_eval_batch_size=16", "--dry-run", gpus=fake_gpus(4, 80))
     assert re.search(r"it fits with per_device_eval_batch_size=\d", done.stderr)
+
+
+def test_where_training_does_not_fit_either_the_advice_is_for_both(here, monkeypatch):
+    monkeypatch.setattr("train_qwen3_ft.host_bytes", lambda: 1 << 40)
+    words = ("per_device_train_batch_size=8", "per_device_eval_batch_size=64")
+    done = here(*EVALUATES, *words, "--dry-run", gpus=fake_gpus(4, 60))
+    assert re.search(
+        r"it fits with per_device_eval_batch_size=8 deepspeed=\S+offload", done.stderr
+    )
 
 
 @pytest.mark.parametrize(

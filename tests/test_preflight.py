@@ -335,7 +335,7 @@ BAD_VALUES = [
     ),
     bad(
         "deepspeed-and-fsdp",
-        r"deepspeed: cannot be combined with fsdp; keep one",
+        r"fsdp: cannot be combined with deepspeed; keep one",
         deepspeed=ZERO3,
         fsdp="full_shard",
     ),
@@ -368,7 +368,7 @@ BAD_VALUES = [
     ),
     bad("val-size-share-of-all", r"val_size: .*1\.0", val_size=1.0),
     bad("val-size-of-all-samples", r"val_size: .*20", val_size=20),
-    bad("ppo-without-reward-model", r"reward_model: ", stage="ppo"),
+    bad("ppo", r"stage: ppo needs trl 0\.9\.6 or older", stage="ppo"),
     # names of things that are not there
     bad("run-name-with-slash", r"run_name: 'a/b' cannot be a folder name", run_name="a/b"),
     bad("run-name-dots", r"run_name: '\.\.' cannot be a folder name", run_name=".."),
@@ -1280,13 +1280,19 @@ def test_hub_model_of_unknown_size_is_noted_as_a_download(here, write_config):
     assert re.search(r"someone/some-model.*download", done.stdout)
 
 
-def test_model_in_the_cache_is_no_download(here, write_config, tmp_path):
+@pytest.mark.parametrize("revision", [None, "abc"], ids=["main", "a commit"])
+def test_model_in_the_cache_is_no_download(here, write_config, tmp_path, revision):
     repository = tmp_path / "hub" / "models--someone--some-model"
     write_json(repository / "snapshots" / "abc" / "config.json", TINY_MODEL)
     (repository / "snapshots" / "abc" / "model.safetensors").write_bytes(SAFETENSORS)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("abc")
-    config = write_config(model_name_or_path="someone/some-model", train_from_scratch=None)
+    if not revision:
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("abc")
+    config = write_config(
+        model_name_or_path="someone/some-model",
+        model_revision=revision,
+        train_from_scratch=None,
+    )
     done = here(config, "--dry-run", env={"HF_HUB_CACHE": str(tmp_path / "hub")})
     assert done.returncode == 0, done.stderr
     assert "download" not in done.stdout

@@ -13,7 +13,17 @@ import pytest
 
 from helpers import SCRIPT
 from helpers.config import CONFIGS, STEPS, write_config
-from helpers.launcher import Run, committed, logged_steps, losses, run, train, until, weights
+from helpers.launcher import (
+    Run,
+    ask_python,
+    committed,
+    logged_steps,
+    losses,
+    run,
+    train,
+    until,
+    weights,
+)
 from helpers.swanlab_records import read_record, records
 
 
@@ -393,3 +403,27 @@ def test_a_resumed_run_saves_and_logs_as_it_is_told_now(alone: SimpleNamespace, 
     train(tmp_path, "--resume", run_dir, *changes, ranks=1)
     assert sorted(losses(run_dir)) == [1, 2, 3, 4, 5, 10]
     assert committed(run_dir) == [2, 4, 5, 10, 12]
+
+
+# --- a resumed epoch draws what it would have drawn
+
+
+def test_the_order_by_length_follows_from_the_epoch_whatever_was_drawn_before():
+    orders = ask_python(
+        f"""
+from types import SimpleNamespace
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import torch
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from train_qwen3_ft import seed_length_groups
+state = SimpleNamespace(epoch=0.0)
+seed_length_groups(42, state)
+result = []
+for drawn, state.epoch in data:
+    torch.manual_seed(drawn)
+    result.append(list(LengthGroupedSampler(2, lengths=list(range(40)))))
+""",
+        [[1, 1.0], [2, 1.5], [3, 2.0]],
+    )
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0]) == list(range(40))

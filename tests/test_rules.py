@@ -1,8 +1,10 @@
 """Rules between keys, devices, folders of other users, resumes: what is refused, and what is not."""
 
+import builtins
 import contextlib
 import errno
 import fcntl
+import io
 import json
 import os
 import re
@@ -573,9 +575,6 @@ def locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNa
         if os.geteuid() != 0:
             folder.chmod(0)
             return folder
-        import builtins
-        import io
-
         for module, names in (
             (os, ("stat", "lstat", "listdir", "scandir", "open", "mkdir", "statvfs")),
             (io, ("open",)),
@@ -628,6 +627,25 @@ def test_folder_of_another_user_on_a_path_is_a_problem(here, write_config, locke
     assert done.returncode == 2, done.stdout
     assert re.search(rf"config\.yaml:\d+: {named}: .*{locked.folder}", done.stderr)
     assert re.search(r"(?i)permission denied|cannot be (read|written)", done.stderr)
+
+
+def test_data_file_that_cannot_be_read_is_one_problem(
+    here, write_config, tmp_path, monkeypatch
+):
+    file, real = tmp_path / "data" / "tiny.json", io.open
+
+    def guarded(path: object, *args: object, **options: object) -> object:
+        if str(path) == str(file):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, *args, **options)
+
+    config = write_config()
+    for module in (io, builtins):
+        monkeypatch.setattr(module, "open", guarded)
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(file))
+    done = here(config, "--dry-run")
+    assert done.returncode == 2, done.stderr
+    assert re.fullmatch(rf"error: .*dataset: tiny: {file}: permission denied\n", done.stderr)
 
 
 def test_data_file_in_a_folder_of_another_user_is_a_problem(
@@ -811,13 +829,13 @@ def bad(name: str, message: str, **changes: object):
         ),
         bad(
             "packed-micro-batch-with-flash-attention",
-            r"per_device_train_batch_size: .*neat_packing.*fa2",
+            r"neat_packing: takes one sequence at a time .*fa2; set per_device_train_batch_size",
             **NEAT,
         ),
         # the same kind
         bad(
             "packed-evaluation-with-flash-attention",
-            r"per_device_eval_batch_size: .*neat_packing.*fa2",
+            r"neat_packing: takes one sequence at a time .*fa2; .* per_device_eval_batch_size to 1",
             **NEAT,
             **EVAL,
             per_device_train_batch_size=1,
@@ -889,7 +907,7 @@ def bad(name: str, message: str, **changes: object):
         ),
         bad(
             "galore-under-deepspeed",
-            r"deepspeed: cannot be combined with use_galore",
+            r"use_galore: cannot be combined with deepspeed",
             use_galore=True,
             deepspeed=ZERO2,
         ),
@@ -993,6 +1011,8 @@ PACKAGES = [  # pip's name, the module, the keys that need it
     ("bitsandbytes", "bitsandbytes", {"quantization_bit": 4, **LORA}),
     ("bitsandbytes", "bitsandbytes", {"optim": "paged_adamw_8bit"}),
     ("bitsandbytes", "bitsandbytes", {"optim": "adamw_bnb_8bit"}),
+    ("bitsandbytes", "bitsandbytes", {"optim": "lion_32bit"}),
+    ("bitsandbytes", "bitsandbytes", {"optim": "ademamix"}),
     ("galore-torch", "galore_torch", {"use_galore": True, "optim": "adamw_torch"}),
     ("apollo-torch", "apollo_torch", {"use_apollo": True, "optim": "adamw_torch"}),
     ("badam", "badam", {"use_badam": True}),
@@ -1234,5 +1254,6 @@ def test_every_rule_is_of_a_key_that_there_is_and_says_in_one_line_what_to_do():
     from train_qwen3_ft import RULES, known_fields
 
     fields = known_fields()
-    assert [rule.key for rule in RULES if rule.key not in fields] == []
-    assert [rule for rule in RULES if "\n" in rule.text or len(rule.text) > 160] == []
+    keys = [key for keys, _, _ in RULES for key in keys.split()]
+    assert [key for key in keys if key not in fields] == []
+    assert [text for _, _, text in RULES if "\n" in text or len(text) > 160] == []

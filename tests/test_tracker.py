@@ -1,8 +1,10 @@
 """SwanLab for real: what it records, and that nothing it does can hurt the run."""
 
+import io
 import os
 import re
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +16,7 @@ from helpers.config import write_config
 from helpers.launcher import Run, command_of, losses, metrics, run, until
 from helpers.swanlab_records import dashboard_points, read_dashboard, read_record, records
 from helpers.swanlab_service import SwanLabService
+from train_qwen3_ft import Console, say
 
 SETTINGS = {
     "report_to": "swanlab",
@@ -279,6 +282,18 @@ def test_a_failures_does_not_touch_training(failures: dict[str, Run], fault: str
 
 
 # --- the console
+
+
+def test_a_line_in_a_terminal_does_not_stand_behind_the_bar(monkeypatch) -> None:
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", screen)
+    console = Console()
+    console.show({"event": "begin", "step": 0, "total_steps": 12, "time": 0.0})
+    console.show({"step": 1, "loss": 7.0, "learning_rate": 1e-3, "time": 1.0})
+    say("SIGINT: stopping")
+    console.close()
+    assert re.search(r"loss 7\.0000.*\rSIGINT: stopping\n", screen.getvalue())
 
 
 def test_a_terminal_shows_a_live_bar(local: Run) -> None:

@@ -20,7 +20,7 @@ from helpers import ROOT, SCRIPT
 from helpers.config import ZERO3_FILE, write_config, write_json
 from helpers.launcher import Run, ask_python, losses, run, train
 from helpers.swanlab_records import read_dashboard, read_record, records
-from train_qwen3_ft import chat_command
+from train_qwen3_ft import Values, model_commands
 
 MINUTES = 60
 
@@ -144,12 +144,12 @@ def test_the_summary_names_what_the_user_needs(demo: Run) -> None:
             "llamafactory-cli chat --model_name_or_path Qwen/Qwen3-8B "
             "--adapter_name_or_path '/a run' --template qwen3",
         ),
-        ({"stage": "rm", "finetuning_type": "full"}, ""),
+        ({"stage": "rm", "finetuning_type": "full"}, None),
     ],
     ids=["full", "lora", "reward model"],
 )
 def test_the_chat_command_fits_what_was_trained(values: dict, command: str) -> None:
-    assert chat_command(Path("/a run"), values) == command
+    assert model_commands(Path("/a run"), Values(values)).get("chat") == command
 
 
 def test_a_demo_that_is_piped_to_a_file_keeps_the_console_short(demo: Run) -> None:
@@ -205,8 +205,7 @@ def test_swanlab_holds_the_values_of_the_trainers_own_log(sharded: Run) -> None:
             "learning_rate",
             "grad_norm",
             "epoch",
-            "tokens_per_second",
-            "samples_per_second",
+            "train_tokens_per_second",
         )
     }
 

@@ -23,7 +23,7 @@ def bare_plan(
     """
     model, steps = Model("", count_parameters(shape), shape), Steps(None, None, None)
     given = Values(finetuning_type="full", bf16=True, **values)
-    return Plan(Devices(("0",), "", ranks), [], ranks, zero, given, steps, model, room, 0)
+    return Plan(Devices(("0",), "", ranks), [], ranks, zero, given, steps, model, room, 0, {})
 
 
 def plan_phases(
