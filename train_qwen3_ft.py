@@ -553,8 +553,10 @@ def preflight(options: argparse.Namespace, env: Environment, run: Run | None) ->
     problems += check_output(config)
     if has_devices:
         problems += check_plan(plan, config, run)
-    if run:
-        problems += check_resume(config, plan, run, env)
+    if run and node_rank(env) == 0 and run.is_running():
+        problems.attempt(run.lock)
+    elif run:
+        problems += check_resume(config, plan, run)
     else:
         problems.attempt(new_run, config)
     return Preflight(config, plan, problems, run)
@@ -756,8 +758,7 @@ class Field:
     def __str__(self) -> str:
         if self.choices:
             return "one of " + ", ".join(self.choices)
-        kinds = self.kinds - {"int"} if "float" in self.kinds else self.kinds
-        return " or ".join(text for kind, text in KINDS.items() if kind in kinds)
+        return " or ".join(text for kind, text in KINDS.items() if kind in self.kinds)
 
 
 # SwanLab's modes of today; LLaMA-Factory's enumeration has two of them.
@@ -2310,7 +2311,7 @@ def loses_weights(v: Values) -> bool:
 def differing_settings(v: Values) -> str:
     """The settings of the DeepSpeed file that do not equal their key: `bf16.enabled`."""
     settings = v.zero.settings
-    if not settings:  # a file that cannot be read
+    if not v.zero.used:  # a file that cannot be read
         return ""
     wanted = {
         "train_micro_batch_size_per_gpu": v.per_device_train_batch_size,
@@ -2596,15 +2597,10 @@ def find_run(options: argparse.Namespace) -> Run | None:
     return max(runs, key=order)
 
 
-def check_resume(config: Config, plan: Plan, run: Run, env: Environment) -> Iterator[str]:
-    """Why the run cannot continue like this: it is still running, has no checkpoint, or changed."""
-    if node_rank(env) == 0 and run.is_running():
-        problems = Problems()
-        problems.attempt(run.lock)
-        yield from problems
-        return
+def check_resume(config: Config, plan: Plan, run: Run) -> Iterator[str]:
+    """Why the run cannot continue like this: it has changed, or has no checkpoint."""
     recorded, now = run.read("plan.json"), decisive_values(plan)
-    before = recorded.get("configuration", now)
+    before = now | recorded.get("configuration", {})
     if run.read("summary.json").get("state") == "diverged":
         before["learning_rate"] = now["learning_rate"]
     for key in FIXED_KEYS:
@@ -5075,27 +5071,20 @@ class Vector:
     part: int  # elements in a part; the last parts end with padding
     size: int  # elements of the whole, without padding
 
-    def span(self, rank: int) -> tuple[int, int]:
-        """The elements that a rank has, padding left out."""
-        begin = min(rank * self.part, self.size)
-        return begin, min(begin + self.part, self.size)
-
-    def cut(self, flat_groups: list[dict], key: str):
-        """A rank's part, out of its flat groups."""
-        return flat_groups[self.group][key][self.start : self.start + self.part]
-
 
 def load_resharded(engine, *folder: str, load_optimizer_states: bool = True) -> bool:
     """Load other ranks' shards in DeepSpeed's place. Raises ValueError where it is not exact."""
-    optimizer, rank, stage = (
-        engine.optimizer,
-        engine.global_rank,
-        engine.zero_optimization_stage(),
-    )
+    import torch
+
+    optimizer, rank = engine.optimizer, engine.global_rank
+    stage = engine.zero_optimization_stage()
     weights, state = ZERO_KEYS[stage == 3]
-    shards = [shard["optimizer_state_dict"] for shard in read_shards(Path(*folder), "optim")]
+    # Tensors are read when they are used.
+    read = partial(torch.load, map_location="cpu", mmap=True, weights_only=False)
+    names = engine._get_all_zero_checkpoint_names(*folder, engine.bfloat16_enabled())
+    shards = [read(name)["optimizer_state_dict"] for name in names]
     flats = [flat_groups(shard, stage) for shard in shards]
-    shapes = read_shards(Path(*folder), "model")[0]["param_shapes"]
+    shapes = read(*engine._get_all_ckpt_names(*folder))["param_shapes"]
     old = find_vectors(shapes, len(shards), stage)
     new = find_vectors(engine._get_zero_param_shapes(), engine.dp_world_size, stage)
     check_layout(flats[0], old, engine.zero_round_robin_gradients())
@@ -5109,25 +5098,15 @@ def load_resharded(engine, *folder: str, load_optimizer_states: bool = True) -> 
     ):
         group |= saved | {"params": group["params"]}
     fresh = flat_groups(own, stage)
-    for source, target in zip(old, new, strict=True):
-        copy_part(source, flats, target, fresh, rank)
+    for saved, part in matching_parts(old, flats, new, fresh, rank):
+        part.copy_(saved)
     content = shards[0] | {weights: own[weights], state: own[state]}
     optimizer.load_state_dict({rank: content}, load_from_fp32_weights=True)
     loaded = flat_groups(optimizer.state_dict(), stage)
-    for source, target in zip(old, new, strict=True):
-        verify_part(source, flats, target, loaded, rank)
+    for saved, part in matching_parts(old, flats, new, loaded, rank):
+        if saved[::1000].tolist() != part[::1000].tolist():
+            raise ValueError("resharding changed the state of the optimizer")
     return True
-
-
-def read_shards(folder: Path, kind: str) -> list[dict]:
-    """What the files of all ranks hold, in their order; tensors are read when they are used."""
-    import torch
-
-    paths = sorted(
-        folder.glob(f"*_{kind}_states.pt"),
-        key=lambda path: int(re.search(r"rank_(\d+)", path.name)[1]),
-    )
-    return [torch.load(path, "cpu", mmap=True, weights_only=False) for path in paths]
 
 
 def flat_groups(zero: dict, stage: int) -> list[dict]:
@@ -5164,28 +5143,22 @@ def check_layout(groups: list[dict], old: list[Vector], round_robin: bool) -> No
         raise ValueError("ZeRO shards are missing here, or were cut in a way that is not known")
 
 
-def copy_part(old: Vector, flats: list, new: Vector, own: list[dict], rank: int) -> None:
-    """Copy what this rank has of a vector from the old ranks' parts: flats[rank][group][key]."""
-    import torch
+def matching_parts(old: list[Vector], flats: list, new: list[Vector], own: list, rank: int):
+    """What this rank has of all vectors, piece by piece: in an old rank's flat group, in its own.
 
-    begin, end = new.span(rank)
-    for key in ("fp32", *MOMENTS):
-        pieces = []
-        for index, groups in enumerate(flats):
-            first = index * old.part
-            pieces.append(old.cut(groups, key)[max(begin - first, 0) : max(end - first, 0)])
-        new.cut(own, key)[: end - begin] = torch.cat(pieces)
-
-
-def verify_part(old: Vector, flats: list, new: Vector, own: list[dict], rank: int) -> None:
-    """Compare a hundred numbers of a vector with what the optimizer has now. Raises ValueError."""
-    begin, end = new.span(rank)
-    step = new.part // 100 + 1
-    for key in ("fp32", *MOMENTS):
-        parts = [old.cut(groups, key) for groups in flats]
-        before = [parts[i // old.part][i % old.part].item() for i in range(begin, end, step)]
-        if new.cut(own, key)[: end - begin : step].tolist() != before:
-            raise ValueError(f"resharding changed {key} of a vector of {old.size} numbers")
+    `flats[rank]` are the flat groups of an old rank. The padding at a vector's end is left out.
+    """
+    for source, target in zip(old, new, strict=True):
+        begin = rank * target.part
+        end = min(begin + target.part, target.size)
+        for key in ("fp32", *MOMENTS):
+            here = target.start
+            for index, groups in enumerate(flats):
+                first = index * source.part
+                part = groups[source.group][key][source.start : source.start + source.part]
+                saved = part[max(begin - first, 0) : max(end - first, 0)]
+                yield saved, own[target.group][key][here : here + len(saved)]
+                here += len(saved)
 
 
 # ================================================================================================
