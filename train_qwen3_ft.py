@@ -3851,11 +3851,8 @@ class TrackerProcess:
         if self.starts:
             return
         known = self.run.read("logs/swanlab.json")
-        launches, prefix = (
-            known.get("launches", 0),
-            re.sub(r"[^a-zA-Z0-9]", "-", self.run.path.name),
-        )
-        self.init["id"] = known.get("id", f"{prefix}-{os.urandom(4).hex()}")
+        launches = known.get("launches", 0)
+        self.init["id"] = known.get("id", os.urandom(8).hex())
         self.run.update_swanlab_state(id=self.init["id"], launches=launches + 1)
         if launches and not self.online:
             self.init["name"] += f" (resume {launches})"
@@ -3888,8 +3885,8 @@ class TrackerProcess:
         """Notice that the tracker has begun, that it does not, or that it has died."""
         if self.process is None:
             return
-        said = self.run.read("logs/swanlab.json")
-        if self.process.poll() not in (None, 0):
+        code, said = self.process.poll(), self.run.read("logs/swanlab.json")
+        if code not in (None, 0):
             self.start_again(said.get("problem", "its process ended"))
         elif self.place:
             return
