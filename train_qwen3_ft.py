@@ -630,7 +630,9 @@ def load_config(path: Path, overrides: dict[str, str]) -> Config:
             line = lines.get(str(key), 1)
             raise LaunchError(f"{path}:{line}: {key!r}: expected a key that is a word")
     for key, text in overrides.items():
-        values |= parse_yaml(f"'{key}': {text}", f"command line: {key}")[0]
+        value, _ = parse_yaml(text, f"command line: {key}")
+        is_name = key in NAMES and type(value) in (int, float)
+        values[key] = text if is_name else value
     values = {key: value for key, value in values.items() if value is not None}
     secrets = {key: str(value) for key, value in values.items() if SECRET_KEY.search(key)}
     values = resolve_paths(without(values, *secrets))
@@ -700,7 +702,7 @@ def parse_yaml(text: str, source: str) -> tuple[object, dict[str, int]]:
         place = f"{source}:{error.problem_mark.line + 1}"
         hint = "; indent with spaces, not tabs" if "\\t" in error.problem else ""
         raise LaunchError(f"{place}: not valid YAML: {error.problem}{hint}") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:
         raise LaunchError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
@@ -893,7 +895,7 @@ def cast(value: object, wanted: Field) -> object:
     elif "bool" in kinds and word in booleans:
         return booleans[word]
     elif type(value) in (str, int, float):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             number = float(value)
             if "int" in kinds and number.is_integer():
                 return int(number)
@@ -1920,13 +1922,13 @@ def unknown_memory(plan: Plan) -> str:
 
 def uncountable_reason(rows: list[int | None], values: Values) -> str:
     """Why the number of training samples is unknown before the start; '' where it is known."""
+    if values.tokenized_path and os.path.isdir(values.tokenized_path):
+        return "tokenized_path holds the samples, whatever the data keys say now"
     if values.streaming:
         return "the data is streamed"
     packs = values.stage == "pt" if values.packing is None else values.packing
     if packs or values.neat_packing:
         return "packing joins samples"
-    if values.tokenized_path and os.path.isdir(values.tokenized_path):
-        return "tokenized_path holds the samples, whatever the data keys say now"
     if None in rows or not rows:
         return "the rows of the data are counted when it is loaded"
     if values.mix_strategy != "concat" and len(rows) > 1:
@@ -2206,7 +2208,7 @@ def check_disk(plan: Plan, config: Config, run: Run | None) -> Iterator[str]:
     """Room for the checkpoints of this run that are still to come, and for a download."""
     room = plan.disk_free
     if run:  # folders count with their 4 KiB
-        room += sum(path.stat().st_size for path in run.path.glob("checkpoint-*/**/*"))
+        room += sum(map(file_size, run.path.glob("checkpoint-*/**/*")))
     if plan.disk_bytes and plan.disk_bytes > room:
         yield Forceable(
             f"{config.where('output_dir')}: disk: {format_bytes(plan.disk_bytes)} is needed, "
@@ -2222,32 +2224,32 @@ def check_disk(plan: Plan, config: Config, run: Run | None) -> Iterator[str]:
 
 
 def nearest_that_fits(plan: Plan) -> str:
-    """The smallest change that fits: a smaller micro-batch, offload, more devices; '' if none."""
-    micro = plan.values.per_device_train_batch_size
-    words, smaller = [], plan
-    if plan.phase == "evaluation":  # of the training's batches it takes less than the training
-        words = [f"per_device_eval_batch_size={micro}"]
-        values = Values(plan.values, per_device_eval_batch_size=micro)
-        smaller = replace(plan, values=values)
+    """The smallest change that fits: smaller batches, offload, more devices; '' if none."""
+    key, micro = "per_device_eval_batch_size", plan.values.per_device_train_batch_size
+    tries, smaller = [], {}
+    if plan.phase == "evaluation":
+        batches = range(plan.values[key] - 1, 0, -1)
+        tries = [split_step(plan, micro, **{key: size}) for size in batches]
+        smaller = {key: 1}
     sizes = [size for size in range(micro, 0, -1) if micro % size == 0]
     offload = "deepspeed=configs/deepspeed/ds_z3_offload_config.json"
-    offloaded = replace(smaller, zero=Zero(3, True, True, used=True))
-    tries = [split_step(smaller, size, *words) for size in sizes]
-    tries += [split_step(offloaded, size, *words, offload) for size in sizes]
+    offloaded = replace(plan, zero=Zero(3, True, True, used=True))
+    tries += [split_step(plan, size, **smaller) for size in sizes]
+    tries += [split_step(offloaded, size, offload, **smaller) for size in sizes]
     for count in (2, 4, 8, 16, 32, 64):
         if count > plan.world_size:
             tries.append((f"{count} devices", estimate(replace(plan, world_size=count))))
-    for found, other in tries:
+    for words, other in tries:
         if other.needed <= plan.device_bytes and other.host_memory <= host_bytes():
-            return f"; it fits with {found} ({format_bytes(other.needed)})"
+            return f"; it fits with {words} ({format_bytes(other.needed)})"
     return ""
 
 
-def split_step(plan: Plan, size: int, *words: str) -> tuple[str, Plan]:
+def split_step(plan: Plan, size: int, *words: str, **more: int) -> tuple[str, Plan]:
     """The same step in micro-batches of `size`: `words` and the keys to change; its plan."""
     values = plan.values
     samples = values.per_device_train_batch_size * values.gradient_accumulation_steps
-    keys = {"per_device_train_batch_size": size, ACCUMULATION: samples // size}
+    keys = {"per_device_train_batch_size": size, ACCUMULATION: samples // size} | more
     changed = [f"{key}={value}" for key, value in keys.items() if value != values[key]]
     return " ".join([*words, *changed]), estimate(replace(plan, values=Values(values | keys)))
 
@@ -2295,6 +2297,15 @@ def saves_between_evaluations(v: Values) -> bool:
     # Times 10**6, since shares of all steps are compared as well.
     is_between = v.save_steps * 10**6 % (every * 10**6) != 0
     return v.save_strategy == v.eval_strategy == "steps" and is_between
+
+
+def has_batches(v: Values) -> bool:
+    """Whether training, evaluation or prediction takes more than one sequence at a time."""
+    evaluates = v.eval_strategy != "no" or v.do_eval or v.do_predict
+    batch = v.per_device_train_batch_size
+    if evaluates:
+        batch = max(batch, v.per_device_eval_batch_size)
+    return batch > 1
 
 
 def lacks_metric(v: Values) -> bool:
@@ -2426,13 +2437,7 @@ RULES = (
     ),
     (
         "neat_packing",
-        lambda v: (
-            v.flash_attn == "fa2"
-            and (
-                v.per_device_train_batch_size > 1
-                or (v.eval_strategy != "no" and v.per_device_eval_batch_size > 1)
-            )
-        ),
+        lambda v: v.flash_attn == "fa2" and has_batches(v),
         "takes one sequence at a time with flash_attn: fa2; set per_device_train_batch_size and "
         "per_device_eval_batch_size to 1",
     ),
@@ -2541,7 +2546,7 @@ def check_rules(config: Config, plan: Plan) -> Iterator[str]:
         )
     for keys, breaks, text in RULES:
         for key in keys.split():
-            is_on = view[key] not in (None, False, "", "no")
+            is_on = view[key] not in (None, False, "", "no", [])
             found = is_on and key not in config.refused and breaks(view)
             if found:
                 yield f"{config.where(key)}: {text.replace('{}', str(found))}"
@@ -2600,7 +2605,10 @@ def find_run(options: argparse.Namespace) -> Run | None:
 def check_resume(config: Config, plan: Plan, run: Run) -> Iterator[str]:
     """Why the run cannot continue like this: it has changed, or has no checkpoint."""
     recorded, now = run.read("plan.json"), decisive_values(plan)
-    before = now | recorded.get("configuration", {})
+    old = load_config(run.config_file, {}).values
+    before = {key: old[key] for key in FIXED_KEYS}  # where plan.json is lost
+    before |= {key: now[key] for key in ("deepspeed", "global_batch_size")}
+    before |= recorded.get("configuration", {})
     if run.read("summary.json").get("state") == "diverged":
         before["learning_rate"] = now["learning_rate"]
     for key in FIXED_KEYS:
@@ -3243,7 +3251,7 @@ def build_rank_environment(found: Preflight, run: Run, env: Environment) -> Envi
     for key, variable in SECRET_ENVIRONMENT.items():
         if key in secrets:
             fixed[variable] = secrets[key]
-    others = without(secrets, *SECRET_ENVIRONMENT, *WEBHOOKS)
+    others = without(secrets, *SECRET_ENVIRONMENT, *WEBHOOKS, "swanlab_lark_secret")
     fixed[SECRETS_VARIABLE] = json.dumps(others)
     return {**defaults, **tracker_environment(found.plan, run), **env, **fixed}
 
@@ -3861,13 +3869,12 @@ class TrackerProcess:
     def start(self) -> None:
         """Start a tracker, which reads its settings from stdin."""
         self.starts, self.begun, self.place = self.starts + 1, time.monotonic(), ""
-        self.run.update_swanlab_state(place="", problem="its process ended")
         with open(self.run.logs / "swanlab.log", "ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-u", str(SCRIPT), "--tracker", str(self.run.path)],
                 env=self.env,
                 stdin=subprocess.PIPE,
-                stdout=log,
+                stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
             )
@@ -3885,19 +3892,22 @@ class TrackerProcess:
         """Notice that the tracker has begun, that it does not, or that it has died."""
         if self.process is None:
             return
-        code, said = self.process.poll(), self.run.read("logs/swanlab.json")
-        if code not in (None, 0):
-            self.start_again(said.get("problem", "its process ended"))
-        elif self.place:
-            return
-        elif said.get("place"):
-            self.confirm(said["place"])
+        if self.place:
+            if self.process.poll() not in (None, 0):
+                self.start_again("its process ended")
+        elif select.select([self.process.stdout], [], [], 0)[0]:
+            answer = json.loads(self.process.stdout.readline() or "{}")
+            if "place" in answer:
+                self.confirm(**answer)
+            else:
+                self.start_again(answer.get("problem", "its process ended"))
         elif time.monotonic() - self.begun > self.READY:
             self.start_again(f"no answer in {self.READY} s")
 
-    def confirm(self, place: str) -> None:
+    def confirm(self, place: str, dashboard: str) -> None:
         """The tracker records in the folder `place`; tell why, where it is not the first to try."""
         self.place = place
+        self.run.update_swanlab_state(dashboard=dashboard)
         if self.problem and self.online:
             self.say_local(f"SwanLab cannot be reached ({self.problem})")
         elif self.problem:
@@ -4303,9 +4313,9 @@ def run_rank(run: Run, env: Environment) -> int:
     try:
         train(run, env)
     except BaseException:
-        say(traceback.format_exc())
         with contextlib.suppress(OSError):  # a full disk, which the launcher sees
             write_atomically(run.logs / f"rank{rank}.error", traceback.format_exc())
+        say(traceback.format_exc())
         os._exit(1)
     os._exit(0)  # no thread or hook of a library may keep a finished rank
 
@@ -5168,9 +5178,11 @@ def run_tracker(run: Run) -> int:
 
     The first line of stdin is what swanlab.init gets, with the `position` in metrics.jsonl
     where this launch begins; the next one says how the run ended. Where stdin ends without it
-    the launcher has died, and the record ends as crashed. logs/swanlab.json tells the launcher
-    the place of the record, or the problem.
+    the launcher has died, and the record ends as crashed. Answers on stdout with the place of
+    the record, or with the problem.
     """
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what SwanLab prints goes to the log
     orders = open(0, "rb", buffering=0, closefd=False)  # unbuffered, so that select() sees all
     init = json.loads(orders.readline())
     metrics = Follower(run.metrics_file, init.pop("position"))
@@ -5179,15 +5191,16 @@ def run_tracker(run: Run) -> int:
     try:
         record = open_record(init)
     except BaseException as error:  # whatever it is, training continues
-        run.update_swanlab_state(problem=f"{type(error).__name__}: {error}"[:300])
+        problem = f"{type(error).__name__}: {error}"[:300]
+        say(json.dumps({"problem": problem}), answers)
         os._exit(1)
     signal.alarm(0)
     dashboard = {
         "local": f"swanlab watch {record.dir.parent}",
         "offline": f"swanlab sync {record.dir}",
     }
-    url = dashboard.get(init["mode"]) or record.url
-    run.update_swanlab_state(place=str(record.dir), dashboard=url)
+    place = {"place": str(record.dir), "dashboard": dashboard.get(init["mode"]) or record.url}
+    say(json.dumps(place), answers)
     end = follow_to_the_end(record, metrics, orders)
     if end is None:
         signal.alarm(6)  # in an outage finish() has no end

@@ -1,18 +1,31 @@
 """Command line, YAML, overrides, paths and secrets."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml as pyyaml
 
 from helpers import ROOT, SCRIPT
 from helpers.config import write_json
-from train_qwen3_ft import LaunchError, Run, build_training_args, commit_checkpoint, load_config
+from train_qwen3_ft import (
+    SECRETS_VARIABLE,
+    Devices,
+    LaunchError,
+    Run,
+    Values,
+    Zero,
+    build_rank_environment,
+    build_training_args,
+    commit_checkpoint,
+    load_config,
+)
 
 
 def read(tmp_path: Path, text: str | bytes, **overrides: str) -> dict:
@@ -176,6 +189,8 @@ def test_folder_in_place_of_the_file_is_one_line(here, tmp_path):
         ("true", True),
         ("a=b", "a=b"),
         ("a b", "a b"),
+        ("a: 1", {"a": 1}),
+        ("- a", ["a"]),
     ],
 )
 def test_override_is_parsed_as_yaml_and_wins_over_the_file(tmp_path, text, value):
@@ -388,7 +403,23 @@ SECRET_KEYS = [
     "swanlab_lark_secret",
     "swanlab_lark_webhook_url",
 ]
+# What the hubs' libraries read in the environment, or the launcher keeps to itself.
+KEPT = {"swanlab_api_key", "hf_hub_token", "hub_token"} | {
+    "swanlab_lark_secret",
+    "swanlab_lark_webhook_url",
+}
 SECRET_VARIABLES = ["SWANLAB_API_KEY", "HF_TOKEN", "WANDB_API_KEY", "MODELSCOPE_API_TOKEN"]
+
+
+def test_the_trainer_gets_no_secret_that_it_does_not_need(tmp_path):
+    """A tracker may upload its arguments."""
+    plan = SimpleNamespace(
+        devices=Devices((), "", 1), zero=Zero(), values=Values(report_to="none")
+    )
+    config = SimpleNamespace(secrets=dict.fromkeys(SECRET_KEYS, SECRET))
+    found = SimpleNamespace(plan=plan, config=config)
+    env = build_rank_environment(found, Run(tmp_path), {})
+    assert json.loads(env[SECRETS_VARIABLE]).keys() == set(SECRET_KEYS) - KEPT
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from train_qwen3_ft import (
     decisive_values,
     estimate,
     host_bytes,
+    nearest_that_fits,
     plan_steps,
     qwen3_config,
     suggest_split,
@@ -868,8 +869,21 @@ def test_where_training_does_not_fit_either_the_advice_is_for_both(here, monkeyp
     words = ("per_device_train_batch_size=8", "per_device_eval_batch_size=64")
     done = here(*EVALUATES, *words, "--dry-run", gpus=fake_gpus(4, 60))
     assert re.search(
-        r"it fits with per_device_eval_batch_size=8 deepspeed=\S+offload", done.stderr
+        r"it fits with deepspeed=\S+offload\S+ per_device_eval_batch_size=1 ", done.stderr
     )
+
+
+def test_an_evaluation_that_takes_more_than_training_gets_the_largest_batch_that_fits():
+    values = {
+        "cutoff_len": 4096,
+        "enable_liger_kernel": True,
+        "eval_strategy": "epoch",
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 8,
+    }
+    shape = qwen3_config("Qwen/Qwen3-0.6B")
+    plan = estimate(bare_plan(shape, Zero(3, used=True), 1, 24 << 30, **values))
+    assert "it fits with per_device_eval_batch_size=2 (" in nearest_that_fits(plan)
 
 
 @pytest.mark.parametrize(

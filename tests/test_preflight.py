@@ -177,6 +177,11 @@ BAD_VALUES = [
     bad(
         "infinite-steps", r"max_steps: expected a whole number, got inf", max_steps=float("inf")
     ),
+    bad(
+        "beyond-all-bounds",
+        r"learning_rate: expected a number, got 1000",
+        learning_rate=10**400,
+    ),
     bad("not-a-number", r"learning_rate: expected .*, got nan", learning_rate=float("nan")),
     bad(
         "own-key-of-wrong-type",

@@ -53,6 +53,7 @@ def test_two_ranks_continue_as_one_with_the_same_losses(whole: Run, on_one: Run)
     assert difference(on_one, whole) < 1e-5
 
 
+@pytest.mark.parametrize("whole", ["ZeRO-3", "ZeRO-2"], indirect=True)
 def test_one_rank_continues_as_two_with_the_same_losses(whole: Run, on_one: Run) -> None:
     done = train(whole.folder, "--resume", fork(on_one.run_dir, "two again", 8), ranks=2)
     assert "resharded   checkpoint-8: 1 rank -> 2 ranks" in done.console

@@ -170,6 +170,19 @@ def test_resume_with_a_key_that_would_train_something_else_is_refused(
     )
 
 
+def test_resume_of_a_run_whose_plan_is_lost_compares_its_configuration(here, stopped_run):
+    run_dir = stopped_run()
+    (run_dir / "plan.json").unlink()
+    done = here("--resume", run_dir, "seed=5", "--dry-run")
+    assert re.search(r"seed: was None .*cannot change on resume", done.stderr), done.stderr
+
+
+def test_resume_minds_no_link_that_leads_nowhere(here, stopped_run):
+    run_dir = stopped_run()
+    next(run_dir.glob("checkpoint-*")).joinpath("link").symlink_to("nowhere")
+    assert here("--resume", run_dir, "--dry-run").returncode == 0
+
+
 @pytest.mark.parametrize(
     "change",
     ["per_device_train_batch_size=8", "gradient_accumulation_steps=4", "global_batch_size=8"],
@@ -841,6 +854,14 @@ def bad(name: str, message: str, **changes: object):
             per_device_train_batch_size=1,
         ),
         bad(
+            "packed-evaluation-after-training",
+            r"neat_packing: takes one sequence at a time",
+            **NEAT,
+            val_size=0.2,
+            do_eval=True,
+            per_device_train_batch_size=1,
+        ),
+        bad(
             "tokenized-data-without-a-name",
             r"dataset: no data to train on; name a data set",
             dataset=None,
@@ -1245,6 +1266,14 @@ def test_data_of_the_stage_is_accepted(here, write_config, tmp_path, stage, entr
     describe_data(tmp_path, **entry)
     done = here(config, "--dry-run")
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_packing_takes_a_batch_of_one_where_nothing_is_evaluated(said):
+    assert "neat_packing" not in said(**NEAT, bf16=True, per_device_train_batch_size=1)
+
+
+def test_a_list_that_is_empty_counts_as_off(plan):
+    assert plan(fsdp=[], deepspeed=ZERO3)
 
 
 # --- The table of rules ---------------------------------------------------------------------------
