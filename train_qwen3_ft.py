@@ -2367,8 +2367,11 @@ def read_templates() -> dict[str, str]:
     return {}
 
 
-# {} in a text stands for what `breaks` returned. The conditions are those of LLaMA-Factory 0.9.5's
-# hparams/parser.py, transformers 5.5.4's TrainingArguments and Trainer, and accelerate's DeepSpeed.
+# What LLaMA-Factory or transformers would refuse after minutes, or what loses the model: keys, what
+# is asked where one of them is on, and the problem where the answer is true. Asked of the
+# configuration's Values and, in them, the plan's `zero`, `model` and `global_batch`; {} in a text
+# stands for the answer. The conditions are those of LLaMA-Factory 0.9.5's hparams/parser.py,
+# transformers 5.5.4's TrainingArguments and Trainer, and accelerate's DeepSpeed.
 RULES = (
     (
         "tokenized_path",
@@ -2442,13 +2445,10 @@ RULES = (
         "per_device_eval_batch_size to 1",
     ),
     # evaluation, and which checkpoint is the best
-    *(
-        (
-            key,
-            lambda v: not v.eval_dataset and not v.val_size,
-            "there is nothing to evaluate on; set eval_dataset or val_size, or turn evaluation off",
-        )
-        for key in ("eval_strategy", "do_eval", "predict_with_generate")
+    (
+        "eval_strategy do_eval predict_with_generate",
+        lambda v: not v.eval_dataset and not v.val_size,
+        "there is nothing to evaluate on; set eval_dataset or val_size, or turn evaluation off",
     ),
     not_with_zero3("predict_with_generate", "use ZeRO-2, or generate after training"),
     keep_one("predict_with_generate", "compute_accuracy"),
@@ -2516,13 +2516,10 @@ RULES = (
     not_with_zero3("use_unsloth", "use ZeRO-2"),
     needs("quantization_bit", "finetuning_type", "lora", "oft"),
     needs("use_galore use_apollo", "finetuning_type", "full", "freeze"),
-    *(
-        (
-            key,
-            lambda v: not v.dataloader_num_workers and not v.streaming,
-            "needs dataloader_num_workers: 1 or more",
-        )
-        for key in ("dataloader_prefetch_factor", "dataloader_persistent_workers")
+    (
+        "dataloader_prefetch_factor dataloader_persistent_workers",
+        lambda v: not v.dataloader_num_workers and not v.streaming,
+        "needs dataloader_num_workers: 1 or more",
     ),
 )
 
