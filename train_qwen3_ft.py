@@ -545,8 +545,8 @@ def preflight(options: argparse.Namespace, env: Environment, run: Run | None) ->
     where = config.where("model_name_or_path")
     model = problems.attempt(read_model, config.values, where=where) or Model("unknown")
     data = inspect_data(config, "dataset", problems)
-    others = inspect_data(config, "eval_dataset", problems)
-    plan = make_plan(config, devices, gpus, zero, model, data, others, ranks)
+    eval_data = inspect_data(config, "eval_dataset", problems)
+    plan = make_plan(config, devices, gpus, zero, model, data, eval_data, ranks)
     problems += check_rules(config, plan)
     problems += check_webhooks(config)
     problems += check_access(config)
@@ -1846,7 +1846,7 @@ def make_plan(
     zero: Zero,
     model: Model,
     data: list[tuple],
-    others: list[tuple],
+    eval_data: list[tuple],
     world_size: int,
 ) -> Plan:
     """Work out the plan; asks only the disk and the host's memory."""
@@ -1856,7 +1856,7 @@ def make_plan(
     else:
         room = host_bytes() // max(devices.processes, 1)
     steps = plan_steps([rows for _, rows in data], values, world_size)
-    files = fingerprints([path for path, _ in data + others])
+    files = fingerprints([path for path, _ in data + eval_data])
     free = free_bytes(Path(values.output_dir))
     return estimate(
         Plan(devices, gpus, world_size, zero, values, steps, model, room, free, files)
@@ -2179,9 +2179,9 @@ def check_output(config: Config) -> Iterator[str]:
 
 
 def check_plan(plan: Plan, config: Config, run: Run | None) -> Iterator[str]:
-    """What would not fit: samples, device memory, host memory, disk; and GPUs that others use.
+    """What would not fit: device memory, host memory, disk; and GPUs that others use.
 
-    The user may know better than an estimate: all but the samples can be forced.
+    The user may know better than an estimate: all of it can be forced.
     """
     if plan.device_bytes and plan.needed > plan.device_bytes:
         kind = "memory" if plan.devices.ids else "host memory"
@@ -2525,7 +2525,7 @@ RULES = (
 
 
 def check_rules(config: Config, plan: Plan) -> Iterator[str]:
-    """Keys that are missing, or exclude each other."""
+    """Keys that are missing, leave nothing to train on, or exclude each other."""
     view = Values(plan.values, zero=plan.zero, model=plan.model, global_batch=plan.global_batch)
     required = {
         "model_name_or_path": "is missing; name a model, such as Qwen/Qwen3-14B",
@@ -2625,7 +2625,7 @@ def check_resume(config: Config, plan: Plan, run: Run) -> Iterator[str]:
 
 
 def decisive_values(plan: Plan) -> dict:
-    """What decides how long a step takes and how much memory."""
+    """The values that a resume, and a rehearsal's figures, go by, with what the plan derives."""
     return {key: plan.values[key] for key in DECISIVE} | {
         "deepspeed": plan.zero.kind,
         "offloads": str(plan.zero),
@@ -2701,10 +2701,12 @@ def describe_resharding(found: Preflight) -> str:
 
 def thinking_advice(plan: Plan) -> str:
     """That an empty thought is learned with each answer; '' where none is."""
+    if "enable_thinking" in plan.values:
+        return ""
     template = plan.values.template
     files = [path for path in plan.data if path.endswith((".json", ".jsonl", ".csv"))]
     thinks = "ReasoningTemplate" in read_templates().get(template, "")
-    if "enable_thinking" in plan.values or not (thinks and files):
+    if not (thinks and files):
         return ""
     for path in files:
         with open(path, "rb") as file:
@@ -4455,11 +4457,10 @@ def resume_args(run: Run, values: Values) -> dict:
     checkpoint = run.newest_checkpoint()
     if not checkpoint:
         return {}
-    total = run.read("plan.json").get("total_steps")
-    state = read_json_or_empty(checkpoint / "trainer_state.json")
-    done, goal = state["epoch"], values.num_train_epochs
-    if total:
-        done, goal = state["global_step"], total
+    done, goal = checkpoint_step(checkpoint), run.read("plan.json").get("total_steps")
+    if not goal:
+        state = read_json_or_empty(checkpoint / "trainer_state.json")
+        done, goal = state["epoch"], values.num_train_epochs
     resume = {"resume_from_checkpoint": str(checkpoint)}
     if done >= goal and not values.streaming:
         # The last checkpoint was saved, the model was not. The trainer would train a step more.
@@ -4919,9 +4920,8 @@ def data_problem(figures: dict, samples, tokenizer, values: Values) -> str:
     """Why this data cannot train this model; '' where it can."""
     if figures["unlearned"] == figures["kept"]:
         return f"nothing to learn from: cutoff_len={figures['cutoff_len']} leaves no answer"
-    model = read_model(
-        Values(values, train_from_scratch=True)
-    )  # its weights do not matter here
+    # Its weights do not matter here.
+    model = read_model(Values(values, train_from_scratch=True))
     size = model.shape.get("vocab_size", math.inf)
     # The first sample has all the tokens that the template adds to the tokenizer.
     largest = max(samples[0].get("input_ids") or samples[0]["chosen_input_ids"])

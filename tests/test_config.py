@@ -404,7 +404,10 @@ SECRET_KEYS = [
     "swanlab_lark_webhook_url",
 ]
 # What the hubs' libraries read in the environment, or the launcher keeps to itself.
-KEPT = {"swanlab_api_key", "hf_hub_token", "hub_token"} | {
+KEPT = {
+    "swanlab_api_key",
+    "hf_hub_token",
+    "hub_token",
     "swanlab_lark_secret",
     "swanlab_lark_webhook_url",
 }
