@@ -111,7 +111,7 @@ except ModuleNotFoundError:
 SCRIPT = Path(__file__).resolve()
 DEFAULT_CONFIG = SCRIPT.parent / "configs" / "qwen3_14b_ft.yaml"
 DEMO_COMMAND = f"python {SCRIPT.name} configs/demo_cpu.yaml"
-SECRETS_VARIABLE = "QWEN3_FT_SECRETS"
+HANDOVER_VARIABLE = "QWEN3_FT_HANDOVER"  # JSON for the ranks: secrets, force, data
 LAUNCHER_VARIABLE = "QWEN3_FT_LAUNCHER"
 HEARTBEAT_VARIABLE = "QWEN3_FT_HEARTBEAT"  # seconds, and how many may be missed
 UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID"  # torchrun sets it for its processes
@@ -362,6 +362,7 @@ class Preflight:
     plan: Plan
     problems: Problems
     run: Run | None = None
+    force: bool = False
 
 
 # ================================================================================================
@@ -559,7 +560,7 @@ def preflight(options: argparse.Namespace, env: Environment, run: Run | None) ->
         problems += check_resume(config, plan, run)
     else:
         problems.attempt(new_run, config)
-    return Preflight(config, plan, problems, run)
+    return Preflight(config, plan, problems, run, options.force)
 
 
 def chosen_config(options: argparse.Namespace, run: Run | None) -> Config:
@@ -3152,8 +3153,9 @@ def wait_for(what: str) -> Iterator[float]:
 
 
 def write_run_files(found: Preflight, run: Run, env: Environment) -> None:
-    """Write plan.json and config.yaml and forget an old STOP file. Raises LaunchError."""
+    """Write plan.json and config.yaml and forget old STOP and SAVE files. Raises LaunchError."""
     run.stop_file.unlink(missing_ok=True)
+    run.save_file.unlink(missing_ok=True)
     plan = json.dumps(plan_as_data(found, run, env), indent=1)
     try:
         write_atomically(run.path / "plan.json", plan + "\n")
@@ -3251,7 +3253,8 @@ def build_rank_environment(found: Preflight, run: Run, env: Environment) -> Envi
         if key in secrets:
             fixed[variable] = secrets[key]
     others = without(secrets, *SECRET_ENVIRONMENT, *WEBHOOKS, "swanlab_lark_secret")
-    fixed[SECRETS_VARIABLE] = json.dumps(others)
+    handover = {"secrets": others, "force": found.force, "data": found.plan.data}
+    fixed[HANDOVER_VARIABLE] = json.dumps(handover)
     return {**defaults, **tracker_environment(found.plan, run), **env, **fixed}
 
 
@@ -3281,7 +3284,7 @@ def extensions_folder() -> Path:
 
 def shown_environment(rank_env: Environment, env: Environment) -> dict[str, str]:
     """What of the ranks' environment the plan shows: what was added, but no secret."""
-    hidden = {SECRETS_VARIABLE, LAUNCHER_VARIABLE, *SECRET_ENVIRONMENT.values()}
+    hidden = {HANDOVER_VARIABLE, LAUNCHER_VARIABLE, *SECRET_ENVIRONMENT.values()}
     return {
         key: value
         for key, value in rank_env.items()
@@ -3341,7 +3344,7 @@ class Supervisor:
             good = self.run.newest_checkpoint()
             if self.stop.is_requested() or disk_is_full(self.run.path):
                 break
-            if OUT_OF_MEMORY in cause and self.halve_micro_batch():
+            if OUT_OF_MEMORY in cause and self.halve_batch("evaluation_loop" in cause):
                 continue
             if restarts == limit or checkpoint_step(good) <= before:
                 break
@@ -3351,36 +3354,37 @@ class Supervisor:
             self.close(state, cause)
         return {"finished": 0, "refused": 2, "stopped": self.stop.exit_code()}.get(state, 1)
 
-    def halve_micro_batch(self) -> bool:
-        """After a GPU was out of memory: the same optimizer step in smaller parts."""
+    def halve_batch(self, evaluates: bool) -> bool:
+        """After a GPU was out of memory: the same step, or evaluation, in smaller batches."""
         values = self.config.values
-        micro, rest = divmod(values.per_device_train_batch_size, 2)
+        key = "per_device_eval_batch_size" if evaluates else "per_device_train_batch_size"
+        size, rest = divmod(values[key], 2)
         in_deepspeed = self.plan.zero.settings.get("train_micro_batch_size_per_gpu", "auto")
-        if rest or in_deepspeed != "auto" or self.halvings == 3:
+        is_fixed = rest and not evaluates or in_deepspeed != "auto"
+        if size == 0 or is_fixed or self.halvings == 3:
             return False
         self.halvings += 1
-        steps = values[ACCUMULATION] * 2
-        self.config = self.config.update(
-            per_device_train_batch_size=micro, **{ACCUMULATION: steps}
-        )
+        changes = {key: size}
+        if not evaluates:
+            changes[ACCUMULATION] = values[ACCUMULATION] * 2
+        self.config = self.config.update(**changes)
         if self.leads:
             write_atomically(self.run.config_file, launchable_config(self.config, self.devices))
-        say(
-            f"starting again with per_device_train_batch_size={micro} {ACCUMULATION}={steps}, "
-            "the same samples per step"
-        )
+        words = " ".join(f"{name}={value}" for name, value in changes.items())
+        say(f"starting again with {words}, the same samples per step")
         return True
 
     def read_end(self) -> tuple[str, str]:
         """How the ranks say that training ended, and why."""
         end = [{}, *self.run.read_metrics()][-1]
         state = end.get("state", "finished")
+        cause = end.get("cause", "")
         if state == "diverged":
-            return state, f"diverged at step {end['step']}: {end['cause']}"
+            cause = f"diverged at step {end['step']}: {cause}"
         # Of a rehearsal node 0 has removed everything by then, perhaps.
         if state == "finished" and not (self.run.is_rehearsal or has_weights(self.run.path)):
             return "failed", f"training ended, but {self.run.path} has no model weights"
-        return state, ""
+        return state, cause
 
     def run_torchrun(self) -> tuple[str, str]:
         """One torchrun from start to end; returns how it ended, and why where that is known.
@@ -3642,6 +3646,7 @@ class HangWatch:
     def __init__(self, run: Run, timeout: float):
         self.run, self.timeout = run, timeout
         self.seen, self.since = set(), time.monotonic()
+        self.work, self.looked = 0, 0.0
         self.step, self.step_began, self.paces = run.read_progress(), self.since, []
 
     def problem(self, ranks: list) -> str:
@@ -3651,7 +3656,7 @@ class HangWatch:
         """
         import psutil
 
-        if not self.is_stuck():
+        if not self.is_stuck(ranks):
             return ""
         where: dict[str, list[str]] = {}
         for process in ranks:
@@ -3664,7 +3669,7 @@ class HangWatch:
         waited = time.monotonic() - self.since
         return f"no progress for {waited:.0f} s: {'; '.join(parts)}"
 
-    def is_stuck(self) -> bool:
+    def is_stuck(self, ranks: list) -> bool:
         """Whether nobody has made progress for too long."""
         files, now = list(self.run.logs.glob("rank*.progress")), time.monotonic()
         self.learn_pace(now)
@@ -3677,7 +3682,16 @@ class HangWatch:
         limit = max(self.timeout, 10 * pace)
         if any(read_from(path).endswith(("starting", "saving")) for path in files):
             limit = max(limit, self.LONGER * self.timeout)
+            self.look_for_work(ranks, files[0], now)
         return now - self.since > limit
+
+    def look_for_work(self, ranks: list, file: Path, now: float) -> None:
+        """Once per timeout: a download, or tokenizing, is progress; let all nodes see it."""
+        if now - self.looked > self.timeout:
+            work, self.looked = sum(map(work_of, ranks)), now
+            if work > self.work:
+                self.work = work
+                os.utime(file)
 
     def learn_pace(self, now: float) -> None:
         """Learn from rank 0's progress how long a step takes."""
@@ -3700,6 +3714,22 @@ class HangWatch:
             if found and "in run_rank" in stack:  # the main thread
                 return f"in {found[3]} ({Path(found[1]).name}:{found[2]})"
         return "does not answer"
+
+
+def work_of(rank) -> int:
+    """What a rank and its children have read and written, in MiB, and its children's CPU seconds.
+
+    Not its own: a rank that waits in a collective computes, too, and writes a few bytes.
+    """
+    import psutil
+
+    work = 0
+    with contextlib.suppress(psutil.Error):
+        for process in (rank, *rank.children(recursive=True)):
+            done, used = process.io_counters(), process.cpu_times()
+            work += (done.read_chars + done.write_chars + done.read_bytes) >> 20
+            work += int(used.user + used.system) if process != rank else 0
+    return work
 
 
 def process_state(process) -> str:
@@ -3737,6 +3767,8 @@ class Console:
         if line.get("event") == "begin":
             self.begin, self.due = line, 0.0
             self.open_bar()
+        elif line.get("event") == "note":
+            say(line["text"])
         elif "loss" in line:
             self.show_loss(line)
         else:
@@ -3968,6 +4000,10 @@ def describe_run(found: Preflight, run: Run) -> dict:
 
 RANK_START = "--- this rank starts"  # in its log, which holds all starts of the run
 OUT_OF_MEMORY = "a GPU is out of memory"
+NO_MEMORY = (
+    r"CUDA out of memory|OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED"
+    r"|(?:CUDA error|Cuda failure)[^\n]*out of memory"
+)
 # (what the messages show, its likely cause and what to do)
 CAUSES = (
     (
@@ -3977,7 +4013,11 @@ CAUSES = (
         "fewer dataloader_num_workers",
     ),
     (
-        r"CUDA out of memory|OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED",
+        rf"(?s)evaluation_loop.*({NO_MEMORY})",
+        f"{OUT_OF_MEMORY} in an evaluation: use a smaller per_device_eval_batch_size",
+    ),
+    (
+        NO_MEMORY,
         f"{OUT_OF_MEMORY}: use a smaller per_device_train_batch_size or cutoff_len, or "
         "configs/deepspeed/ds_z3_offload_config.json",
     ),
@@ -4003,7 +4043,7 @@ CAUSES = (
         "reach MASTER_PORT of MASTER_ADDR",
     ),
     (
-        r"killed by SIGKILL",
+        r"killed by SIGKILL|killed by signal: Killed|subprocesses has abruptly died",
         "the kernel's out-of-memory killer, most often (dmesg shows it): use fewer "
         "preprocessing_num_workers or less offloading",
     ),
@@ -4020,7 +4060,7 @@ def describe_failure(run: Run, log: Path, position: int) -> str:
     # But for torchrun's own SIGTERM. Another rank's error is then a consequence of it, even where
     # torchrun saw it first.
     killed = re.search(r"rank +: (\d+) [^\n]*\n *exitcode +: -(?!15 )(\d+) ", messages)
-    if killed:
+    if killed and not (errors and came_first(errors[0], run.logs / f"rank{killed[1]}.log")):
         rank, name = killed[1], signal.Signals(int(killed[2])).name
         text, log = f"rank {rank} was killed by {name}", run.logs / f"rank{rank}.log"
         if name != "SIGKILL":  # NCCL and CUDA abort: their reason is in the rank's log
@@ -4042,6 +4082,11 @@ def describe_failure(run: Run, log: Path, position: int) -> str:
     if run.is_rehearsal:  # its logs are removed with it
         return text
     return f"{text}\nfull log: {log}"
+
+
+def came_first(error: Path, log: Path) -> bool:
+    """Whether a rank had failed before another one wrote its last words: NCCL aborts the others."""
+    return modified(error) < (modified(log) or 0)
 
 
 def has_weights(folder: Path) -> bool:
@@ -4124,9 +4169,8 @@ def measured_lines(summary: dict) -> dict[str, str]:
         memory += f" of {shown['device_memory']}"
     memory += f" at the peak (rank {summary['peak_rank']})"
     time, checkpoint = f"{spoken(pace)} per step", ""
-    if summary["planned_memory"]:
+    if summary["planned_memory"] and not summary["resident"]:
         memory += f", the plan said {shown['planned_memory']}"
-        memory += " beside Python and its libraries" if summary["resident"] else ""
     if summary.get("rehearsal"):
         memory += f", the rehearsal {format_bytes(summary['rehearsal']['peak_memory'])}"
         time += f", {spoken(summary['rehearsal']['step_seconds'])} in the rehearsal"
@@ -4371,25 +4415,26 @@ def train(run: Run, env: Environment) -> None:
             "the nodes started different numbers of processes; give each node the same number "
             "of GPUs"
         )
-    secrets = json.loads(os.environ.pop(SECRETS_VARIABLE))
+    handover = json.loads(os.environ.pop(HANDOVER_VARIABLE))
     config = derive_accumulation(load_config(run.config_file, {}), ranks)
     run_exp = import_trainer(env)
     from transformers import TrainerCallback
 
+    checkpoint = agree_on_checkpoint(run, env)
+    args = build_training_args(config, run, checkpoint)
     callback_class = type("RankCallback", (RankCallback, TrainerCallback), {})
-    callback = callback_class(run, config)
-    if config.values.deepspeed and run.checkpoint_ranks() not in (None, ranks):
+    callback = callback_class(run, config, Asked(args, checkpoint, handover))
+    hold_trainer(callback)
+    saved_by = checkpoint and read_json_or_empty(checkpoint / MANIFEST).get("world_size")
+    if config.values.deepspeed and saved_by not in (None, ranks):
         reshard_on_load()
     measure_data(config.values, partial(record_data, run))
     if run.is_rehearsal:
         rehearse_data(callback)
-    state = "finished"
-    try:
-        run_exp(build_training_args(config, run) | secrets, [callback])
-    except Stopped:
-        state = "diverged" if callback.diverged else "stopped"
-    end = {"state": state, "cause": callback.diverged, "figures": callback.figures}
-    callback.write(event="end", **end)
+    with contextlib.suppress(Stopped):
+        run_exp(args | handover["secrets"], [callback])
+    state, cause = callback.ending or ("finished", "")
+    callback.write(event="end", state=state, cause=cause, figures=callback.figures)
     if "wandb" in tracking_backends(config.values):
         finish_wandb()
 
@@ -4423,9 +4468,43 @@ def import_trainer(env: Environment) -> Callable:
     return run_exp
 
 
-def build_training_args(config: Config, run: Run) -> dict:
+def agree_on_checkpoint(run: Run, env: Environment) -> Path | None:
+    """The checkpoint to resume from, chosen by rank 0, told through torchrun's store.
+
+    Other nodes may see a shared folder as it was a minute ago, so they wait for it.
+    """
+    chosen = run.newest_checkpoint()
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # all_differences will tell
+        return chosen
+    from torch.distributed import TCPStore
+
+    store = TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
+    if env["RANK"] == "0":
+        store.set(MANIFEST, chosen.name if chosen else "")
+    name = store.get(MANIFEST).decode()
+    folder = run.path / name
+    for waited in wait_for(f"{folder} to appear on this node"):
+        if not name or (folder / MANIFEST).exists() or waited > RENDEZVOUS_SECONDS:
+            break
+    return folder if name else None
+
+
+def hold_trainer(callback: RankCallback) -> None:
+    """Let the callback know its trainer: only that has the engine and the samples."""
+    from transformers import Trainer
+
+    train = Trainer.train
+
+    def train_and_tell(trainer, *args, **options):
+        callback.trainer = trainer
+        return train(trainer, *args, **options)
+
+    Trainer.train = train_and_tell
+
+
+def build_training_args(config: Config, run: Run, checkpoint: Path | None) -> dict:
     """The dict for LLaMA-Factory's run_exp: without the launcher's keys and secrets, writing into
-    the run directory, resuming its newest committed checkpoint.
+    the run directory, resuming `checkpoint`.
     """
     values = config.values
     args = {
@@ -4449,14 +4528,14 @@ def build_training_args(config: Config, run: Run) -> dict:
     left_out |= {key for key in args if key.startswith("swanlab_")}
     if values.deepspeed:  # with use_cpu transformers would not initialize DeepSpeed
         left_out.add("use_cpu")
-    return without(args, *left_out) | resume_args(run, values)
+    return without(args, *left_out) | resume_args(run, values, checkpoint)
 
 
-def resume_args(run: Run, values: Values) -> dict:
-    """What resumes the newest committed checkpoint; {} where there is none."""
-    checkpoint = run.newest_checkpoint()
+def resume_args(run: Run, values: Values, checkpoint: Path | None) -> dict:
+    """What resumes `checkpoint` or, where there is none, begins at step 0."""
     if not checkpoint:
-        return {}
+        # Else LLaMA-Factory resumes from any checkpoint that it finds, without an optimizer too.
+        return {"overwrite_output_dir": True}
     done, goal = checkpoint_step(checkpoint), run.read("plan.json").get("total_steps")
     if not goal:
         state = read_json_or_empty(checkpoint / "trainer_state.json")
@@ -4468,17 +4547,32 @@ def resume_args(run: Run, values: Values) -> dict:
     return resume
 
 
+NOTHING, SAVE, STOP = range(3)  # what is asked of a running training
+
+
 class Stopped(Exception):
-    """Training ended early: a stop was requested, and is committed, or the run has diverged."""
+    """Training ended early; the callback's `ending` says how."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a rank was started to do: run_exp's arguments, from which checkpoint, and what the
+    launcher handed over: `force`, and the fingerprints of its node's `data`.
+    """
+
+    args: dict
+    checkpoint: Path | None
+    handover: dict
 
 
 class RankCallback:
     """The trainer callback of every rank: stop together, commit checkpoints, write the metrics."""
 
-    def __init__(self, run: Run, config: Config):
-        self.run, self.config = run, config
-        self.stopping, self.saved, self.state = False, None, None
-        self.loss_watch, self.diverged = LossWatch(), ""
+    def __init__(self, run: Run, config: Config, asked: Asked):
+        self.run, self.config, self.asked = run, config, asked
+        self.trainer, self.state, self.saved = None, None, None
+        self.loss_watch = LossWatch()
+        self.ending: tuple[str, str] | None = None  # state and cause, where it ends early
         # In seconds; a step with its wait for data, without saving and evaluating.
         self.waits, self.steps, self.saves, self.evaluations = [], [], [], []
         self.lapped, self.figures = 0.0, {}
@@ -4486,15 +4580,42 @@ class RankCallback:
         self.progress = run.logs / f"rank{os.environ['RANK']}.progress"
 
     def on_train_begin(self, args, state, control, **kwargs):
-        use_learning_rate(args.learning_rate, kwargs["lr_scheduler"])
+        self.state = state
+        loaded = {}
+        if self.asked.checkpoint:
+            loaded = local_state(self.trainer)
+            use_learning_rate(args.learning_rate, kwargs["lr_scheduler"])
         # A resumed run would go by the checkpoint's save_steps and others.
         state.compute_steps(args, state.max_steps)
-        self.state = state
-        if self.agree_to_stop(args):
+        self.prove(loaded)
+        if self.agree(args) == STOP:
+            self.ending = ("stopped", "")
             raise Stopped
         seed_length_groups(args.seed, state)
         self.write(event="begin", total_steps=state.max_steps)
         self.lap()
+
+    def prove(self, loaded: dict) -> None:
+        """End the run before its first step where the ranks do not agree, where they would do
+        something else than asked, or where they have not loaded what was saved.
+        """
+        asked = self.asked
+        own = {
+            "facts": rank_facts(self.trainer, asked, self.config),
+            "settings": list(wrong_settings(self.trainer, asked, self.run)),
+            "state": loaded,
+        }
+        ranks = gather(own)
+        problems = rank_differences([rank["facts"] for rank in ranks])
+        problems += next((rank["settings"] for rank in ranks if rank["settings"]), [])
+        if asked.checkpoint:
+            state = join_states([rank["state"] for rank in ranks])
+            problems += resume_differences(self.run, asked.checkpoint, state)
+        if problems and not asked.handover["force"]:
+            self.ending = ("failed", "; ".join(problems))
+            raise Stopped
+        for text in problems:
+            self.write(event="note", text=text)
 
     def lap(self) -> float:
         """Seconds since the last call."""
@@ -4512,51 +4633,61 @@ class RankCallback:
     def on_prediction_step(self, args, state, control, **kwargs):
         self.tell("evaluating")
 
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
+    def on_step_begin(self, args, state, control, **kwargs):
         self.waits.append(self.lap())
-        self.commit_saved(args, state, model)
+        self.commit_saved(args, state)
         self.tell("training")
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step < state.max_steps and self.agree_to_stop(args):
-            # Save at once, so that it can be resumed, whatever the configuration saves.
-            self.stopping = control.should_save = control.should_training_stop = True
-            control.should_evaluate = args.save_only_model = False
+        if state.global_step < state.max_steps:
+            asked = self.agree(args)
+            control.should_save |= asked > NOTHING
+            if asked == STOP:
+                # Save at once, so that it can be resumed, whatever the configuration saves.
+                self.ending = ("stopped", "")
+                control.should_training_stop = True
+                control.should_evaluate = args.save_only_model = False
         self.steps.append(self.waits[-1] + self.lap())
         self.tell("saving" if control.should_save else "training")
 
-    def agree_to_stop(self, args) -> bool:
-        """Whether any rank sees the STOP file; an all-reduce: all stop at the same step."""
+    def agree(self, args) -> int:
+        """What any rank sees asked of the run, by the files SAVE and STOP; an all-reduce: all do it
+        at the same step.
+        """
         import torch
 
-        seen = torch.tensor(int(self.run.stop_file.exists()), device=args.device)
+        files = {SAVE: self.run.save_file, STOP: self.run.stop_file}
+        own = max([NOTHING, *(asked for asked, file in files.items() if file.exists())])
+        seen = torch.tensor(own, device=args.device)
         torch.distributed.all_reduce(seen, op=torch.distributed.ReduceOp.MAX)
-        return bool(seen.item())
+        return int(seen.item())
 
     def on_save(self, args, state, control, **kwargs):
         self.saved = state.global_step
         self.saves.append(self.lap())
 
-    def commit_saved(self, args, state, model) -> None:
+    def commit_saved(self, args, state) -> None:
         """Commit the checkpoint that was saved last, once all callbacks are done with it.
 
         LLaMA-Factory's own on_save callbacks run after ours and rewrite its files.
         """
         if self.saved is None:
             return
-        import torch
-
-        torch.distributed.barrier()  # every rank has written its part
-        if not weights_are_finite(model, args.device):
+        # Where all states are there, every rank has written its part.
+        held = join_states(gather(local_state(self.trainer)))
+        if not weights_are_finite(held):
             say(f"checkpoint-{self.saved} holds NaN or infinite weights and is not committed")
         elif state.is_world_process_zero:
             folder = self.run.path / f"checkpoint-{self.saved}"
             problem = resume_problem(self.config.values)
             if args.save_only_model:
                 problem = "save_only_model left out what resuming needs"
-            commit_checkpoint(folder, args.world_size, problem)
+            commit_checkpoint(folder, args.world_size, problem, held)
             best = Path(state.best_model_checkpoint or "").name
             rotate_checkpoints(self.run, self.config.values.save_total_limit, best)
+            if self.run.save_file.exists():
+                self.run.save_file.unlink(missing_ok=True)
+                self.write(event="note", text=f"{folder.name} is saved, as the file SAVE asked")
         self.saved = None
         self.saves[-1] += self.lap()
 
@@ -4564,30 +4695,25 @@ class RankCallback:
         self.tell("saving")  # which may follow
         self.evaluations.append(self.lap())
 
-    def on_epoch_end(self, args, state, control, model=None, **kwargs):
-        self.commit_saved(args, state, model)
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.commit_saved(args, state)
         self.tell("saving")  # which may follow, and at the end the best model is loaded
-        if self.stopping or self.diverged:  # without what an epoch and a training end with
+        if self.ending:  # without what an epoch and a training end with
             control.should_save = control.should_evaluate = args.load_best_model_at_end = False
 
-    def on_train_end(self, args, state, control, model=None, **kwargs):
-        self.commit_saved(args, state, model)
+    def on_train_end(self, args, state, control, **kwargs):
+        self.commit_saved(args, state)
         self.tell("saving")
         self.gather_figures(args)
-        if self.stopping or self.diverged:
+        if self.ending:
             self.skip_final_model()
 
     def gather_figures(self, args) -> None:
         """MEASURED of this start: medians, the rank with the most memory, and the share of the time
         that the rank waited for data which waited most.
         """
-        import torch
-
-        gathered = [None] * args.world_size
         waited = sum(self.waits[1:]) / sum(self.steps or [1])
-        torch.distributed.all_gather_object(
-            gathered, (peak_memory(), args.process_index, waited)
-        )
+        gathered = gather((peak_memory(), args.process_index, waited))
         peak, rank, _ = max(gathered)
         self.figures = {
             "step_seconds": statistics.median(self.steps or [0]),
@@ -4612,8 +4738,9 @@ class RankCallback:
         if "loss" in numbers:
             warm = state.global_step > args.get_warmup_steps(state.max_steps)
             # Every rank logs the same numbers, so all of them stop at this step.
-            self.diverged = self.loss_watch.problem(state.global_step, numbers, args.fp16, warm)
-            if self.diverged:
+            problem = self.loss_watch.problem(state.global_step, numbers, args.fp16, warm)
+            if problem:
+                self.ending = ("diverged", problem)
                 control.should_training_stop = True
                 control.should_save = control.should_evaluate = False
         self.write(**numbers)
@@ -4622,7 +4749,8 @@ class RankCallback:
         """Append one line to metrics.jsonl; rank 0 does.
 
         Each line has time (seconds since 1970), step and tokens. A log of the trainer adds its
-        numbers; `event: begin`, at each start, total_steps; `event: end` state, cause and figures.
+        numbers; `event: begin`, at each start, total_steps; `event: note` a text for the user;
+        `event: end` state, cause and figures.
         """
         if not self.state.is_world_process_zero:
             return
@@ -4646,11 +4774,12 @@ def seed_length_groups(seed: int, state) -> None:
 
 
 def use_learning_rate(rate: float, scheduler) -> None:
-    """Resume with the configuration's learning rate, not with the checkpoint's."""
-    scheduler = getattr(scheduler, "scheduler", scheduler)  # inside accelerate's wrapper
-    rates = getattr(scheduler, "base_lrs", ())
-    if len(set(rates)) == 1 and rates[0] != rate:
+    """Resume with the configuration's learning rate and steps, not with the checkpoint's."""
+    scheduler = inner(scheduler, "scheduler")
+    rates = scheduler.base_lrs if hasattr(scheduler, "lr_lambdas") else ()
+    if len(set(rates)) == 1:
         scheduler.base_lrs = [rate] * len(rates)
+    if rates:
         scheduler.last_epoch -= 1
         scheduler.step()  # sets this step's rates anew
 
@@ -4659,11 +4788,13 @@ class LossWatch:
     """Notices from the logs that a run has diverged.
 
     That is a loss or gradient norm that is not finite in two logs in a row, or a loss of more than
-    5 times its running median in 5 logs in a row, after the warm-up and the first 20 logs.
+    5 times its running median in 5 logs in a row, after the warm-up and the first 20 logs, which
+    does not fall and is above the first ones: harder data begin high, too, but are learned.
     """
 
     def __init__(self):
-        self.losses, self.high = deque(maxlen=100), 0
+        self.losses, self.first = deque(maxlen=100), []
+        self.high: list[float] = []  # losses in a row that are far above the median
         self.infinite: dict[str, int] = {}  # since which step a number is not finite
 
     def problem(self, step: int, numbers: dict, fp16: bool, warm: bool) -> str:
@@ -4681,27 +4812,356 @@ class LossWatch:
 
     def rising_loss(self, loss: float, warm: bool) -> str:
         """Why a loss that stays high is a divergence; '' where it is not."""
-        usual = statistics.median(self.losses or [math.inf])
-        if warm and len(self.losses) >= 20 and loss > 5 * usual > 0:
-            self.high += 1
-            if self.high == 5:
-                return f"loss {loss:.4g}, over 5 times its median of {usual:.4g} for 5 logs"
-        elif math.isfinite(loss):
-            self.high = 0
-            self.losses.append(loss)
-        return ""
+        if not math.isfinite(loss):
+            return ""
+        usual, count = statistics.median(self.losses or [math.inf]), len(self.losses)
+        self.losses.append(loss)
+        if count < 5:
+            self.first.append(loss)
+        if not (warm and count >= 20 and loss > 5 * usual > 0):
+            self.high = []
+            return ""
+        self.high.append(loss)
+        rises = loss > max(0.9 * self.high[0], statistics.median(self.first))
+        if len(self.high) < 5 or not rises:
+            return ""
+        return f"loss {loss:.4g}, over 5 times its median of {usual:.4g} for 5 logs"
 
 
-def weights_are_finite(model, device) -> bool:
-    """Whether no weight is NaN or infinite: each rank sums up its own part, all their sums."""
+def gather(own: object) -> list:
+    """What each rank hands in, in the order of the ranks, on all of them."""
     import torch
 
-    total = torch.zeros((), device=device)
-    for parameter in model.parameters():
-        own = getattr(parameter, "ds_tensor", parameter)  # ZeRO-3's shard of it
-        total += torch.sum(own.detach(), dtype=torch.float32).to(device)
-    torch.distributed.all_reduce(total)  # a sum is not finite where one of its parts is not
-    return bool(torch.isfinite(total))
+    gathered = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, own)
+    return gathered
+
+
+# --- proofs
+#
+# A list of rules is never complete. So before the first step the ranks compare what they are about
+# to do with what was asked, themselves with one another, and what they have loaded with what was
+# saved, whatever key or library makes the difference.
+
+PROVEN_PACKAGES = """
+    accelerate datasets deepspeed llamafactory peft tokenizers torch transformers
+""".split()
+# Elements that are summed at once in float64: on a CPU they fit in its cache, on a GPU in 128 MiB.
+CHUNKS = {"cpu": 1 << 16, "cuda": 1 << 24}
+# What decides how many steps there are.
+STEP_KEYS = """
+    per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps
+    dataloader_drop_last
+""".split()
+# LLaMA-Factory's optimizers, whose groups and rates are not those of the keys.
+OWN_OPTIMIZERS = """
+    use_galore use_apollo use_badam use_adam_mini use_muon loraplus_lr_ratio
+""".split()
+ROUNDING = 1e-12  # of sums in float64, relative to the sum of all sizes
+# What ZeRO calls its ranks' parts of the fp32 weights.
+MASTERS = {
+    1: "single_partition_of_fp32_groups",
+    2: "single_partition_of_fp32_groups",
+    3: "fp32_partitioned_groups_flat",
+}
+
+
+def inner(wrapper, name: str):
+    """What is inside of all wrappers that hold it under `name`."""
+    while hasattr(wrapper, name):
+        wrapper = getattr(wrapper, name)
+    return wrapper
+
+
+def local_state(trainer) -> dict:
+    """What a resume must bring back, as far as this rank holds it.
+
+    `sums` are {name: [elements, sum, sum of squares, sum weighted by position]} of the trained
+    weights, their fp32 masters and Adam's moments; the sums over all ranks are those of one copy,
+    however it is cut. A part in another place shows in the last one.
+    """
+    optimizer = inner(trainer.optimizer, "optimizer")
+    steps = {int(own["step"]) for own in optimizer.state.values() if "step" in own}
+    sums = {}
+    try:
+        for name, tensors, vectors, copies in held_tensors(trainer, optimizer):
+            rank = trainer.args.process_index if copies == 1 else 0
+            sums[name] = [own / copies for own in measure(tensors, vectors, rank)]
+    except (AttributeError, KeyError) as error:
+        say(f"what a resume loads cannot be proven for {type(optimizer).__name__}: {error!r}")
+    return {
+        "step": trainer.state.global_step,
+        "epoch": trainer.state.epoch,
+        "optimizer steps": sorted(steps),
+        "scheduler step": inner(trainer.lr_scheduler, "scheduler").last_epoch,
+        "learning rates": [float(group["lr"]) for group in optimizer.param_groups],
+        "sums": sums,
+    }
+
+
+def held_tensors(trainer, optimizer) -> Iterator[tuple]:
+    """(name, this rank's tensors, the vectors that they are cut from, how many ranks hold each)."""
+    engine, ranks = trainer.deepspeed, trainer.args.world_size
+    stage = engine.zero_optimization_stage() if engine else 0
+    trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+    own = [local_part(getattr(weight, "ds_tensor", weight)) for weight in trained]
+    sizes = [
+        getattr(weight, "ds_numel", part.numel())
+        for weight, part in zip(trained, own, strict=True)
+    ]
+    is_cut = stage == 3 or trainer.is_fsdp_enabled
+    yield "weights", own, whole_vectors(own, sizes), 1 if is_cut else ranks
+    if stage:
+        masters = getattr(engine.optimizer, MASTERS[stage])
+        vectors = find_vectors(engine._get_zero_param_shapes(), ranks, stage)
+    else:
+        masters = [weight for group in optimizer.param_groups for weight in group["params"]]
+        sizes = [local_part(weight).numel() for weight in masters]
+        vectors = whole_vectors(masters, sizes)
+    copies = 1 if stage or trainer.is_fsdp_enabled else ranks
+    yield "masters", masters, vectors, copies
+    for name in MOMENTS:
+        moments = [optimizer.state.get(weight, {})[name] for weight in masters]
+        yield name, moments, vectors, copies
+
+
+def local_part(tensor):
+    """This rank's part of FSDP's tensors; any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole_vectors(parts: list, sizes: list[int]) -> list[Vector]:
+    """The vectors of tensors that are not joined to flat groups."""
+    numbered = enumerate(zip(parts, sizes, strict=True))
+    return [Vector(i, 0, local_part(part).numel(), size) for i, (part, size) in numbered]
+
+
+def measure(tensors: list, vectors: list[Vector], rank: int) -> list[float]:
+    """Elements, sum, sum of squares and sum weighted by position of a rank's parts, in float64.
+
+    The padding at a vector's end does not count.
+    """
+    import torch
+
+    device = local_part(tensors[0]).device
+    chunk = CHUNKS.get(device.type, CHUNKS["cuda"])
+    places = torch.arange(chunk, dtype=torch.float64, device=device)
+    count, before, total = 0, 0, places.new_zeros(3)
+    for vector in vectors:
+        begin = rank * vector.part
+        size = min(max(vector.size - begin, 0), vector.part)
+        flat = local_part(tensors[vector.group]).detach().reshape(-1)
+        for part in flat[vector.start : vector.start + size].split(chunk):
+            numbers = part.to(places)
+            own, at = numbers.sum(), numbers @ places[: len(numbers)]
+            total += torch.stack([own, numbers @ numbers, at + own * (before + begin)])
+            begin += len(numbers)
+        count += size
+        before += vector.size
+    return [count, *total.tolist()]
+
+
+def join_states(states: list[dict]) -> dict:
+    """The state over all ranks, of what each of them holds."""
+    joined = {}
+    for name in states[0]["sums"]:
+        columns = zip(*(state["sums"][name] for state in states), strict=True)
+        joined[name] = list(map(math.fsum, columns))
+    return states[0] | {"sums": joined}
+
+
+def weights_are_finite(state: dict) -> bool:
+    """Whether no trained weight is NaN or infinite: else a sum of them is not finite."""
+    return all(map(math.isfinite, state["sums"].get("weights", ())))
+
+
+def resume_differences(run: Run, checkpoint: Path, loaded: dict) -> list[str]:
+    """That what was loaded is not what was saved, and what to do; [] where it is the same."""
+    saved = read_json_or_empty(checkpoint / MANIFEST).get("state")
+    found = ", ".join(state_differences(saved, loaded)) if saved else ""
+    if not found:
+        return []
+    older = [path for path in run.checkpoints() if not checkpoint_problem(path)]
+    older = older[older.index(checkpoint) + 1 :]
+    advice = "start a new run"
+    if older:
+        aside = shlex.join(["mv", str(checkpoint), f"{run.path}/broken-{checkpoint.name}"])
+        advice = f"to go on from {older[0].name}: {aside}; {resume_command(run)}"
+    return [f"{checkpoint.name} is not loaded as it was saved: {found}; {advice}"]
+
+
+def state_differences(saved: dict, loaded: dict) -> Iterator[str]:
+    """Where two states differ: exactly, but for the rounding of sums."""
+    for name in without(saved, "sums"):
+        if saved[name] != loaded[name]:
+            yield f"{name} {saved[name]} saved, {loaded[name]} loaded"
+    for name, old in saved["sums"].items():
+        new = loaded["sums"].get(name, [0] * 4)
+        count, _, squares, _ = old
+        size = math.sqrt(count * squares)  # at least the sum of all absolute values
+        allowed = [0, size, squares, size * count]
+        for what, was, now, most in zip(
+            ("elements", "sum", "squares", "places"), old, new, allowed, strict=True
+        ):
+            if not abs(now - was) <= ROUNDING * most:
+                yield f"{what} of {name} {was:.10g} saved, {now:.10g} loaded"
+                break
+
+
+def rank_facts(trainer, asked: Asked, config: Config) -> dict:
+    """What must be the same on each rank: {what: value}."""
+    return {
+        "step": trainer.state.global_step,
+        "checkpoint": asked.checkpoint and asked.checkpoint.name,
+        **{f"{key} in config.yaml": value for key, value in config.values.items()},
+        **asked.handover["data"],
+        "the tokenized samples": samples_digest(trainer.train_dataset),
+        "python": sys.version.split()[0],
+        **{name: installed_version(name) for name in PROVEN_PACKAGES},
+    }
+
+
+def samples_digest(samples) -> str:
+    """How many samples there are, and a hash of a hundred of them; '' where they are streamed."""
+    if not hasattr(samples, "__len__"):
+        return ""
+    rows = range(0, len(samples), len(samples) // 100 + 1)
+    text = repr([samples[row] for row in rows]).encode()
+    return f"{len(samples)} {hashlib.sha256(text).hexdigest()[:16]}"
+
+
+def rank_differences(ranks: list[dict]) -> list[str]:
+    """Where ranks are not like rank 0, and what to do; [] where all are."""
+    found = []
+    for number, facts in enumerate(ranks):
+        for name in facts.keys() | ranks[0].keys():
+            first, own = ranks[0].get(name), facts.get(name)
+            if own != first:
+                found.append(f"{name} is {own} on rank {number}, {first} on rank 0")
+    if not found:
+        return []
+    advice = "give every node the same files and packages"
+    return [f"the ranks do not agree: {', '.join(sorted(found)[:3])}; {advice}"]
+
+
+def wrong_settings(trainer, asked: Asked, run: Run) -> Iterator[str]:
+    """Where trainer and engine would do something else than was asked, by key."""
+    values = Values(vars(trainer.args) | asked.args)
+    for subject in (
+        key_settings,
+        batch_settings,
+        data_settings,
+        optimizer_settings,
+        schedule_settings,
+        precision_settings,
+    ):
+        try:
+            for key, wanted, done in subject(trainer, values, run):
+                if wanted != done:
+                    yield f"{key}: {wanted} was asked for, {done} would be used"
+        except Exception:  # a library that nobody has foreseen has them elsewhere; it may train
+            traceback.print_exc()
+
+
+def key_settings(trainer, values: Values, run: Run) -> Iterator[tuple]:
+    """(key, what was asked for, what would be used) of the keys that the trainer has itself."""
+    for key, value in values.items():
+        if key != "report_to" and hasattr(trainer.args, key) and not isinstance(value, dict):
+            yield key, value, getattr(trainer.args, key)
+
+
+def batch_settings(trainer, values: Values, run: Run) -> Iterator[tuple]:
+    """The samples of a step, and the steps."""
+    micro, parts = values.per_device_train_batch_size, values[ACCUMULATION]
+    ranks, engine = int(os.environ["WORLD_SIZE"]), trainer.deepspeed
+    yield "WORLD_SIZE", ranks, trainer.args.world_size
+    if engine:
+        yield "per_device_train_batch_size", micro, engine.train_micro_batch_size_per_gpu()
+        yield ACCUMULATION, parts, engine.gradient_accumulation_steps()
+        yield "global_batch_size", micro * parts * ranks, engine.train_batch_size()
+    if hasattr(trainer.train_dataset, "__len__"):
+        loader = trainer.callback_handler.train_dataloader
+        yield "per_device_train_batch_size", micro * ranks, loader.total_batch_size
+        counted = {key: values[key] for key in STEP_KEYS}
+        steps = plan_steps([len(trainer.train_dataset)], counted, ranks)
+        yield "max_steps", steps.total, trainer.state.max_steps
+
+
+def data_settings(trainer, values: Values, run: Run) -> Iterator[tuple]:
+    """How many samples there are, and how long the longest is."""
+    from datasets import Dataset
+    from pyarrow.compute import list_value_length
+
+    samples, figures = trainer.train_dataset, run.read("data.json")
+    planned = run.read("plan.json").get("samples")
+    if figures and planned is not None:
+        yield "dataset", f"{planned} rows", f"{figures['rows']} rows"
+        yield "dataset", f"{figures['kept']} samples", f"{len(samples)} samples"
+    cutoff = values.cutoff_len
+    if isinstance(samples, Dataset) and cutoff:
+        lengths = list_value_length(samples.data.column(0)).to_numpy()
+        longest = int(lengths.max())
+        yield "cutoff_len", cutoff, longest if longest > cutoff + 1 else cutoff
+
+
+def optimizer_settings(trainer, values: Values, run: Run) -> Iterator[tuple]:
+    """The optimizer, its numbers and what clips its gradients."""
+    if trainer.deepspeed:
+        zero, engine = trainer.deepspeed.optimizer, trainer.deepspeed
+        clips = getattr(zero, "clip_grad", engine.gradient_clipping())
+        yield "max_grad_norm", values.max_grad_norm, clips
+    if any(values[key] for key in OWN_OPTIMIZERS):
+        return
+    name = type(inner(trainer.optimizer, "optimizer")).__name__
+    if values.optim.startswith("adamw") and "adam" not in name.lower():
+        yield "optim", values.optim, name
+    groups = trainer.optimizer.param_groups
+    yield "weight_decay", values.weight_decay, max(group["weight_decay"] for group in groups)
+    for group in groups:
+        if "betas" in group:
+            yield "adam_beta1", values.adam_beta1, group["betas"][0]
+            yield "adam_beta2", values.adam_beta2, group["betas"][1]
+            yield "adam_epsilon", values.adam_epsilon, group["eps"]
+
+
+def schedule_settings(trainer, values: Values, run: Run) -> Iterator[tuple]:
+    """The learning rate, and its share at some steps, which is that of a scheduler made anew."""
+    from torch import optim, zeros
+    from transformers import get_scheduler
+
+    total, args = trainer.state.max_steps, trainer.args
+    scheduler = inner(trainer.lr_scheduler, "scheduler")
+    if not (total and hasattr(scheduler, "lr_lambdas")):
+        return
+    if not any(values[key] for key in OWN_OPTIMIZERS):
+        for rate in scheduler.base_lrs:
+            yield "learning_rate", values.learning_rate, rate
+    fresh = get_scheduler(
+        values.lr_scheduler_type,
+        optim.SGD([zeros(1)]),
+        num_warmup_steps=args.get_warmup_steps(total),
+        num_training_steps=total,
+        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+    )
+    for step in (0, 1, total // 10, total // 2, total - 1):
+        wanted, done = (made.lr_lambdas[0](step) for made in (fresh, scheduler))
+        yield f"lr_scheduler_type at step {step}", wanted, done
+
+
+def precision_settings(trainer, values: Values, run: Run) -> Iterator[tuple]:
+    """What computes and what holds the weights, and how ZeRO cuts them."""
+    engine, zero = trainer.deepspeed, read_deepspeed(values)
+    stage = engine.zero_optimization_stage() if engine else 0
+    yield "deepspeed", str(zero.kind), replace(zero, stage=stage, used=bool(engine)).kind
+    mixed = precision(values).replace("fp32", "no").replace("pure_bf16", "no")
+    yield "bf16" if values.bf16 else "fp16", mixed, trainer.accelerator.mixed_precision
+    if values.finetuning_type != "full" or values.pure_bf16 or trainer.is_fsdp_enabled:
+        return
+    trained = (weight for weight in trainer.model.parameters() if weight.requires_grad)
+    largest = max(trained, key=lambda weight: getattr(weight, "ds_numel", weight.numel()))
+    names = {"bf16": "torch.bfloat16", "fp16": "torch.float16", "no": "torch.float32"}
+    wanted = names[mixed if engine else "no"]
+    yield "the weights", wanted, str(largest.dtype)
 
 
 def resume_problem(values: Values) -> str:
@@ -4741,6 +5201,7 @@ def peak_memory() -> int:
 # and where the tokenized data comes from the cache.
 
 STREAMED_ROWS = 1000  # streamed data is measured by its first rows
+SAMPLED = 100_000  # so many lengths tell how much is padding
 PADDED_TO = 8  # LLaMA-Factory pads a batch to a multiple of it
 IGNORED = -100  # the label of a token that is not learned
 
@@ -4761,6 +5222,8 @@ def measure_data(values: Values, tell: Callable) -> None:
     def tokenize_and_tell(rows, *more, is_eval):
         data_args, args, stage, template, tokenizer, *_ = more
         tokenized = tokenize(rows, *more, is_eval=is_eval)
+        if os.environ.get("RANK", "0") != "0":
+            return tokenized.remove_columns(["measured", "lost"])
         counted, samples = rows, tokenized
         if stage == "pt":  # its samples are blocks of text, not rows
             counted = samples
@@ -4848,6 +5311,8 @@ def data_figures(samples, rows: int, data_args, args, values: Values) -> dict:
         lengths = numpy.full(len(samples), cutoff + 1)
     if values.disable_shuffling:
         order = "sequential"
+    some = lengths[:: len(lengths) // SAMPLED + 1]
+    learned = total * len(some) / len(lengths)
     return {
         "rows": rows,
         "kept": len(tokens),
@@ -4857,8 +5322,8 @@ def data_figures(samples, rows: int, data_args, args, values: Values) -> dict:
         "unlearned": int((lost == 2).sum()),
         "unended": int((lost > 0).sum()),
         "tokens": {"min": least, "median": median, "p99": p99, "max": most, "all": total},
-        "padding": 1 - total / drawn_tokens(lengths, args, order),
-        "grouped": 1 - total / drawn_tokens(lengths, args, "group_by_length"),
+        "padding": 1 - learned / drawn_tokens(some, args, order),
+        "grouped": 1 - learned / drawn_tokens(some, args, "group_by_length"),
         "enough": [enough, int((whole > enough).sum())],
     }
 
@@ -4993,7 +5458,7 @@ def run_preview(run: Run, count: int) -> int:
         config = load_config(run.config_file, {})
         measure_data(config.values, partial(show_samples, run, count, console))
         model_args, data_args, args, method, _ = get_train_args(
-            build_training_args(config, run)
+            build_training_args(config, run, None)
         )
         tools = load_tokenizer(model_args)
         template = get_template_and_fix_tokenizer(tools["tokenizer"], data_args)
@@ -5106,10 +5571,6 @@ def load_resharded(engine, *folder: str, load_optimizer_states: bool = True) -> 
         part.copy_(saved)
     content = shards[0] | {weights: own[weights], state: own[state]}
     optimizer.load_state_dict({rank: content}, load_from_fp32_weights=True)
-    loaded = flat_groups(optimizer.state_dict(), stage)
-    for saved, part in matching_parts(old, flats, new, loaded, rank):
-        if saved[::1000].tolist() != part[::1000].tolist():
-            raise ValueError("resharding changed the state of the optimizer")
     return True
 
 
@@ -5251,7 +5712,8 @@ class Run:
 
     def __init__(self, path: Path):
         self.path, self.logs = path, path / "logs"
-        self.config_file, self.stop_file = path / "config.yaml", path / "STOP"
+        self.config_file = path / "config.yaml"
+        self.stop_file, self.save_file = path / "STOP", path / "SAVE"
         self.metrics_file = path / "metrics.jsonl"
         self.is_rehearsal = path.name.startswith(REHEARSAL)
 
@@ -5361,17 +5823,20 @@ class Follower:
 # --- checkpoints --------------------------------------------------------------------------------
 
 
-def commit_checkpoint(folder: Path, world_size: int, problem: str = "") -> None:
+def commit_checkpoint(
+    folder: Path, world_size: int, problem: str = "", state: dict | None = None
+) -> None:
     """Make a saved checkpoint durable, then say so: fsync every file, then write the manifest.
 
-    `problem` is why it cannot be resumed from, though it is complete.
+    `problem` is why it cannot be resumed from, though it is complete; `state` what a resume must
+    bring back.
     """
     files = {}
     for path in (folder, *sorted(folder.rglob("*"))):
         sync(path)
         if path.is_file() and path.name != MANIFEST:  # one is there where a step is saved twice
             files[str(path.relative_to(folder))] = path.stat().st_size
-    content = {"world_size": world_size, "problem": problem, "files": files}
+    content = {"world_size": world_size, "problem": problem, "state": state, "files": files}
     write_atomically(folder / MANIFEST, json.dumps(content, indent=1))
     sync(folder / MANIFEST)
     sync(folder)

@@ -15,7 +15,7 @@ import yaml as pyyaml
 from helpers import ROOT, SCRIPT
 from helpers.config import write_json
 from train_qwen3_ft import (
-    SECRETS_VARIABLE,
+    HANDOVER_VARIABLE,
     Devices,
     LaunchError,
     Run,
@@ -356,14 +356,14 @@ def test_training_args_have_no_key_of_the_launcher(tmp_path):
     (tmp_path / "c.yaml").write_text(
         "stage: sft\ncuda_visible_devices: '0'\nglobal_batch_size: 8\nmax_restarts: 2\n"
     )
-    args = build_training_args(load_config(tmp_path / "c.yaml", {}), Run(tmp_path / "run"))
+    args = build_training_args(load_config(tmp_path / "c.yaml", {}), Run(tmp_path / "run"), None)
     assert args["stage"] == "sft"
     assert not {"cuda_visible_devices", "global_batch_size", "max_restarts"} & set(args)
 
 
 def test_training_args_write_into_the_run_directory(tmp_path):
     (tmp_path / "c.yaml").write_text("output_dir: somewhere\n")
-    args = build_training_args(load_config(tmp_path / "c.yaml", {}), Run(tmp_path / "run"))
+    args = build_training_args(load_config(tmp_path / "c.yaml", {}), Run(tmp_path / "run"), None)
     assert args["output_dir"] == str(tmp_path / "run")
 
 
@@ -371,7 +371,7 @@ def test_training_args_leave_swanlab_to_the_launcher(tmp_path):
     (tmp_path / "c.yaml").write_text(
         "report_to: [swanlab, tensorboard]\nuse_swanlab: true\nswanlab_project: p\n"
     )
-    args = build_training_args(load_config(tmp_path / "c.yaml", {}), Run(tmp_path / "run"))
+    args = build_training_args(load_config(tmp_path / "c.yaml", {}), Run(tmp_path / "run"), None)
     assert args["report_to"] == ["tensorboard"]
     assert not [key for key in args if "swanlab" in key]
 
@@ -385,7 +385,9 @@ def test_a_finished_run_of_unknown_length_trains_on_where_more_epochs_are_wanted
     write_json(run.path / "checkpoint-7" / "trainer_state.json", state)
     commit_checkpoint(run.path / "checkpoint-7", 1)
     (tmp_path / "c.yaml").write_text(f"packing: true\nnum_train_epochs: {epochs}\n")
-    args = build_training_args(load_config(tmp_path / "c.yaml", {}), run)
+    args = build_training_args(
+        load_config(tmp_path / "c.yaml", {}), run, run.newest_checkpoint()
+    )
     assert (args["num_train_epochs"] > 0) == trains
 
 
@@ -417,12 +419,13 @@ SECRET_VARIABLES = ["SWANLAB_API_KEY", "HF_TOKEN", "WANDB_API_KEY", "MODELSCOPE_
 def test_the_trainer_gets_no_secret_that_it_does_not_need(tmp_path):
     """A tracker may upload its arguments."""
     plan = SimpleNamespace(
-        devices=Devices((), "", 1), zero=Zero(), values=Values(report_to="none")
+        devices=Devices((), "", 1), zero=Zero(), values=Values(report_to="none"), data={}
     )
     config = SimpleNamespace(secrets=dict.fromkeys(SECRET_KEYS, SECRET))
-    found = SimpleNamespace(plan=plan, config=config)
+    found = SimpleNamespace(plan=plan, config=config, force=False)
     env = build_rank_environment(found, Run(tmp_path), {})
-    assert json.loads(env[SECRETS_VARIABLE]).keys() == set(SECRET_KEYS) - KEPT
+    handover = json.loads(env[HANDOVER_VARIABLE])
+    assert handover["secrets"].keys() == set(SECRET_KEYS) - KEPT
 
 
 @pytest.mark.parametrize(

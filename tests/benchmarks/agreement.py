@@ -3,7 +3,7 @@
 python tests/benchmarks/agreement.py    # a Qwen3 of 34 M parameters, 2 ranks; about 2 minutes
 
 Each rank trains in plain data-parallel (a step of which is cheaper than one of ZeRO-3, so the share
-is the larger) and calls the launcher's own code: RankCallback.agree_to_stop after each step (at
+is the larger) and calls the launcher's own code: RankCallback.agree after each step (at
 most 1 % of it), tell and LossWatch (at most 0.5 %), and weights_are_finite beside a checkpoint of
 weights and optimizer that is written and synced. A barrier before each call keeps the waiting for
 the slower rank, which the next collective would do anyway, out of its time.
@@ -93,7 +93,7 @@ def work(steps: int, tokens: int) -> None:
 
     actions = {
         "step": lambda: train_step(model, optimizer, batch),
-        "agreement": lambda: RankCallback.agree_to_stop(callback, args),
+        "agreement": lambda: RankCallback.agree(callback, args),
         "watch": watch,
     }
     times = {name: [] for name in actions}

@@ -6,6 +6,7 @@ remembers, so that the run that is restarted goes through.
 
 import ctypes
 import importlib.abc
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -13,6 +14,7 @@ import re
 import signal
 import sys
 import time
+from pathlib import Path
 
 
 def strike_once(fault):
@@ -187,6 +189,36 @@ def out_of_memory(fault):
     in_each_step(fault, act)
 
 
+def out_of_memory_in_evaluation(fault):
+    """A GPU that holds so many samples of an evaluation at once and no more."""
+
+    def action(trainer, model, inputs, *args):
+        import torch
+
+        if len(inputs["input_ids"]) > fault["samples"]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    Patch(
+        "transformers.trainer", lambda module: before(module.Trainer, "prediction_step", action)
+    )
+
+
+def other_version(fault):
+    """This rank's node has another version of a package."""
+    original = importlib.metadata.version
+    importlib.metadata.version = lambda name: (
+        fault["version"] if name == fault["package"] else original(name)
+    )
+
+
+def stale_folder(fault):
+    """This rank's node does not see yet that a folder is there."""
+    original = Path.glob
+    Path.glob = lambda self, pattern, **options: (
+        path for path in original(self, pattern, **options) if path.name != fault["hidden"]
+    )
+
+
 def sleep_in_collator(fault):
     """The batch of this step is never made."""
     batches = [0]
@@ -315,6 +347,9 @@ POINTS = {
     "nan loss": nan_loss,
     "nan weights": lambda fault: in_each_step(fault, nan_weights),
     "out of memory": out_of_memory,
+    "out of memory in evaluation": out_of_memory_in_evaluation,
+    "other version": other_version,
+    "stale folder": stale_folder,
     "out of memory once": lambda fault: in_step(fault, fail_out_of_memory),
     "outlive torchrun": lambda fault: in_step(
         fault, lambda: outlive_torchrun(fault["seconds"])

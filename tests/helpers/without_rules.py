@@ -1,0 +1,16 @@
+"""The launcher with some of its rules switched off: python without_rules.py TEXT [ARGUMENT ...]
+
+Without every rule whose text holds TEXT, so that a test sees what the run itself notices.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import train_qwen3_ft as launcher  # noqa: E402
+
+if __name__ == "__main__":
+    text = sys.argv.pop(1)
+    launcher.RULES = [rule for rule in launcher.RULES if text not in rule[-1]]
+    sys.exit(launcher.main())
