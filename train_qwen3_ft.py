@@ -132,6 +132,13 @@ DEFAULTS = {
     "per_device_eval_batch_size": 8,
     "gradient_accumulation_steps": 1,
     "optim": "adamw_torch_fused",
+    "learning_rate": 5e-5,
+    "weight_decay": 0.0,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_epsilon": 1e-8,
+    "max_grad_norm": 1.0,
+    "warmup_steps": 0,
     "num_train_epochs": 3.0,
     "max_steps": -1,
     "logging_strategy": "steps",
@@ -800,6 +807,8 @@ def known_fields() -> dict[str, Field]:
     for key, annotation in re.findall(FIELD, source):
         if key in SPLIT_KEYS:
             annotation += " | list"
+        if key in ("fsdp", "resume_from_checkpoint"):
+            annotation += " | bool"
         fields[key] = read_annotation(annotation, choices)
     return fields | LAUNCHER_FIELDS
 
@@ -828,7 +837,7 @@ RANGES = (
         """
         per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps
         global_batch_size cutoff_len max_samples buffer_size preprocessing_num_workers
-        preprocessing_batch_size save_total_limit ddp_timeout hang_timeout
+        preprocessing_batch_size ddp_timeout hang_timeout
         """,
     ),
     (
@@ -1193,7 +1202,7 @@ BACKENDS = {
     for name in """
     tensorboard wandb mlflow swanlab comet_ml clearml neptune codecarbon dvclive dagshub trackio
     """.split()
-} | {"flyte": "flytekit", "azure_ml": "azureml"}
+} | {"flyte": "flytekit", "azure_ml": "azureml", "kubeflow": "transformers"}
 # (key, the values that need the package, the name for pip)
 PACKAGES = (
     ("flash_attn", "fa2", "flash-attn"),
@@ -1507,7 +1516,7 @@ def read_deepspeed(values: Values) -> Zero:
         section = content["zero_optimization"]
         stage = (0, 1, 2, 3).index(section["stage"])
         moved = [
-            section.get(key, {}).get("device", "none") != "none"
+            (section.get(key) or {}).get("device", "none") != "none"
             for key in ("offload_optimizer", "offload_param")
         ]
         saves = section.get("stage3_gather_16bit_weights_on_model_save") is True
@@ -2094,7 +2103,7 @@ def estimate_disk(plan: Plan) -> tuple[int, int | None]:
         if zero.used and zero.stage < 3:
             checkpoint += weights
     kept = count_times(plan, "save")
-    if plan.values.save_total_limit:
+    if (plan.values.save_total_limit or 0) > 0:
         kept = min(kept, plan.values.save_total_limit + 1)
     if kept == math.inf:
         return checkpoint, None
@@ -2321,24 +2330,65 @@ def loses_weights(v: Values) -> bool:
 
 
 def differing_settings(v: Values) -> str:
-    """The settings of the DeepSpeed file that do not equal their key: `bf16.enabled`."""
-    settings = v.zero.settings
+    """The settings of the DeepSpeed file that do not equal their key: `bf16.enabled`.
+
+    transformers compares these in integrations/deepspeed.py, after data and model are loaded.
+    """
     if not v.zero.used:  # a file that cannot be read
         return ""
     wanted = {
         "train_micro_batch_size_per_gpu": v.per_device_train_batch_size,
         "gradient_accumulation_steps": v.gradient_accumulation_steps,
         "train_batch_size": v.global_batch,
+        "gradient_clipping": v.max_grad_norm,
+        "bf16.enabled": bool(v.bf16 or v.bf16_full_eval),
+        "fp16.enabled": bool(v.fp16 or v.fp16_full_eval),
+        "optimizer.params.lr": v.learning_rate,
+        "optimizer.params.betas": [v.adam_beta1, v.adam_beta2],
+        "optimizer.params.eps": v.adam_epsilon,
+        "optimizer.params.weight_decay": v.weight_decay,
+        "scheduler.params.warmup_max_lr": v.learning_rate,
     }
-    # Where they are missing, accelerate accumulates nothing and DeepSpeed ends at its start.
-    given = {"gradient_accumulation_steps": 1, "train_batch_size": "auto"} | settings
-    names = [key for key in wanted if given.get(key) not in ("auto", wanted[key])]
-    for key in ("bf16", "fp16"):
-        section = settings.get(key)
-        enabled = section.get("enabled") if isinstance(section, dict) else None
-        if enabled not in (None, "auto", bool(v[key])):
-            names.append(f"{key}.enabled")
-    return ", ".join(names)
+    warmup = v.warmup_ratio or v.warmup_steps
+    if v.max_steps > 0:  # else only the tokenized data can tell
+        wanted["scheduler.params.total_num_steps"] = v.max_steps
+    if not 0 < warmup < 1:
+        wanted["scheduler.params.warmup_num_steps"] = warmup
+    # What a missing one means: DeepSpeed ends at its start, nothing is accumulated or clipped.
+    given = {
+        "train_micro_batch_size_per_gpu": None,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0,
+    }
+    given |= flat(v.zero.settings)
+    differing = (key for key in wanted if given.get(key, "auto") not in ("auto", wanted[key]))
+    return ", ".join(differing)
+
+
+def flat(settings: dict, prefix: str = "") -> dict:
+    """Nested settings by their path, `bf16.enabled`; without those that are null."""
+    found = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            found[prefix + key] = value
+    return found
+
+
+def missing_metric(v: Values) -> str:
+    """The metrics that an evaluation gives, where the one that decides is not among them."""
+    metric = (v.metric_for_best_model or "loss").removeprefix("eval_")
+    known = ["loss"]
+    if v.compute_accuracy:
+        known.append("accuracy")
+    if v.predict_with_generate:  # without labels there is no loss
+        known = ["rouge-1", "rouge-2", "rouge-l", "bleu-4"]
+    if v.eval_on_each_dataset and v.eval_dataset:
+        known = [f"{name}_{key}" for name in name_list(v.eval_dataset) for key in known]
+    if v.eval_strategy == "no" or metric in known or (v.stage != "sft" and metric != "loss"):
+        return ""
+    return " or ".join(known)
 
 
 def incomplete_data(v: Values) -> str:
@@ -2399,10 +2449,11 @@ RULES = (
     ),
     (
         "resume_from_checkpoint",
-        lambda v: not os.path.isdir(v.resume_from_checkpoint) and v.resume_from_checkpoint,
-        "{} does not exist; expected a checkpoint folder",
+        lambda v: not os.path.isdir(str(v.resume_from_checkpoint)) and v.resume_from_checkpoint,
+        "{} does not exist; expected a checkpoint folder; to continue a run use --resume",
     ),
-    needs("predict_with_generate neat_packing", "stage", "sft"),
+    needs("predict_with_generate neat_packing mask_history train_on_prompt", "stage", "sft"),
+    needs("adapter_name_or_path", "finetuning_type", "lora"),
     (
         "train_sampling_strategy",
         lambda v: v.train_sampling_strategy == "group_by_length" and v.stage in ("dpo", "rm"),
@@ -2447,11 +2498,16 @@ RULES = (
     ),
     # evaluation, and which checkpoint is the best
     (
-        "eval_strategy do_eval predict_with_generate",
+        "eval_strategy do_eval do_predict predict_with_generate",
         lambda v: not v.eval_dataset and not v.val_size,
         "there is nothing to evaluate on; set eval_dataset or val_size, or turn evaluation off",
     ),
     not_with_zero3("predict_with_generate", "use ZeRO-2, or generate after training"),
+    (
+        "do_predict",
+        lambda v: v.stage == "sft" and not v.predict_with_generate,
+        "needs predict_with_generate: true; set that, or turn it off",
+    ),
     keep_one("predict_with_generate", "compute_accuracy"),
     (
         "load_best_model_at_end",
@@ -2479,13 +2535,20 @@ RULES = (
         "needs evaluation and a metric; set eval_strategy and metric_for_best_model: loss",
     ),
     (
+        "load_best_model_at_end",
+        lambda v: v.stage == "rm",
+        "cannot be used with stage: rm; turn it off",
+    ),
+    (
         "metric_for_best_model",
-        lambda v: (
-            "accuracy" in v.metric_for_best_model
-            and v.stage == "sft"
-            and not v.compute_accuracy
-        ),
-        "evaluation gives no accuracy; set compute_accuracy: true, or use loss",
+        missing_metric,
+        "evaluation does not give it; set metric_for_best_model: {} (for accuracy also "
+        "compute_accuracy: true)",
+    ),
+    (
+        "load_best_model_at_end",
+        lambda v: not v.metric_for_best_model and missing_metric(v),
+        "needs a metric that evaluation gives; set metric_for_best_model: {}",
     ),
     (
         "lr_scheduler_type",
@@ -2505,6 +2568,12 @@ RULES = (
     ),
     (
         "deepspeed",
+        # engine.DDP_BFLOAT16 saves none; with data_types: fp32 it is saved, but not loaded.
+        lambda v: v.zero.kind == "ZeRO-0" and (v.bf16 or v.bf16_full_eval),
+        "stage 0 resumes no optimizer state with bf16; use ZeRO stage 1, or no deepspeed",
+    ),
+    (
+        "deepspeed",
         differing_settings,
         'set {} to "auto" in it: missing, or not what the key here says',
     ),
@@ -2515,6 +2584,7 @@ RULES = (
     ),
     not_with_zero3("auto_find_batch_size", "set per_device_train_batch_size, or use ZeRO-2"),
     not_with_zero3("use_unsloth", "use ZeRO-2"),
+    not_with_zero3("pissa_init", "run LLaMA-Factory's scripts/pissa_init.py first"),
     needs("quantization_bit", "finetuning_type", "lora", "oft"),
     needs("use_galore use_apollo", "finetuning_type", "full", "freeze"),
     (
@@ -5879,7 +5949,7 @@ def checkpoint_step(folder: Path | None) -> int:
 
 def rotate_checkpoints(run: Run, keep: int | None, best: str) -> None:
     """Remove the oldest checkpoints so that `keep` remain; the newest and the `best` always do."""
-    if not keep:
+    if (keep or 0) < 1:
         return
     newest, *older = run.checkpoints()
     older.sort(key=lambda path: path.name != best)  # the best counts first

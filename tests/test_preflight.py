@@ -261,7 +261,6 @@ BAD_VALUES = [
             ("dataloader_num_workers", -1),
             ("max_restarts", -1),
             ("max_steps", 0),
-            ("save_total_limit", 0),
             ("preprocessing_num_workers", 0),
             ("per_device_eval_batch_size", 0),
             ("global_batch_size", 0),

@@ -774,6 +774,10 @@ def test_a_finished_run_says_that_there_is_nothing_to_resume(here, finished_run)
 EVAL = {"val_size": 0.2, "eval_strategy": "epoch"}
 BEST = {"load_best_model_at_end": True, "save_strategy": "epoch", **EVAL}
 NEAT = {"neat_packing": True, "flash_attn": "fa2"}
+EACH = {"eval_dataset": "tiny", "eval_on_each_dataset": True, "eval_strategy": "epoch"}
+PARAMS = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
+ADAM = {**ZERO2, "optimizer": {"type": "AdamW", "params": PARAMS}}
+AGREES = {"learning_rate": 1e-3, "adam_beta2": 0.95, "weight_decay": 0.1}
 
 
 def bad(name: str, message: str, **changes: object):
@@ -895,6 +899,116 @@ def bad(name: str, message: str, **changes: object):
             predict_with_generate=True,
             compute_accuracy=True,
         ),
+        bad(
+            "stage-0-with-bf16",
+            r"deepspeed: stage 0 resumes no optimizer state with bf16; use ZeRO stage 1",
+            deepspeed={**ZERO2, "zero_optimization": {"stage": 0}},
+            bf16=True,
+        ),
+        bad(  # saved, but not loaded: the first step trains on the base model's fp32 weights
+            "stage-0-with-bf16-and-fp32-gradients",
+            r"deepspeed: stage 0 .*bf16",
+            deepspeed={
+                **ZERO2,
+                "zero_optimization": {"stage": 0},
+                "data_types": {"grad_accum_dtype": "fp32"},
+            },
+            bf16=True,
+        ),
+        bad(
+            "clipping-that-is-missing",
+            r"deepspeed: set gradient_clipping to",
+            deepspeed={key: ZERO2[key] for key in ZERO2 if key != "gradient_clipping"},
+        ),
+        bad(
+            "clipping-that-is-another",
+            r"deepspeed: set gradient_clipping to",
+            deepspeed={**ZERO2, "gradient_clipping": 0.5},
+        ),
+        bad(
+            "optimizer-that-is-another",
+            r"deepspeed: set optimizer\.params\.betas, optimizer\.params\.eps to",
+            deepspeed=ADAM,
+            **{**AGREES, "adam_beta2": 0.9, "adam_epsilon": 1e-6},
+        ),
+        bad(
+            "scheduler-that-is-another",
+            r"deepspeed: set scheduler\.params\.warmup_max_lr, scheduler\.params\.total_num_steps"
+            r", scheduler\.params\.warmup_num_steps to",
+            deepspeed={
+                **ZERO2,
+                "scheduler": {
+                    "params": {"warmup_max_lr": 1, "total_num_steps": 9, "warmup_num_steps": 9}
+                },
+            },
+            max_steps=5,
+            warmup_steps=2,
+        ),
+        bad(
+            "metric-that-there-is-not",
+            r"metric_for_best_model: evaluation does not give it; .*: loss",
+            **BEST,
+            metric_for_best_model="f1",
+        ),
+        bad(
+            "metric-of-generation-without-it",
+            r"metric_for_best_model: evaluation does not give it; .*: loss",
+            **EVAL,
+            metric_for_best_model="bleu-4",
+        ),
+        bad(
+            "loss-where-each-data-set-has-its-own",
+            r"metric_for_best_model: evaluation does not give it; .*: tiny_loss",
+            **EACH,
+            save_strategy="best",
+            metric_for_best_model="eval_loss",
+        ),
+        bad(
+            "best-by-the-loss-where-each-data-set-has-its-own",
+            r"load_best_model_at_end: .*; .*metric_for_best_model: tiny_loss",
+            **EACH,
+            load_best_model_at_end=True,
+            save_strategy="epoch",
+        ),
+        bad(
+            "best-reward-model",
+            r"load_best_model_at_end: .*stage: rm",
+            **BEST,
+            stage="rm",
+        ),
+        bad(
+            "prediction-without-generation",
+            r"do_predict: needs predict_with_generate: true",
+            do_predict=True,
+            val_size=0.2,
+        ),
+        bad(
+            "prediction-without-data",
+            r"do_predict: there is nothing to evaluate on",
+            do_predict=True,
+            predict_with_generate=True,
+        ),
+        *(
+            bad(f"{key}-in-pretraining", rf"{key}: needs stage: sft", stage="pt", **{key: True})
+            for key in ("mask_history", "train_on_prompt")
+        ),
+        bad(
+            "pissa-under-zero3",
+            r"pissa_init: cannot be used with ZeRO-3; .*pissa_init\.py",
+            deepspeed=ZERO3,
+            pissa_init=True,
+            **LORA,
+        ),
+        bad(
+            "adapter-without-lora",
+            r"adapter_name_or_path: needs finetuning_type: lora",
+            adapter_name_or_path="someone/adapter",
+        ),
+        bad(
+            "resume-from-true",
+            r"resume_from_checkpoint: True does not exist; .*to continue a run use --resume",
+            resume_from_checkpoint=True,
+        ),
         bad("pure-bf16-on-a-cpu", r"pure_bf16: .*CPU; use bf16", pure_bf16=True),
         bad("flash-attention-3", r"flash_attn: .*fa3.*use fa2 or auto", flash_attn="fa3"),
         bad(
@@ -911,7 +1025,7 @@ def bad(name: str, message: str, **changes: object):
         ),
         bad(
             "accuracy-that-is-not-computed",
-            r"metric_for_best_model: .*accuracy.*compute_accuracy",
+            r"metric_for_best_model: evaluation does not give it; .*: loss .*compute_accuracy",
             **BEST,
             metric_for_best_model="accuracy",
         ),
@@ -1239,6 +1353,59 @@ def test_bf16_that_an_old_gpu_emulates_can_be_forced(packages):
             "deepspeed-file-of-autos",
             deepspeed={**ZERO2, "train_batch_size": "auto", "fp16": {"enabled": "auto"}},
         ),
+        good("deepspeed-file-with-an-optimizer", deepspeed=ADAM, **AGREES),
+        good(
+            "deepspeed-file-without-clipping-where-none-is-wanted",
+            deepspeed={key: ZERO2[key] for key in ZERO2 if key != "gradient_clipping"},
+            max_grad_norm=0,
+        ),
+        good(
+            "deepspeed-file-with-a-scheduler",
+            deepspeed={
+                **ZERO2,
+                "scheduler": {
+                    "params": {
+                        "warmup_max_lr": 1e-3,
+                        "total_num_steps": 5,
+                        "warmup_num_steps": 2,
+                    }
+                },
+            },
+            max_steps=5,
+            warmup_steps=2,
+        ),
+        good(
+            "steps-that-only-the-tokenized-data-can-tell",
+            deepspeed={
+                **ZERO2,
+                "scheduler": {"params": {"total_num_steps": 9, "warmup_num_steps": 1}},
+            },
+            warmup_ratio=0.3,
+        ),
+        good(
+            "bf16-in-evaluation",
+            deepspeed={**ZERO2, "bf16": {"enabled": True}},
+            bf16_full_eval=True,
+        ),
+        good("stage-0", deepspeed={**ZERO2, "zero_optimization": {"stage": 0}}),
+        good(
+            "offload-of-nothing",
+            deepspeed={
+                **ZERO2,
+                "zero_optimization": {"stage": 2, "offload_optimizer": None},
+            },
+        ),
+        good("metric-that-nothing-asks-for", metric_for_best_model="f1"),
+        good(
+            "accuracy-of-one-data-set",
+            **EACH,
+            metric_for_best_model="tiny_accuracy",
+            compute_accuracy=True,
+        ),
+        good("resume-from-false", resume_from_checkpoint=False),
+        *(good(f"save-total-limit-{n}", save_total_limit=n) for n in (0, -1)),
+        good("fsdp-true", fsdp=True),
+        good("kubeflow", report_to="kubeflow"),
         good("dora", use_dora=True, **LORA),
         good("prompts", train_on_prompt=True),
         good("history", mask_history=True),

@@ -10,7 +10,10 @@ from helpers import ROOT
 CONFIGS = ROOT / "configs"
 ZERO3_FILE = str(CONFIGS / "deepspeed" / "ds_z3_config.json")
 # What every DeepSpeed configuration needs beside its zero_optimization.
-AUTO_BATCH = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
+AUTO_BATCH = dict.fromkeys(
+    ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    "auto",
+)
 TINY_MODEL = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
