@@ -1190,14 +1190,14 @@ def peak_kib(code: str, *args: str, env: dict, cwd: Path) -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_dry_run_of_the_default_config_is_small(clean_env, tmp_path):
-    """Beside a Python that has imported nothing; torch alone takes twenty times as much."""
+    """Beside a Python that has imported nothing; torch alone takes fifty times as much."""
     env = {**clean_env, "FAKE_GPUS": json.dumps(fake_gpus(4))}
     dry_run = (
         "import sys; sys.path.insert(0, sys.argv.pop(1)); import train_qwen3_ft as t\n"
         "t.main(['--dry-run'])"
     )
     peak = peak_kib(dry_run, str(ROOT), env=env, cwd=tmp_path)
-    assert peak < 8 * peak_kib("", env=env, cwd=tmp_path)
+    assert peak < 5 * peak_kib("", env=env, cwd=tmp_path)
 
 
 def test_the_measured_peak_of_a_rehearsal_counts_in_the_suggested_split(tmp_path):
