@@ -110,6 +110,7 @@ except ModuleNotFoundError:
 
 SCRIPT = Path(__file__).resolve()
 DEFAULT_CONFIG = SCRIPT.parent / "configs" / "qwen3_14b_ft.yaml"
+INSTALL = "pip install -r requirements.txt"
 DEMO_COMMAND = f"python {SCRIPT.name} configs/demo_cpu.yaml"
 HANDOVER_VARIABLE = "QWEN3_FT_HANDOVER"  # JSON for the ranks: secrets, force, data
 LAUNCHER_VARIABLE = "QWEN3_FT_LAUNCHER"
@@ -1108,6 +1109,7 @@ def check_ids(devices: Devices, gpus: list[Gpu], note: str) -> Iterator[str]:
 
 # The oldest driver for each major version of CUDA (NVIDIA's minor version compatibility).
 OLDEST_DRIVERS = {"13": "580", "12": "525"}
+OF_TORCH = ("torch", "torchvision", "torchaudio")  # their builds go together
 # Keys that need compute capability 8.0, with which value, and what to use instead. torch emulates
 # bf16 on older GPUs, slowly, so that can be forced.
 KEY_CAPABILITY = {
@@ -1122,26 +1124,41 @@ def check_cuda(config: Config, devices: Devices, gpus: list[Gpu]) -> Iterator[st
     where, built = devices.where, torch_cuda()
     if devices.ids and built is None:
         yield (
-            f"{where}: the installed torch is a CPU build and cannot use a GPU; pip install -r "
-            "requirements.txt"
+            f"{where}: the installed torch is a CPU build and cannot use a GPU; pip uninstall -y "
+            f"{' '.join(OF_TORCH)} && {INSTALL}"
         )
     driver = max((gpu.driver_cuda or 0 for gpu in gpus), default=0)
     major = (built or "0").split(".")[0]
+    other = torch_for_cuda_12(gpus)
     if driver and driver // 1000 < int(major):
+        other_build = f", or: {other}" if driver >= 12000 else ""
         yield (
             f"{where}: the NVIDIA driver supports CUDA {driver // 1000}.{driver % 1000 // 10}, "
             f"but torch was built for CUDA {built} and would see no GPU; install driver "
-            f"{OLDEST_DRIVERS.get(major, 'for it')} or newer, or a torch for the older CUDA"
+            f"{OLDEST_DRIVERS.get(major, 'for it')} or newer{other_build}"
         )
     for gpu in gpus:
         has = tuple(gpu.capability or (99, 0))
         shown = f"GPU {gpu.index} ({gpu.name}) has compute capability {has[0]}.{has[1]}"
         if major == "13" and has < (7, 5):
-            yield f"{where}: {shown}, torch for CUDA {built} needs 7.5; use other GPUs"
+            yield (
+                f"{where}: {shown}, torch for CUDA {built} needs 7.5; use other GPUs, or: {other}"
+            )
         for key, (value, advice) in KEY_CAPABILITY.items():
             if config.values[key] == value and has < (8, 0):
                 text = f"{config.where(key)}: {shown}, {key} needs 8.0; {advice}"
                 yield text if key == "flash_attn" else Forceable(text)
+
+
+def torch_for_cuda_12(gpus: list[Gpu]) -> str:
+    """The command for the same torch from PyTorch's index, which any driver from 525 on can run.
+
+    Its build for CUDA 12.6 knows GPUs up to Hopper, that for 12.8 also Blackwell.
+    """
+    is_blackwell = any(tuple(gpu.capability or ()) >= (10, 0) for gpu in gpus)
+    cuda = "cu128" if is_blackwell else "cu126"
+    builds = (f"{name}=={installed_version(name).split('+')[0]}+{cuda}" for name in OF_TORCH)
+    return f"pip install {' '.join(builds)} --index-url https://download.pytorch.org/whl/{cuda}"
 
 
 def torch_cuda() -> str | None:
@@ -1189,13 +1206,8 @@ def port_in_use(port: int) -> bool:
 
 # --- packages -----------------------------------------------------------------------------------
 
-# What LLaMA-Factory 0.9.5 works with. transformers 5.6 breaks flash attention.
-WORKING_VERSIONS = {
-    "torch": ">=2.4,<2.12",
-    "transformers": ">=4.55,<5.6",
-    "llamafactory": ">=0.9.5,<0.9.6",
-    "deepspeed": ">=0.10,<0.18.5",
-}
+# What a run depends on most; requirements.txt says which versions were tested.
+TESTED = ("torch", "transformers", "llamafactory", "deepspeed")
 # The package behind each backend of report_to.
 BACKENDS = {
     name: name
@@ -1225,21 +1237,19 @@ def require_packages(*names: str) -> None:
     missing = [name for name in names if find_spec(name) is None]
     if missing:
         raise LaunchError(
-            f"package {', '.join(missing)} is not installed in {sys.prefix}; pip install -r "
-            "requirements.txt"
+            f"package {', '.join(missing)} is not installed in {sys.prefix}; {INSTALL}"
         )
 
 
 def check_packages(config: Config, zero: Zero, env: Environment) -> Iterator[str]:
     """Packages and tools that the run needs and the node lacks, or has in a wrong version."""
-    for name, wanted in WORKING_VERSIONS.items():
-        if name == "deepspeed" and not zero.used:
-            continue
+    for name, tested, release in tested_versions():
         found = installed_version(name)
-        if found and not version_fits(name, wanted):
+        is_used = zero.used or name != "deepspeed"
+        if is_used and found and not re.match(rf"{release}\b", found):
             yield Forceable(
-                f"{name} {found} is installed, but the launcher needs {name}{wanted}; pip "
-                "install -r requirements.txt"
+                f"{name} {found} is installed, but this launcher was tested with {name} "
+                f"{tested}; {INSTALL}"
             )
     yield from check_keyed_packages(config, env)
     yield from check_backends(config, env)
@@ -1254,11 +1264,16 @@ def installed_version(name: str) -> str:
     return ""
 
 
-def version_fits(name: str, wanted: str) -> bool:
-    """Whether the version of an installed package is in a range such as `>=2.4,<2.12`."""
-    from packaging.specifiers import SpecifierSet
+def tested_versions() -> Iterable[tuple[str, str, str]]:
+    """Name, pin and what patches and local builds share (2.11 of 2.11.0, but 0.18.4 of 0.18.4).
 
-    return SpecifierSet(wanted, prereleases=True).contains(installed_version(name))
+    None where requirements.txt is not beside the script.
+    """
+    pin = rf"^({'|'.join(TESTED)})==(((?:0\.)*\d+\.\d+)\S*)"
+    with contextlib.suppress(OSError):
+        text = SCRIPT.with_name("requirements.txt").read_text(encoding="utf-8")
+        return sorted(set(re.findall(pin, text, re.MULTILINE)))
+    return ()
 
 
 def check_keyed_packages(config: Config, env: Environment) -> Iterator[str]:
@@ -4062,7 +4077,7 @@ def describe_run(found: Preflight, run: Run) -> dict:
         **found.config.values,
         "plan": {key: plan.get(key) for key in shown.split()},
         "gpus": [gpu.name for gpu in found.plan.gpus],
-        "versions": {name: installed_version(name) for name in (*WORKING_VERSIONS, "swanlab")},
+        "versions": {name: installed_version(name) for name in (*TESTED, "swanlab")},
     }
 
 

@@ -4,9 +4,7 @@ themselves.
 
 import csv
 import json
-import os
 import re
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -247,17 +245,18 @@ result = {name: rows(name) for name in data[1]}
     assert {name: count_rows(tmp_path / name, None) for name in ODD_FILES} == real
 
 
-def test_limit_keeps_a_long_file_cheap(tmp_path, write_config, clean_env):
-    # At most 0.2 s more; processor time, so that other work on this node does not count.
-    config = write_config(max_samples=1000)
-    plain = measure(config, clean_env, tmp_path)[0]
-    (tmp_path / "data" / "tiny.json").unlink()
-    with open(tmp_path / "data" / "tiny.jsonl", "w") as file:
-        file.writelines(
-            ['{"instruction": "select them all", "output": "SELECT 1;"}\n'] * 1_000_000
-        )
-    write_json(tmp_path / "data" / "dataset_info.json", {"tiny": {"file_name": "tiny.jsonl"}})
-    assert measure(config, clean_env, tmp_path)[0] - plain < 0.2
+def bytes_read() -> int:
+    """What this process has read so far, from files and elsewhere."""
+    return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="reads are counted in /proc")
+def test_limit_keeps_a_long_file_cheap(tmp_path):
+    row = '{"instruction": "select them all", "output": "SELECT 1;"}\n'
+    (tmp_path / "tiny.jsonl").write_text(row * 500_000)
+    before = bytes_read()
+    assert count_rows(tmp_path / "tiny.jsonl", 1000) == 1000
+    assert bytes_read() - before < 100_000 * len(row)
 
 
 @pytest.fixture
@@ -635,10 +634,9 @@ def test_without_offload_nothing_is_said_of_offloading(here):
     assert "for offloading" not in here("--dry-run", gpus=fake_gpus(4)).stdout
 
 
-def test_plan_says_that_the_gathered_weights_do_not_fit_in_host_memory(here):
+def test_plan_says_that_the_gathered_weights_do_not_fit_in_host_memory(here, monkeypatch):
+    monkeypatch.setattr("train_qwen3_ft.host_bytes", lambda: 60 * GIB)
     words = ["model_name_or_path=Qwen/Qwen3-32B", "--dry-run"]
-    if host_bytes() > 61 * GIB:
-        pytest.skip("this node has the memory")
     text = here(*words, gpus=fake_gpus(8, 80)).stdout
     assert re.search(r"^host +saving gathers 61.0 GiB on rank 0", text, re.MULTILINE)
 
@@ -693,7 +691,10 @@ def remedies(problems: list[str]) -> tuple[list[str], int | None]:
     return re.findall(r"\b\w+=[\w./-]+", advice), int(devices[1]) if devices else None
 
 
-def test_default_config_on_four_gpus_of_24_gib_names_what_fits_and_that_is_accepted(plan_of):
+def test_default_config_on_four_gpus_of_24_gib_names_what_fits_and_that_is_accepted(
+    plan_on_node,
+):
+    plan_of = plan_on_node(512)
     words, devices = remedies(plan_of(gpus=fake_gpus(4, 24))["problems"])
     assert words or devices
     ids = [f"cuda_visible_devices={list(range(devices))}"] if devices else []
@@ -737,6 +738,20 @@ def medium(write_config: Callable, tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+@pytest.fixture
+def plan_on_node(here: Callable, monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """plan_on_node(64)(*args, gpus=...): the plan as JSON on a node of 64 GiB, with disk enough."""
+
+    def on_node(host: int) -> Callable[..., dict]:
+        monkeypatch.setattr("train_qwen3_ft.host_bytes", lambda: host * GIB)
+        monkeypatch.setattr("train_qwen3_ft.free_bytes", lambda folder: 100 << 40)
+        return lambda *args, **options: json.loads(
+            here(*args, "--dry-run", "--json", **options).stdout
+        )
+
+    return on_node
+
+
 def test_what_does_not_fit_is_refused_with_what_is_needed_and_what_is_there(here, medium):
     done = here(medium(), "--dry-run", gpus=fake_gpus(1, 3))
     assert done.returncode == 2
@@ -747,7 +762,8 @@ def test_force_starts_what_does_not_fit(here, medium):
     assert here(medium(), "--dry-run", "--force", gpus=fake_gpus(1, 3)).returncode == 0
 
 
-def test_offload_is_named_where_it_makes_the_run_fit_and_is_accepted(plan_of, medium):
+def test_offload_is_named_where_it_makes_the_run_fit_and_is_accepted(plan_on_node, medium):
+    plan_of = plan_on_node(16)
     config = medium()
     words, _ = remedies(plan_of(config, gpus=fake_gpus(1, 3))["problems"])
     assert f"deepspeed={OFFLOAD}" in words
@@ -755,8 +771,9 @@ def test_offload_is_named_where_it_makes_the_run_fit_and_is_accepted(plan_of, me
 
 
 def test_smaller_micro_batch_is_named_where_it_makes_the_run_fit_and_is_the_same_step(
-    plan_of, medium
+    plan_on_node, medium
 ):
+    plan_of = plan_on_node(16)
     config = medium(per_device_train_batch_size=64, gradient_accumulation_steps=2)
     words, _ = remedies(plan_of(config, gpus=fake_gpus(1, 10))["problems"])
     assert any(word.startswith("per_device_train_batch_size=") for word in words)
@@ -764,8 +781,8 @@ def test_smaller_micro_batch_is_named_where_it_makes_the_run_fit_and_is_the_same
     assert (plan["problems"], plan["global_batch_size"]) == ([], 128)
 
 
-def test_more_gpus_are_named_where_only_they_make_the_run_fit(plan_of):
-    # 600 GiB of states: no host of a test has room to offload them
+def test_more_gpus_are_named_where_only_they_make_the_run_fit(plan_on_node):
+    plan_of = plan_on_node(500)  # 600 GiB of states: no room to offload them
     words, devices = remedies(
         plan_of("model_name_or_path=Qwen/Qwen3-32B", gpus=fake_gpus(4, 80))["problems"]
     )
@@ -780,24 +797,23 @@ def test_more_gpus_are_named_where_only_they_make_the_run_fit(plan_of):
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 3, 4, 6])
-def test_a_suggested_number_of_gpus_is_one_that_nodes_have(plan_of, gpus):
+def test_a_suggested_number_of_gpus_is_one_that_nodes_have(plan_on_node, gpus):
+    plan_of = plan_on_node(64)
     model = "model_name_or_path=Qwen/Qwen3-32B"
     ids = f"cuda_visible_devices={list(range(gpus))}"
     _, devices = remedies(plan_of(model, ids, gpus=fake_gpus(gpus, 80))["problems"])
     assert devices in (2, 4, 8, 16, 32, 64)
 
 
-def test_offload_that_the_host_cannot_hold_is_refused(here):
+def test_offload_that_the_host_cannot_hold_is_refused(here, monkeypatch):
+    monkeypatch.setattr("train_qwen3_ft.host_bytes", lambda: 800 * GIB)
     done = here(
         "model_name_or_path=Qwen/Qwen3-32B",
         f"deepspeed={OFFLOAD}",
         "--dry-run",
         gpus=fake_gpus(4, 80),
     )
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if host > 900 * GIB:
-        pytest.skip("this node has the memory")
-    assert re.search(r"host memory: .*8\d\d\.\d GiB.*this node has", done.stderr)
+    assert re.search(r"host memory: .*8\d\d\.\d GiB.*this node has 800\.0 GiB", done.stderr)
 
 
 @pytest.mark.parametrize(
@@ -1166,34 +1182,24 @@ def test_dry_run_shows_a_command_that_can_be_pasted(here, write_config):
     )
 
 
-def measure(config: Path | None, env: dict, cwd: Path, runs: int = 3) -> tuple[float, float]:
-    """(median processor seconds, largest MiB) of dry runs, import included."""
-    code = (
-        "import resource, sys, re; sys.path.insert(0, sys.argv.pop(1))\n"
-        "import train_qwen3_ft as t\n"
-        "t.main(sys.argv[1:] + ['--dry-run'])\n"
-        "peak = re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]\n"
-        "used = resource.getrusage(resource.RUSAGE_SELF)\n"
-        "print('USED', used.ru_utime + used.ru_stime, peak)"
-    )
-    command = [sys.executable, "-c", code, str(ROOT), *([str(config)] if config else [])]
-    shown = [
-        subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True).stdout
-        for _ in range(runs)
-    ]
-    found = [text.rpartition("USED ")[2].split() for text in shown]
-    return statistics.median(float(seconds) for seconds, _ in found), max(
-        int(kib) for _, kib in found
-    ) / 1024
+def peak_kib(code: str, *args: str, env: dict, cwd: Path) -> int:
+    """The largest memory of a Python that runs `code`."""
+    code += "\nprint(next(line for line in open('/proc/self/status') if 'VmHWM' in line))"
+    command = [sys.executable, "-c", code, *args]
+    done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True)
+    return int(re.search(r"VmHWM:\s+(\d+)", done.stdout)[1])
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-def test_dry_run_of_the_default_config_is_quick_and_small(clean_env, tmp_path):
-    seconds, mib = measure(
-        None, {**clean_env, "FAKE_GPUS": json.dumps(fake_gpus(4))}, tmp_path, runs=5
+def test_dry_run_of_the_default_config_is_small(clean_env, tmp_path):
+    """Beside a Python that has imported nothing; torch alone takes fifty times as much."""
+    env = {**clean_env, "FAKE_GPUS": json.dumps(fake_gpus(4))}
+    dry_run = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); import train_qwen3_ft as t\n"
+        "t.main(['--dry-run'])"
     )
-    assert seconds <= 0.35
-    assert mib <= 60
+    peak = peak_kib(dry_run, str(ROOT), env=env, cwd=tmp_path)
+    assert peak < 5 * peak_kib("", env=env, cwd=tmp_path)
 
 
 def test_the_measured_peak_of_a_rehearsal_counts_in_the_suggested_split(tmp_path):

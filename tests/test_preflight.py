@@ -5,6 +5,7 @@ works.
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from helpers import SCRIPT
 from helpers.config import AUTO_BATCH, TINY_MODEL, write_json
 from helpers.launcher import FAKES, fake_gpus
 from train_qwen3_ft import known_fields
@@ -871,7 +873,9 @@ importlib.machinery.PathFinder.find_spec = staticmethod(find_spec)
 def launch_without(launcher: Callable, tmp_path: Path) -> Callable[..., SimpleNamespace]:
     """A dry run in a Python in which the packages named with `hidden` cannot be found."""
 
-    def launch(config: Path, hidden: str = "", **options: object) -> SimpleNamespace:
+    def launch(
+        config: Path, hidden: str = "", *args: str, **options: object
+    ) -> SimpleNamespace:
         (tmp_path / "site").mkdir(exist_ok=True)
         (tmp_path / "site" / "sitecustomize.py").write_text(HIDE)
         env = {
@@ -879,7 +883,7 @@ def launch_without(launcher: Callable, tmp_path: Path) -> Callable[..., SimpleNa
             "HIDDEN": hidden,
             **options.pop("env", {}),
         }
-        return launcher(config, "--dry-run", env=env, **options)
+        return launcher(config, *args, "--dry-run", env=env, **options)
 
     return launch
 
@@ -948,29 +952,87 @@ def test_missing_deepspeed_does_not_matter_without_deepspeed(launch_without, wri
     assert launch_without(write_config(), "deepspeed").returncode == 0
 
 
+PINS = {
+    line.split("==")[0]: line.split("==")[1]
+    for line in (SCRIPT.parent / "requirements.txt").read_text().splitlines()
+    if re.match(r"(torch|transformers|llamafactory|deepspeed)==", line)
+}
+
+
+@pytest.fixture
+def launch_with_version(launch_without, write_config, tmp_path):
+    """A ZeRO-3 dry run beside an installed package of this version."""
+
+    def launch(
+        package: str, version: str, *args: str, script: Path = SCRIPT, **changes: object
+    ) -> SimpleNamespace:
+        info = tmp_path / "site" / f"{package}-{version}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n"
+        )
+        config = write_config(**{"deepspeed": ZERO3, **changes})
+        return launch_without(config, "", *args, script=script)
+
+    return launch
+
+
+UNTESTED = [
+    ("transformers", "5.6.0"),
+    ("transformers", "4.57.1"),
+    ("torch", "2.14.1"),
+    ("torch", "2.8.0"),
+    ("deepspeed", "0.18.5"),
+    ("deepspeed", "0.17.6"),
+    ("llamafactory", "0.9.4"),
+    ("llamafactory", "0.9.6.dev0"),
+]
+
+
+@pytest.mark.parametrize(("package", "version"), UNTESTED)
+def test_version_that_was_not_tested_is_refused_with_the_one_that_was(
+    launch_with_version, package, version
+):
+    done = launch_with_version(package, version)
+    assert done.returncode == 2
+    assert (
+        f"error: {package} {version} is installed, but this launcher was tested with {package} "
+        f"{PINS[package]}; pip install -r requirements.txt (use --force to start anyway)\n"
+    ) in done.stderr
+
+
+def test_version_that_was_not_tested_can_be_forced(launch_with_version):
+    done = launch_with_version("torch", "2.8.0", "--force")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(
     ("package", "version"),
     [
-        ("transformers", "5.6.0"),
-        ("torch", "2.14.1"),
-        ("deepspeed", "0.18.5"),
-        ("llamafactory", "0.9.4"),
+        pytest.param("torch", "2.11.0+cu126", id="local-build"),
+        pytest.param("torch", "2.11.1", id="patch-release"),
+        pytest.param("transformers", "5.5.0", id="older-patch-release"),
+        pytest.param("llamafactory", "0.9.5.post1", id="post-release"),
     ],
 )
-def test_version_that_does_not_work_is_refused(
-    launch_without, write_config, tmp_path, package, version
+def test_the_tested_version_in_another_build_is_accepted(launch_with_version, package, version):
+    done = launch_with_version(package, version)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_version_of_deepspeed_does_not_matter_without_deepspeed(launch_with_version):
+    done = launch_with_version("deepspeed", "0.17.6", deepspeed=None)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_script_without_its_requirements_knows_no_tested_versions(
+    launch_with_version, tmp_path
 ):
-    info = tmp_path / "site" / f"{package}-{version}.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n"
-    )
-    done = launch_without(write_config(deepspeed=ZERO3))
-    assert done.returncode == 2
-    assert re.search(
-        rf"{package} {re.escape(version)} is installed, but the launcher needs {package}>=",
-        done.stderr,
-    )
+    script = tmp_path / "elsewhere" / SCRIPT.name
+    script.parent.mkdir()
+    shutil.copy(SCRIPT, script)
+    done = launch_with_version("torch", "2.8.0", script=script)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def installed(tmp_path: Path, *names: str) -> dict[str, str]:

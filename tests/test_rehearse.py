@@ -99,10 +99,10 @@ def test_the_summary_of_a_run_holds_the_same_figures(rehearsed: Run, real: Run):
 
 def test_the_end_of_a_run_compares_with_plan_and_rehearsal(real: Run):
     assert real.see(
-        r"^memory +[\d.]+ GiB of .* at the peak \(rank \d\), the plan said .*, the rehearsal "
+        r"^memory +[\d.]+ [MG]iB of .* at the peak \(rank \d\), the plan said .*, the rehearsal "
     )
     assert real.see(r"^time .* per step, .* in the rehearsal$")
-    assert real.see(r"^checkpoint +[\d.]+ MiB in .* GB/s\)$")
+    assert real.see(r"^checkpoint +[\d.]+ MiB in .* \([\d.e-]+ GB/s\)$")
 
 
 # --- one rank without DeepSpeed

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -261,6 +262,7 @@ def with_torch(
     return launch
 
 
+OF_TORCH = ("torch", "torchvision", "torchaudio")
 OLD_DRIVER = {"cuda": 12040, "driver": "550.54.14"}
 
 
@@ -271,18 +273,47 @@ def test_driver_too_old_for_torch_is_refused_with_both_versions(with_torch):
     assert "580" in done.stderr
 
 
+# PyTorch's RELEASE.md for 2.11: its builds for CUDA 12.6 know GPUs up to Hopper (9.0), those for
+# 12.8 also Blackwell. Any driver for CUDA 12 runs both (NVIDIA's minor version compatibility).
+@pytest.mark.parametrize(
+    ("driver", "capability", "build"),
+    [
+        pytest.param(12040, [9, 0], "cu126", id="hopper"),
+        pytest.param(12090, [7, 5], "cu126", id="turing"),
+        pytest.param(12080, [10, 0], "cu128", id="blackwell"),
+    ],
+)
+def test_driver_too_old_for_torch_gets_the_command_that_helps(
+    with_torch, driver, capability, build
+):
+    done = with_torch("'13.0'", fake_gpus(1, capability=capability), {"cuda": driver})
+    names = {name: metadata.version(name).partition("+")[0] for name in OF_TORCH}
+    packages = " ".join(f"{name}=={version}+{build}" for name, version in names.items())
+    url = f"https://download.pytorch.org/whl/{build}"
+    assert f"or newer, or: pip install {packages} --index-url {url}\n" in done.stderr
+
+
+def test_driver_below_cuda_12_can_only_be_updated(with_torch):
+    done = with_torch("'13.0'", fake_gpus(1), {"cuda": 11080})
+    assert re.search(r"driver.*11\.8.*install driver 580 or newer$", done.stderr, re.MULTILINE)
+
+
 def test_torch_without_cuda_is_refused_where_gpus_are_planned(with_torch):
+    """pip takes 2.11.0+cpu for the 2.11.0 of requirements.txt, so it has to go first."""
     done = with_torch("None", fake_gpus(2))
     assert done.returncode == 2, done.stdout
     assert re.search(r"torch.*CPU.*GPU", done.stderr)
-    assert "requirements.txt" in done.stderr
+    command = "pip uninstall -y torch torchvision torchaudio && pip install -r requirements.txt"
+    assert command in done.stderr
 
 
 def test_gpu_too_old_for_torch_is_refused_by_name(with_torch):
     gpus = [*fake_gpus(1), {"name": "Tesla V100", "total": 32, "capability": [7, 0]}]
     done = with_torch("'13.0'", gpus)
     assert done.returncode == 2, done.stdout
-    assert re.search(r"GPU 1 \(Tesla V100\).*7\.0.*7\.5", done.stderr)
+    assert re.search(
+        r"GPU 1 \(Tesla V100\).*7\.0.*7\.5.*pip install torch==\S+\+cu126 ", done.stderr
+    )
 
 
 # accepted before, too
@@ -293,6 +324,8 @@ def test_gpu_too_old_for_torch_is_refused_by_name(with_torch):
     [
         pytest.param("'13.2'", {"cuda": 13000}, id="minor-version-compatibility"),
         pytest.param("'12.6'", {"cuda": 13000}, id="newer-driver"),
+        pytest.param("'12.6'", {"cuda": 12000}, id="12.6-on-525"),
+        pytest.param("'12.8'", {"cuda": 12040}, id="12.8-on-550"),
         pytest.param(
             "'13.0'",
             {"unsupported": ["nvmlSystemGetCudaDriverVersion_v2"]},
