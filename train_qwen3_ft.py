@@ -4962,16 +4962,15 @@ def local_state(trainer) -> dict:
     """What a resume must bring back, as far as this rank holds it.
 
     `sums` are {name: [elements, sum, sum of squares, sum weighted by position]} of the trained
-    weights, their fp32 masters and Adam's moments; the sums over all ranks are those of one copy,
-    however it is cut. A part in another place shows in the last one.
+    weights, their fp32 masters and Adam's moments. Over all ranks they are the same however the
+    tensors are cut; a part in another place shows in the last one.
     """
     optimizer = inner(trainer.optimizer, "optimizer")
     steps = {int(own["step"]) for own in optimizer.state.values() if "step" in own}
     sums = {}
     try:
-        for name, tensors, vectors, copies in held_tensors(trainer, optimizer):
-            rank = trainer.args.process_index if copies == 1 else 0
-            sums[name] = [own / copies for own in measure(tensors, vectors, rank)]
+        for name, tensors, vectors in held_tensors(trainer, optimizer):
+            sums[name] = measure(tensors, vectors, trainer.args.process_index)
     except (AttributeError, KeyError) as error:
         say(f"what a resume loads cannot be proven for {type(optimizer).__name__}: {error!r}")
     return {
@@ -4984,41 +4983,45 @@ def local_state(trainer) -> dict:
     }
 
 
-def held_tensors(trainer, optimizer) -> Iterator[tuple]:
-    """(name, this rank's tensors, the vectors that they are cut from, how many ranks hold each)."""
-    engine, ranks = trainer.deepspeed, trainer.args.world_size
+def held_tensors(trainer, optimizer) -> Iterator[tuple[str, list, list[Vector]]]:
+    """(name, tensors that this rank holds or has a part of, the vectors that they belong to)."""
+    engine = trainer.deepspeed
     stage = engine.zero_optimization_stage() if engine else 0
-    trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
-    own = [local_part(getattr(weight, "ds_tensor", weight)) for weight in trained]
-    sizes = [
-        getattr(weight, "ds_numel", part.numel())
-        for weight, part in zip(trained, own, strict=True)
-    ]
-    is_cut = stage == 3 or trainer.is_fsdp_enabled
-    yield "weights", own, whole_vectors(own, sizes), 1 if is_cut else ranks
+    weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+    vectors = [vector_of(number, weight) for number, weight in enumerate(weights)]
+    yield "weights", weights, vectors
+    masters = [weight for group in optimizer.param_groups for weight in group["params"]]
     if stage:
         masters = getattr(engine.optimizer, MASTERS[stage])
-        vectors = find_vectors(engine._get_zero_param_shapes(), ranks, stage)
+        vectors = find_vectors(engine._get_zero_param_shapes(), engine.dp_world_size, stage)
     else:
-        masters = [weight for group in optimizer.param_groups for weight in group["params"]]
-        sizes = [local_part(weight).numel() for weight in masters]
-        vectors = whole_vectors(masters, sizes)
-    copies = 1 if stage or trainer.is_fsdp_enabled else ranks
-    yield "masters", masters, vectors, copies
+        vectors = [vector_of(number, weight) for number, weight in enumerate(masters)]
+    if engine:  # else the weights are their own masters
+        yield "masters", masters, vectors
     for name in MOMENTS:
         moments = [optimizer.state.get(weight, {})[name] for weight in masters]
-        yield name, moments, vectors, copies
+        yield name, moments, vectors
+
+
+def vector_of(number: int, tensor) -> Vector:
+    """How a tensor is cut between the ranks; of one that all ranks have each sums up its part."""
+    import torch
+
+    ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    if hasattr(tensor, "ds_tensor"):  # ZeRO-3
+        return Vector(number, 0, tensor.ds_tensor.numel(), tensor.ds_numel)
+    size = tensor.numel()
+    if hasattr(tensor, "to_local"):  # FSDP, by rows
+        rows = len(tensor)
+        return Vector(number, 0, math.ceil(rows / ranks) * (size // rows), size)
+    part = math.ceil(size / ranks)
+    return Vector(number, rank * part, part, size)
 
 
 def local_part(tensor):
-    """This rank's part of FSDP's tensors; any other tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def whole_vectors(parts: list, sizes: list[int]) -> list[Vector]:
-    """The vectors of tensors that are not joined to flat groups."""
-    numbered = enumerate(zip(parts, sizes, strict=True))
-    return [Vector(i, 0, local_part(part).numel(), size) for i, (part, size) in numbered]
+    """What this rank holds of a tensor, in one dimension."""
+    tensor = getattr(tensor, "ds_tensor", tensor).detach()
+    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).reshape(-1)
 
 
 def measure(tensors: list, vectors: list[Vector], rank: int) -> list[float]:
@@ -5035,13 +5038,13 @@ def measure(tensors: list, vectors: list[Vector], rank: int) -> list[float]:
     for vector in vectors:
         begin = rank * vector.part
         size = min(max(vector.size - begin, 0), vector.part)
-        flat = local_part(tensors[vector.group]).detach().reshape(-1)
-        for part in flat[vector.start : vector.start + size].split(chunk):
+        own = local_part(tensors[vector.group])[vector.start : vector.start + size]
+        for part in own.split(chunk):
             numbers = part.to(places)
-            own, at = numbers.sum(), numbers @ places[: len(numbers)]
-            total += torch.stack([own, numbers @ numbers, at + own * (before + begin)])
+            whole, at = numbers.sum(), numbers @ places[: len(numbers)]
+            total += torch.stack([whole, numbers @ numbers, at + whole * (before + begin)])
             begin += len(numbers)
-        count += size
+        count += len(own)
         before += vector.size
     return [count, *total.tolist()]
 
