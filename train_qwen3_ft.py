@@ -2170,9 +2170,14 @@ def free_bytes(folder: Path) -> int:
 
 def check_webhooks(config: Config) -> Iterator[str]:
     """Addresses that could not be posted to at the end."""
-    for key in WEBHOOKS:
-        if not config.secrets.get(key, "http://").startswith(("http://", "https://")):
-            yield f"{config.where(key)}: expected a URL that begins with https://"
+    if not config.secrets.get("notify", "http://").startswith(("http://", "https://")):
+        yield f"{config.where('notify')}: expected a URL that begins with https://"
+    for key in config.secrets:
+        if key.startswith("swanlab_lark"):
+            yield (
+                f"{config.where(key)}: the launcher sends no Lark message; use notify: URL, or "
+                "a notification plugin of SwanLab"
+            )
 
 
 def check_access(config: Config) -> Iterator[str]:
@@ -3089,7 +3094,7 @@ def rehearsal_config(config: Config) -> Config:
     changes |= dict.fromkeys(("max_steps", "save_steps", "eval_steps"), REHEARSED_STEPS)
     if config.values.eval_strategy != "no":
         changes["eval_strategy"] = "steps"
-    return replace(config.update(**changes), secrets=without(config.secrets, *WEBHOOKS))
+    return replace(config.update(**changes), secrets=without(config.secrets, "notify"))
 
 
 def remove_rehearsals(output_dir: Path) -> None:
@@ -3337,7 +3342,7 @@ def build_rank_environment(found: Preflight, run: Run, env: Environment) -> Envi
     for key, variable in SECRET_ENVIRONMENT.items():
         if key in secrets:
             fixed[variable] = secrets[key]
-    others = without(secrets, *SECRET_ENVIRONMENT, *WEBHOOKS, "swanlab_lark_secret")
+    others = without(secrets, *SECRET_ENVIRONMENT, "notify")
     handover = {"secrets": others, "force": found.force, "data": found.plan.data}
     fixed[HANDOVER_VARIABLE] = json.dumps(handover)
     return {**defaults, **tracker_environment(found.plan, run), **env, **fixed}
@@ -3574,7 +3579,7 @@ class Supervisor:
         if self.run.is_rehearsal:
             return
         print_summary(self.run, self.config, summary)
-        send_notifications(self.config, strict)
+        notify(self.config, strict)
 
 
 def without_nan(values: dict) -> dict:
@@ -4370,37 +4375,16 @@ def model_commands(model: Path, values: Values) -> dict[str, str]:
     return {"chat": shlex.join(chat), "serve": shlex.join(serve)}
 
 
-WEBHOOKS = ("notify", "swanlab_lark_webhook_url")
+def notify(config: Config, summary: dict) -> None:
+    """Post the summary to `notify`, in 10 s at most: a server may answer byte by byte."""
+    if "notify" in config.secrets:
+        arguments = (config.secrets["notify"], summary)
+        thread = threading.Thread(target=post_json, args=arguments, daemon=True)
+        thread.start()
+        thread.join(10)
 
 
-def send_notifications(config: Config, summary: dict) -> None:
-    """Post the summary to `notify`, and a text to SwanLab's Lark webhook; in 10 s at most."""
-    head = f"{summary['run']}: {summary['state']} at step {summary['steps']}"
-    text = "\n".join(filter(None, [head, summary["cause"], summary["resume"]]))
-    lark = {"msg_type": "text", "content": {"text": text}}
-    secret = config.secrets.get("swanlab_lark_secret")
-    if secret:
-        lark |= sign_for_lark(secret, int(time.time()))
-    threads = []
-    for key, message in zip(WEBHOOKS, (summary, lark), strict=True):
-        if key in config.secrets:
-            arguments = (key, config.secrets[key], message)
-            threads.append(threading.Thread(target=post_json, args=arguments, daemon=True))
-            threads[-1].start()
-    for thread in threads:
-        thread.join(10)  # they wait side by side
-
-
-def sign_for_lark(secret: str, now: int) -> dict[str, str]:
-    """Lark's signature: HMAC-SHA256 of nothing, with `timestamp newline secret` as the key."""
-    import base64
-    import hmac
-
-    digest = hmac.digest(f"{now}\n{secret}".encode(), b"", "sha256")
-    return {"timestamp": str(now), "sign": base64.b64encode(digest).decode()}
-
-
-def post_json(key: str, url: str, message: dict) -> None:
+def post_json(url: str, message: dict) -> None:
     """Post a message; one that cannot be sent costs a line, which does not repeat the URL."""
     import urllib.request
 
@@ -4409,7 +4393,7 @@ def post_json(key: str, url: str, message: dict) -> None:
         request = urllib.request.Request(url, json.dumps(message).encode(), headers)
         urllib.request.urlopen(request, timeout=10).close()
     except Exception as error:
-        say(f"{key}: the message was not delivered: {type(error).__name__}")
+        say(f"notify: the message was not delivered: {type(error).__name__}")
 
 
 def format_seconds(seconds: float) -> str:

@@ -402,16 +402,12 @@ SECRET_KEYS = [
     "ms_hub_token",
     "om_hub_token",
     "push_to_hub_token",
-    "swanlab_lark_secret",
-    "swanlab_lark_webhook_url",
 ]
 # What the hubs' libraries read in the environment, or the launcher keeps to itself.
 KEPT = {
     "swanlab_api_key",
     "hf_hub_token",
     "hub_token",
-    "swanlab_lark_secret",
-    "swanlab_lark_webhook_url",
 }
 SECRET_VARIABLES = ["SWANLAB_API_KEY", "HF_TOKEN", "WANDB_API_KEY", "MODELSCOPE_API_TOKEN"]
 

@@ -1,13 +1,9 @@
-"""Messages at the end of a run: JSON to any webhook, a text to Lark; a dead server costs seconds only."""
+"""The message at the end of a run: JSON to a webhook; a dead server costs seconds only."""
 
-import base64
-import hashlib
-import hmac
 import json
 import re
 import socket
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,14 +12,13 @@ from pathlib import Path
 
 import pytest
 
+import train_qwen3_ft as launcher
 from helpers import SCRIPT
 from helpers.config import write_config
 from helpers.launcher import Run, committed, free_port, run
 from helpers.real import real_fixture
-from train_qwen3_ft import Config, send_notifications
 
 SECRET = "T0KEN-OF-A-HOOK"
-LARK_SECRET = "the-secret-of-lark"
 SUMMARY = {
     "run": "/out/run",
     "state": "finished",
@@ -35,13 +30,10 @@ SUMMARY = {
 
 
 class Hook:
-    """A webhook on 127.0.0.1 that keeps what it is sent, as (path, JSON); a silent one never answers,
-    and one for several together answers them when all have asked.
-    """
+    """A webhook on 127.0.0.1 that keeps what it is sent, as (path, JSON); a silent one never answers."""
 
-    def __init__(self, silent: bool = False, together: int = 1):
+    def __init__(self, silent: bool = False):
         self.posts, self.released = [], threading.Event()
-        all_there = threading.Barrier(together)
         hook = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -51,7 +43,6 @@ class Hook:
                 hook.posts.append((self.path, json.loads(body)))
                 if silent:
                     hook.released.wait()
-                all_there.wait()
                 self.send_response(200)
                 self.end_headers()
 
@@ -127,10 +118,9 @@ def hook() -> Iterator[Hook]:
 
 @real_fixture
 def finished(tmp_path_factory: pytest.TempPathFactory, hook: Hook) -> Run:
-    """A run that ends well and tells both a webhook and Lark."""
+    """A run that ends well and tells a webhook."""
     folder = tmp_path_factory.mktemp("finished")
-    lark = {"swanlab_lark_webhook_url": hook.url("lark"), "swanlab_lark_secret": LARK_SECRET}
-    return run(folder, small_run(folder, notify=hook.url(), **lark), ranks=1)
+    return run(folder, small_run(folder, notify=hook.url()), ranks=1)
 
 
 @real_fixture
@@ -146,10 +136,10 @@ def failed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Hook]:
 
 @real_fixture
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Hook]:
-    """A run that is stopped after a step; its webhook answers, its Lark is gone."""
+    """A run that is stopped after a step."""
     folder = tmp_path_factory.mktemp("stopped")
     with Hook() as server:
-        config = small_run(folder, notify=server.url(), swanlab_lark_webhook_url=dead_url())
+        config = small_run(folder, notify=server.url())
         with Run(folder, config, ranks=1, faults=[{"point": "slow"}]) as alive:
             alive.reach(1)
             alive.process.terminate()
@@ -189,33 +179,10 @@ def test_a_webhook_that_never_answers_changes_no_exit_code(failed: tuple[Run, Ho
     assert done.left_after() == []
 
 
-def test_a_webhook_that_is_gone_costs_a_line_and_no_exit_code(stopped: tuple[Run, Hook]):
-    done, _ = stopped
-    assert done.returncode == 143
-    assert re.search(
-        "^swanlab_lark_webhook_url: .* not delivered: ", done.console, re.MULTILINE
-    )
-
-
 def test_the_address_of_a_webhook_is_in_no_file_of_a_run(finished, failed, stopped):
     for done in (finished, failed[0], stopped[0]):
-        assert files_with(done.run_dir.parent, SECRET, LARK_SECRET) == []
+        assert files_with(done.run_dir.parent, SECRET) == []
         assert SECRET not in done.console
-
-
-def test_lark_gets_a_text_that_names_the_state_and_the_model(finished: Run, hook: Hook):
-    message = hook.message("lark")
-    assert message["msg_type"] == "text"
-    text = message["content"]["text"]
-    assert "finished" in text and str(finished.run_dir) in text
-
-
-def test_lark_gets_a_signature_that_its_secret_proves(finished: Run, hook: Hook):
-    message = hook.message("lark")
-    key = f"{message['timestamp']}\n{LARK_SECRET}".encode()
-    wanted = base64.b64encode(hmac.new(key, b"", hashlib.sha256).digest()).decode()
-    assert message["sign"] == wanted
-    assert abs(int(message["timestamp"]) - time.time()) < 3600
 
 
 # --- what can be wrong with an address
@@ -223,7 +190,7 @@ def test_lark_gets_a_signature_that_its_secret_proves(finished: Run, hook: Hook)
 
 def notify(capfd: pytest.CaptureFixture, summary: dict = SUMMARY, **secrets: str) -> str:
     """What sending the notifications shows."""
-    send_notifications(Config("c.yaml", {}, secrets=secrets), summary)
+    launcher.notify(launcher.Config("c.yaml", {}, secrets=secrets), summary)
     shown = capfd.readouterr()
     return shown.out + shown.err
 
@@ -249,11 +216,16 @@ def test_an_address_that_is_none_costs_a_line_that_does_not_repeat_it(capfd, url
     assert "KEY" not in shown
 
 
-@pytest.mark.parametrize("key", ["notify", "swanlab_lark_webhook_url"])
-def test_an_address_that_is_none_is_refused_before_the_start(here, write_config, key: str):
-    done = here(write_config(**{key: "hooks.example/KEY"}), "--dry-run")
+def test_lark_is_refused_with_what_tells_it_instead(here, write_config):
+    done = here(write_config(swanlab_lark_webhook_url="https://hooks.example/KEY"), "--dry-run")
     assert done.returncode == 2
-    assert re.search(f"config.yaml:[0-9]+: {key}: expected a URL", done.stderr), done.stderr
+    assert re.search(r"swanlab_lark_webhook_url: .*use notify: URL", done.stderr), done.stderr
+
+
+def test_an_address_that_is_none_is_refused_before_the_start(here, write_config):
+    done = here(write_config(notify="hooks.example/KEY"), "--dry-run")
+    assert done.returncode == 2
+    assert re.search("config.yaml:[0-9]+: notify: expected a URL", done.stderr), done.stderr
     assert "KEY" not in done.stdout + done.stderr
 
 
@@ -274,34 +246,3 @@ def test_a_server_gets_ten_seconds(capfd: pytest.CaptureFixture, monkeypatch):
     monkeypatch.setattr(threading.Thread, "join", join)
     assert "not delivered: TimeoutError" in notify(capfd, notify="https://hooks.example/KEY")
     assert waited == [10, 10]
-
-
-def test_two_webhooks_are_told_side_by_side(capfd: pytest.CaptureFixture):
-    """Neither answers before both were asked."""
-    with Hook(together=2) as server:
-        lark = {"swanlab_lark_webhook_url": server.url("lark")}
-        assert notify(capfd, notify=server.url(), **lark) == ""
-    assert len(server.posts) == 2
-
-
-def test_lark_hears_of_a_failure_its_cause_and_how_to_resume(capfd: pytest.CaptureFixture):
-    summary = {
-        **SUMMARY,
-        "state": "failed",
-        "model": None,
-        "resume": "python x --resume /out/run",
-    }
-    with Hook() as server:
-        lark = {"swanlab_lark_webhook_url": server.url("lark")}
-        notify(capfd, {**summary, "cause": "OSError: the third sample is bad"}, **lark)
-        text = server.message("lark")["content"]["text"]
-    assert all(
-        part in text for part in ("failed", "the third sample is bad", "--resume /out/run")
-    )
-
-
-def test_lark_hears_nothing_of_none(capfd: pytest.CaptureFixture):
-    with Hook() as server:
-        lark = {"swanlab_lark_webhook_url": server.url("lark")}
-        notify(capfd, {**SUMMARY, "state": "failed", "model": None, "cause": "killed"}, **lark)
-        assert "None" not in server.message("lark")["content"]["text"]
