@@ -286,9 +286,7 @@ def without_rule(text: str) -> list[str]:
 @pytest.mark.real
 def test_clipping_that_deepspeed_would_leave_out_ends_the_run(tmp_path: Path) -> None:
     settings = {key: value for key, value in ZERO3.items() if key != "gradient_clipping"}
-    config = write_config(
-        tmp_path, deepspeed=write_json(tmp_path / "ds.json", settings), max_grad_norm=0.01
-    )
+    config = write_config(tmp_path, deepspeed=settings, max_grad_norm=0.01)
     cause = is_refused(run(tmp_path, config, command=without_rule('to "auto"'), ranks=1))
     assert "max_grad_norm: 0.01 was asked for, 0.0 would be used" in cause
 
@@ -296,8 +294,8 @@ def test_clipping_that_deepspeed_would_leave_out_ends_the_run(tmp_path: Path) ->
 @pytest.mark.real
 def test_masters_that_stage_0_does_not_save_end_a_resume(tmp_path: Path) -> None:
     settings = {**ZERO3, "zero_optimization": {"stage": 0}}
-    path = write_json(tmp_path / "ds.json", settings)
-    config = write_config(tmp_path, deepspeed=path, **EIGHT_STEPS, lr_scheduler_type="constant")
+    changes = {**EIGHT_STEPS, "lr_scheduler_type": "constant"}
+    config = write_config(tmp_path, deepspeed=settings, **changes)
     command = without_rule("stage 0")
     done = train(tmp_path, config, command=command)
     for folder in done.run_dir.glob("checkpoint-*"):  # as it was before manifests knew
