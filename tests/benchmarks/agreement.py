@@ -1,11 +1,11 @@
-"""What stopping together, watching for a sick run and checking the weights cost.
+"""What stopping together, watching for a sick run and proving a resume cost.
 
 python tests/benchmarks/agreement.py    # a Qwen3 of 34 M parameters, 2 ranks; about 2 minutes
 
 Each rank trains in plain data-parallel (a step of which is cheaper than one of ZeRO-3, so the share
-is the larger) and calls the launcher's own code: RankCallback.agree after each step (at
-most 1 % of it), tell and LossWatch (at most 0.5 %), and weights_are_finite beside a checkpoint of
-weights and optimizer that is written and synced. A barrier before each call keeps the waiting for
+is the larger) and calls the launcher's own code: RankCallback.agree after each step (at most 1 % of
+it), tell and LossWatch (at most 0.5 %), and local_state, gathered, beside a checkpoint of weights
+and optimizer that is written and synced. A barrier before each call keeps the waiting for
 the slower rank, which the next collective would do anyway, out of its time.
 """
 
@@ -74,7 +74,7 @@ def work(steps: int, tokens: int) -> None:
     import torch
     from torch import distributed
 
-    from train_qwen3_ft import LossWatch, RankCallback, Run, weights_are_finite
+    from train_qwen3_ft import LossWatch, RankCallback, Run, gather, local_state
 
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
@@ -84,7 +84,14 @@ def work(steps: int, tokens: int) -> None:
     folder, loss_watch = Path(tempfile.mkdtemp()), LossWatch()
     state = SimpleNamespace(global_step=1)
     callback = SimpleNamespace(run=Run(folder), progress=folder / "progress", state=state)
-    args = SimpleNamespace(device=torch.device("cpu"))
+    args = SimpleNamespace(
+        device=torch.device("cpu"), process_index=distributed.get_rank(), world_size=2
+    )
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    about = {"model": model, "optimizer": optimizer, "lr_scheduler": rates, "deepspeed": None}
+    trainer = SimpleNamespace(
+        args=args, state=SimpleNamespace(global_step=1, epoch=1.0), **about
+    )
 
     def watch() -> None:
         RankCallback.tell(callback, "training")  # before and after each step
@@ -104,7 +111,7 @@ def work(steps: int, tokens: int) -> None:
                 times[name].append(seconds)
     saving = {
         "checkpoint": lambda: save(model, optimizer, folder),
-        "finite": lambda: weights_are_finite(model, args.device),
+        "proof": lambda: gather(local_state(trainer)),
     }
     times |= {name: [seconds_of(action) for _ in range(5)] for name, action in saving.items()}
     if distributed.get_rank() == 0:
@@ -118,7 +125,7 @@ def report(model, tokens: int, seconds: dict[str, float]) -> None:
     shares = [seconds[name] / seconds["step"] for name in ("agreement", "watch")]
     print(f"{parameters / 1e6:.1f} M parameters, 2 ranks, {tokens} tokens each; medians:")
     for name, value in seconds.items():
-        whole = "checkpoint" if name in ("checkpoint", "finite") else "step"
+        whole = "checkpoint" if name in ("checkpoint", "proof") else "step"
         print(f"{name:<12}{value * 1e3:10.3f} ms  {value / seconds[whole]:8.3%} of a {whole}")
     Path(os.environ["BENCHMARK_RESULT"]).write_text(" ".join(map(str, shares)))
 
