@@ -35,8 +35,13 @@ checkpoint-N/, training_loss.png, summary.json and the model. Beside it, <output
 the SwanLab records of all runs.
 
 Ctrl-C, SIGTERM or a file STOP in the run directory: the run saves a checkpoint at the end of
-the step and stops; --resume continues it, on any number of GPUs. After a crash or a hang the
-launcher restarts from the last checkpoint; a run that diverges ends, with its good checkpoints.
+the step and stops; --resume continues it, on any number of GPUs. A file SAVE: it saves one and
+goes on. After a crash or a hang the launcher restarts from the last checkpoint; a run that
+diverges ends, with its good checkpoints.
+
+The run proves itself. Before its first step the ranks compare what trainer and engine will do with
+what was asked, themselves with one another, and after a resume what was loaded with what was
+saved: a difference ends the run there, with both numbers.
 
 Exit codes: 0 done; 1 training failed or diverged; 2 nothing was started (arguments, config,
 machine, or data with nothing to learn); 128+N stopped by signal N after a checkpoint.
@@ -51,8 +56,8 @@ chapter reads top-down: what calls stands above what it calls, each check with i
                supervision (stop, heartbeat, hang watch); console; SwanLab's process; why a run
                failed; summary
     RANK       one process per device, started by torchrun: training arguments, the callback
-               (stop, commit, metrics, divergence); the data as the model sees it; resume on
-               another number of ranks
+               (stop, commit, metrics, divergence); the proofs; the data as the model sees it;
+               resume on another number of ranks
     TRACKER    one process per launch: metrics.jsonl -> SwanLab
     SHARED     the run directory, checkpoints, files and processes
 """
