@@ -4737,7 +4737,8 @@ class RankCallback:
         return int(seen.item())
 
     def on_save(self, args, state, control, **kwargs):
-        self.saved = state.global_step
+        # At once, since a training that has ended may load the best model before the commit.
+        self.saved = local_state(self.trainer)
         self.saves.append(self.lap())
 
     def commit_saved(self, args, state) -> None:
@@ -4748,15 +4749,15 @@ class RankCallback:
         if self.saved is None:
             return
         # Where all states are there, every rank has written its part.
-        held = join_states(gather(local_state(self.trainer)))
-        if not weights_are_finite(held):
-            say(f"checkpoint-{self.saved} holds NaN or infinite weights and is not committed")
+        saved = join_states(gather(self.saved))
+        folder = self.run.path / f"checkpoint-{saved['step']}"
+        if not weights_are_finite(saved):
+            say(f"{folder.name} holds NaN or infinite weights and is not committed")
         elif state.is_world_process_zero:
-            folder = self.run.path / f"checkpoint-{self.saved}"
             problem = resume_problem(self.config.values)
             if args.save_only_model:
                 problem = "save_only_model left out what resuming needs"
-            commit_checkpoint(folder, args.world_size, problem, held)
+            commit_checkpoint(folder, args.world_size, problem, saved)
             best = Path(state.best_model_checkpoint or "").name
             rotate_checkpoints(self.run, self.config.values.save_total_limit, best)
             if self.run.save_file.exists():

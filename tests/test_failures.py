@@ -4,11 +4,15 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from helpers import SCRIPT
@@ -88,6 +92,18 @@ def test_a_rank_that_is_killed_for_its_memory_points_to_the_host_memory(explain)
     assert "likely cause: the kernel's out-of-memory killer" in text
 
 
+@pytest.mark.parametrize(
+    ("seconds", "first"), [(-5, "rank 0's own error"), (5, "rank 1 was killed by SIGABRT")]
+)
+def test_an_abort_hides_no_error_that_came_before_it(tmp_path: Path, explain, seconds, first):
+    """NCCL aborts a rank whose peer has failed; an abort makes its peers fail."""
+    explain(rank0_error="rank 0's own error", rank1_log="the last words\n")
+    error = tmp_path / "run" / "logs" / "rank0.error"
+    now = (tmp_path / "run" / "logs" / "rank1.log").stat().st_mtime
+    os.utime(error, (now + seconds,) * 2)
+    assert explain(killed(1, 6, "SIGABRT")).startswith(first)
+
+
 def test_a_bus_error_is_a_full_dev_shm(explain):
     assert "likely cause: /dev/shm is full" in explain(killed(0, 7, "SIGBUS"))
 
@@ -116,6 +132,27 @@ TRACEBACKS = {
         "a GPU is out of memory",
     ),
     "port": (PORT_TAKEN, "another process has taken the port"),
+    "CUDA's own word": (
+        "RuntimeError: CUDA error: out of memory\nCUDA kernel errors might be reported later",
+        "a GPU is out of memory: use a smaller per_device_train_batch_size",
+    ),
+    "NCCL": (
+        "torch.distributed.DistBackendError: NCCL error: Cuda failure 2 'out of memory'",
+        "a GPU is out of memory",
+    ),
+    "an evaluation": (
+        '  File "trainer.py", line 2702, in evaluation_loop\n    losses\n'
+        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
+        "a GPU is out of memory in an evaluation: use a smaller per_device_eval_batch_size",
+    ),
+    "a tokenizing process": (
+        "RuntimeError: One of the subprocesses has abruptly died during map operation.",
+        "the kernel's out-of-memory killer",
+    ),
+    "a loader's kill": (
+        "RuntimeError: DataLoader worker (pid 77) is killed by signal: Killed.",
+        "the kernel's out-of-memory killer",
+    ),
 }
 
 
@@ -173,6 +210,32 @@ def test_ranks_that_this_start_has_no_more_do_not_lengthen_the_wait_for_it(tmp_p
     assert not watch.is_stuck([])
     time.sleep(0.3)
     assert watch.is_stuck([])
+
+
+WRITES = "import time\nwhile True: open('{}', 'wb').write(bytes(4 << 20)); time.sleep(0.1)"
+COMPUTES = "import os, time\nif os.fork(): time.sleep(60)\nwhile True: pass"
+
+
+@pytest.mark.parametrize(
+    ("code", "is_stuck"),
+    [(WRITES, False), (COMPUTES, False), ("import time; time.sleep(60)", True)],
+    ids=["a download", "tokenizing children", "nothing"],
+)
+def test_a_start_that_reads_writes_or_computes_is_no_hang(tmp_path: Path, code, is_stuck):
+    """For longer than 6 x hang_timeout, which is a second here."""
+    run_dir = RunDirectory(tmp_path)
+    run_dir.logs.mkdir()
+    (run_dir.logs / "rank0.progress").write_text("0 starting", encoding="utf-8")
+    command = [sys.executable, "-c", code.format(tmp_path / "file")]
+    with subprocess.Popen(command, start_new_session=True) as process:
+        try:
+            watch, begun, found = HangWatch(run_dir, 1), time.monotonic(), False
+            while time.monotonic() - begun < 12 and not found:
+                found = watch.is_stuck([psutil.Process(process.pid)])
+                time.sleep(0.05)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert found is is_stuck
 
 
 STALE = "RuntimeError: what failed in an earlier start"

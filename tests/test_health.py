@@ -67,6 +67,12 @@ def test_a_loss_that_stays_over_five_times_its_median_is_a_divergence() -> None:
         pytest.param([2.0] * 5 + [11.0] * 15 + [2.0] * 9, True, id="in-the-first-twenty-logs"),
         pytest.param([2.0] * 25 + [11.0] * 10, False, id="in-the-warm-up"),
         pytest.param([-1.0] * 40, True, id="a-loss-below-zero"),
+        pytest.param(
+            [6.0] * 5 + [0.0007] * 25 + [7.2, 6.8, 6.1, 6.2, 5.55] + [5.5] * 30,
+            True,
+            id="a-harder-data-set",
+        ),
+        pytest.param([8.0] * 5 + [0.5] * 25 + [7.0] * 30, True, id="not-above-the-first-ones"),
     ],
 )
 def test_a_healthy_run_raises_no_alarm(values: list[float], warm: bool) -> None:
