@@ -93,11 +93,11 @@ def fake_nvml(gpus: list | None) -> dict[str, str]:
 
 
 @pytest.fixture
-def plan_of(launcher: Callable[..., SimpleNamespace]) -> Callable[..., dict]:
+def plan_of(here: Callable[..., SimpleNamespace]) -> Callable[..., dict]:
     """The JSON of --dry-run --json; problems in it do not matter."""
 
     def plan(*args: object, **options: object) -> dict:
-        done = launcher(*args, "--dry-run", "--json", **options)
+        done = here(*args, "--dry-run", "--json", **options)
         assert done.stdout.startswith("{"), done.stderr
         return json.loads(done.stdout)
 

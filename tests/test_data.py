@@ -478,37 +478,37 @@ def test_without_anything_to_learn_the_rank_ends_and_says_why(measured):
 # --- what the user sees
 
 
-def plan(launcher, config, **options):
-    return launcher(config, "--dry-run", **options).stdout
+def plan(here, config, **options):
+    return here(config, "--dry-run", **options).stdout
 
 
-def test_the_plan_says_that_an_empty_thought_is_learned(write_config, launcher):
-    said = plan(launcher, write_config())
+def test_the_plan_says_that_an_empty_thought_is_learned(write_config, here):
+    said = plan(here, write_config())
     assert "thinking    template qwen3 puts an empty <think></think> before each answer" in said
 
 
 @pytest.mark.parametrize("values", [{"enable_thinking": False}, {"template": "llama3"}])
-def test_the_plan_is_silent_where_none_is_learned(write_config, launcher, values):
-    assert "thinking " not in plan(launcher, write_config(**values))
+def test_the_plan_is_silent_where_none_is_learned(write_config, here, values):
+    assert "thinking " not in plan(here, write_config(**values))
 
 
-def test_the_plan_is_silent_where_the_data_thinks(write_config, launcher, tmp_path):
+def test_the_plan_is_silent_where_the_data_thinks(write_config, here, tmp_path):
     config = write_config()
     row = {"instruction": "a", "input": "", "output": "<think>hm</think>SELECT 1;"}
     write_json(tmp_path / "data" / "tiny.json", [row] * 20)
-    assert "thinking " not in plan(launcher, config)
+    assert "thinking " not in plan(here, config)
 
 
 @pytest.mark.parametrize(("padding", "advises"), [(0.4, True), (0.1, False)])
 def test_the_plan_of_the_next_run_says_what_less_padding_would_save(
-    write_config, launcher, tmp_path, padding, advises
+    write_config, here, tmp_path, padding, advises
 ):
     config = write_config(output_dir=str(tmp_path / "out"))
-    earlier = json.loads(launcher(config, "--dry-run", "--json").stdout)
+    earlier = json.loads(here(config, "--dry-run", "--json").stdout)
     figures = FIGURES | {"padding": padding, "cutoff_len": 64}
     write_json(tmp_path / "out" / "earlier" / "plan.json", earlier)
     write_json(tmp_path / "out" / "earlier" / "data.json", figures)
-    said = plan(launcher, config)
+    said = plan(here, config)
     assert ("padding     40 % of the tokens were padding" in said) == advises
 
 
