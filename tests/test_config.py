@@ -356,14 +356,18 @@ def test_training_args_have_no_key_of_the_launcher(tmp_path):
     (tmp_path / "c.yaml").write_text(
         "stage: sft\ncuda_visible_devices: '0'\nglobal_batch_size: 8\nmax_restarts: 2\n"
     )
-    args = build_training_args(load_config(tmp_path / "c.yaml", {}), Run(tmp_path / "run"), None)
+    args = build_training_args(
+        load_config(tmp_path / "c.yaml", {}), Run(tmp_path / "run"), None
+    )
     assert args["stage"] == "sft"
     assert not {"cuda_visible_devices", "global_batch_size", "max_restarts"} & set(args)
 
 
 def test_training_args_write_into_the_run_directory(tmp_path):
     (tmp_path / "c.yaml").write_text("output_dir: somewhere\n")
-    args = build_training_args(load_config(tmp_path / "c.yaml", {}), Run(tmp_path / "run"), None)
+    args = build_training_args(
+        load_config(tmp_path / "c.yaml", {}), Run(tmp_path / "run"), None
+    )
     assert args["output_dir"] == str(tmp_path / "run")
 
 
@@ -371,7 +375,9 @@ def test_training_args_leave_swanlab_to_the_launcher(tmp_path):
     (tmp_path / "c.yaml").write_text(
         "report_to: [swanlab, tensorboard]\nuse_swanlab: true\nswanlab_project: p\n"
     )
-    args = build_training_args(load_config(tmp_path / "c.yaml", {}), Run(tmp_path / "run"), None)
+    args = build_training_args(
+        load_config(tmp_path / "c.yaml", {}), Run(tmp_path / "run"), None
+    )
     assert args["report_to"] == ["tensorboard"]
     assert not [key for key in args if "swanlab" in key]
 
