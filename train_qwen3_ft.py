@@ -53,7 +53,7 @@ chapter reads top-down: what calls stands above what it calls, each check with i
     LAUNCHER   main; command line; preflight; configuration; keys (also the launcher's own);
                devices and nodes; packages; model and DeepSpeed; data; plan; rules between keys;
                resume; the plan for people and as data; SwanLab's settings; rehearsal; launch;
-               supervision (stop, heartbeat, hang watch); console; SwanLab's process; why a run
+               supervision (stop, hang watch); console; SwanLab's process; why a run
                failed; summary
     RANK       one process per device, started by torchrun: training arguments, the callback
                (stop, commit, metrics, divergence); the proofs; the data as the model sees it;
@@ -119,7 +119,6 @@ INSTALL = "pip install -r requirements.txt"
 DEMO_COMMAND = f"python {SCRIPT.name} configs/demo_cpu.yaml"
 HANDOVER_VARIABLE = "QWEN3_FT_HANDOVER"  # JSON for the ranks: secrets, force, data
 LAUNCHER_VARIABLE = "QWEN3_FT_LAUNCHER"
-HEARTBEAT_VARIABLE = "QWEN3_FT_HEARTBEAT"  # seconds, and how many may be missed
 UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID"  # torchrun sets it for its processes
 NODE_VARIABLES = ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")  # what each of NNODES nodes needs
 RENDEZVOUS_SECONDS = 900  # how long nodes wait for one another
@@ -3489,19 +3488,18 @@ class Supervisor:
         self.start_torchrun()
         if not self.wait_for_ranks():
             return "stopped", ""
-        heartbeat, cause = NodeHeartbeat(self.run, self.env), ""
+        cause = ""
         hang_watch = HangWatch(self.run, self.config.values.hang_timeout or 600)
         while self.process.poll() is None:
             self.stop.handle_signals()
             if self.run.is_rehearsal and self.stop.is_requested():
                 self.kill()
             self.follow()
-            cause = heartbeat.problem() or hang_watch.problem(self.ranks)
+            cause = hang_watch.problem(self.ranks)
             if cause:
                 say(cause)
                 self.kill()
             time.sleep(0.2)
-        heartbeat.end()
         for waited in wait_for(""):  # a rank that still writes would disturb the next start
             if waited > 60 or not any(process_state(rank) for rank in self.ranks):
                 break
@@ -3692,45 +3690,10 @@ def modified(path: Path) -> int | None:
     return None
 
 
-class NodeHeartbeat:
-    """Notices a node that is lost without a word: ranks would wait for it as long as ddp_timeout.
-
-    While its torchrun runs, each launcher touches a file of its own in logs/ every few seconds. A
-    node is lost whose file is there but did not change between so many looks; looks, since a
-    shared file system that hangs for a while must not count.
-    """
-
-    def __init__(self, run: Run, env: Environment):
-        interval, missed = env.get(HEARTBEAT_VARIABLE, "10,18").split(",")
-        self.interval, self.missed = float(interval), int(missed)
-        files = [run.logs / f"node{number}" for number in range(read_count(env, "NNODES", 1))]
-        self.own, self.next = files.pop(node_rank(env)), 0.0
-        self.looks = {path: deque(maxlen=self.missed + 1) for path in files}
-
-    def problem(self) -> str:
-        """Which nodes are lost; '' for none."""
-        if not self.looks or time.monotonic() < self.next:
-            return ""
-        self.next, lost = time.monotonic() + self.interval, []
-        with contextlib.suppress(OSError):
-            self.own.touch()
-        for path, seen in self.looks.items():
-            seen.append(modified(path))
-            if seen[-1] and seen.count(seen[-1]) > self.missed:
-                lost.append(path.name.removeprefix("node"))
-        if not lost:
-            return ""
-        seconds = self.interval * self.missed
-        return f"node {', '.join(lost)} sent no heartbeat for {seconds:g} s; restarting"
-
-    def end(self) -> None:
-        """Torchrun has ended: the others need not wait for a heartbeat."""
-        with contextlib.suppress(OSError):
-            self.own.unlink()
-
-
 class HangWatch:
     """Notices that no rank makes progress; each tells in logs/rank<R>.progress what it is doing.
+
+    So it also notices a node that is lost without a word: its peers wait for it in a collective.
 
     `timeout` is in seconds: so long may a micro-batch or an evaluation batch take, or 10 median
     steps where that is longer, and LONGER times so long loading, tokenizing or saving.
