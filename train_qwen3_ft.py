@@ -125,8 +125,23 @@ RENDEZVOUS_SECONDS = 900  # how long nodes wait for one another
 
 Environment = dict[str, str]  # the environment variables of a process
 
-# The defaults of LLaMA-Factory and transformers for the keys that the plan and the rules read.
-DEFAULTS = {
+# Keys without a default that are read by name: a name that is in none of the two tables is a typo.
+OPTIONAL = """
+    bf16 bf16_full_eval cache_dir compute_accuracy dataloader_drop_last dataloader_num_workers
+    deepspeed disable_gradient_checkpointing disable_shuffling do_eval do_predict
+    enable_liger_kernel eval_dataset eval_on_each_dataset eval_steps flash_attn fp16
+    fp16_full_eval fsdp global_batch_size load_best_model_at_end lr_scheduler_kwargs
+    lr_scheduler_type max_samples metric_for_best_model model_name_or_path model_revision
+    neat_packing packing predict_with_generate pref_loss project pure_bf16 report_to
+    resize_vocab resume_from_checkpoint save_only_model save_total_limit streaming
+    swanlab_logdir swanlab_mode swanlab_project swanlab_run_name swanlab_workspace template
+    tokenized_path train_from_scratch train_sampling_strategy use_cpu use_swanlab warmup_ratio
+""".split()
+# The defaults of LLaMA-Factory and transformers for the keys that the plan and the rules read, and
+# those of the launcher's own keys.
+DEFAULTS = dict.fromkeys(OPTIONAL) | {
+    "max_restarts": 3,
+    "hang_timeout": 600,
     "stage": "sft",
     "finetuning_type": "lora",
     "dataset_dir": "data",
@@ -191,10 +206,13 @@ def describe_os_error(error: OSError) -> str:
 
 class Values(dict):
     """A configuration whose keys are attributes too; one that is not given has its default, or is
-    None. `get` and `in` know only what is given.
+    None. `get` and `in` know only what is given; an attribute that no table names is an error.
     """
 
-    __getattr__ = dict.__getitem__
+    def __getattr__(self, key: str) -> object:
+        if key not in self and key not in DEFAULTS:
+            raise AttributeError(f"no key {key} in DEFAULTS and OPTIONAL")
+        return self[key]
 
     def __missing__(self, key: str) -> object:
         return DEFAULTS.get(key)
@@ -3422,7 +3440,7 @@ class Supervisor:
 
     def supervise(self) -> int:
         """Run torchrun, and again as long as it fails after progress; returns the exit code."""
-        limit, restarts = self.config.values.get("max_restarts", 3), 0
+        limit, restarts = self.config.values.max_restarts, 0
         while True:
             before = checkpoint_step(self.run.newest_checkpoint())
             if self.leads:
@@ -3489,7 +3507,7 @@ class Supervisor:
         if not self.wait_for_ranks():
             return "stopped", ""
         cause = ""
-        hang_watch = HangWatch(self.run, self.config.values.hang_timeout or 600)
+        hang_watch = HangWatch(self.run, self.config.values.hang_timeout)
         while self.process.poll() is None:
             self.stop.handle_signals()
             if self.run.is_rehearsal and self.stop.is_requested():

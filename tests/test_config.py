@@ -569,3 +569,10 @@ def test_dry_run_imports_nothing_heavy(clean_env, write_config, tmp_path):
 def test_load_config_raises_the_error_that_main_shows(tmp_path):
     with pytest.raises(LaunchError, match=r"nowhere\.yaml"):
         load_config(tmp_path / "nowhere.yaml", {})
+
+
+def test_a_key_that_no_table_names_is_an_error_and_not_none():
+    values = Values(learning_rate=1.0)
+    assert (values.learning_rate, values.hang_timeout, values.fsdp) == (1.0, 600, None)
+    with pytest.raises(AttributeError, match="hang_timeuot"):
+        _ = values.hang_timeuot
