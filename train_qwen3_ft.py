@@ -4621,7 +4621,7 @@ class RankCallback:
             say(f"checkpoint-{self.saved} holds NaN or infinite weights and is not committed")
         elif state.is_world_process_zero:
             folder = self.run.path / f"checkpoint-{self.saved}"
-            problem = resume_problem(self.config.values)
+            problem = resume_problem(self.config.values, folder)
             if args.save_only_model:
                 problem = "save_only_model left out what resuming needs"
             commit_checkpoint(folder, args.world_size, problem)
@@ -4774,11 +4774,15 @@ def weights_are_finite(model, device) -> bool:
     return bool(torch.isfinite(total))
 
 
-def resume_problem(values: Values) -> str:
-    """Why LLaMA-Factory cannot resume such a run at all; '' where it can."""
-    if values.stage == "rm" and values.finetuning_type in ("full", "freeze"):
-        return "LLaMA-Factory cannot resume stage: rm with full or freeze"
-    return ""
+def resume_problem(values: Values, folder: Path) -> str:
+    """Why a checkpoint cannot be resumed from though it was saved; '' where it can."""
+    has_adapter = values.finetuning_type not in ("full", "freeze")
+    if values.stage == "rm" and not (has_adapter and values.deepspeed):
+        return "LLaMA-Factory resumes stage: rm with lora under DeepSpeed only"
+    saved = [*folder.rglob("*optim*")]
+    if not values.bf16:
+        saved += folder.rglob("*model_states.pt")  # which hold it too under DeepSpeed stage 0
+    return "" if saved else "no optimizer state was saved"
 
 
 def finish_wandb(seconds: float = 60) -> None:
@@ -5448,12 +5452,12 @@ def commit_checkpoint(folder: Path, world_size: int, problem: str = "") -> None:
 
 
 def sync(path: Path) -> None:
-    """fsync a file or a folder; some file systems cannot sync a folder."""
+    """fsync a file or a folder; some file systems cannot."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
             raise
     finally:
         os.close(descriptor)
