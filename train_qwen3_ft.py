@@ -1935,14 +1935,18 @@ def uncountable_reason(rows: list[int | None], values: Values) -> str:
         return "tokenized_path holds the samples, whatever the data keys say now"
     if values.streaming:
         return "the data is streamed"
-    packs = values.stage == "pt" if values.packing is None else values.packing
-    if packs or values.neat_packing:
+    if packs(values):
         return "packing joins samples"
     if None in rows or not rows:
         return "the rows of the data are counted when it is loaded"
     if values.mix_strategy != "concat" and len(rows) > 1:
         return "interleaving draws the samples"
     return ""
+
+
+def packs(values: Values) -> bool:
+    """Whether samples are joined up to cutoff_len, as pre-training does by default."""
+    return values.get("packing", values.stage == "pt") or values.neat_packing
 
 
 def estimate_states(plan: Plan) -> tuple[dict[str, int], int]:
@@ -2624,16 +2628,24 @@ def check_rules(config: Config, plan: Plan) -> Iterator[str]:
 # What may not change on resume: the model would not load, the data would be other data, or the
 # checkpoint's value would win without a word.
 FIXED_KEYS = """
-    model_name_or_path train_from_scratch finetuning_type stage template adapter_name_or_path
-    ref_model pref_beta pref_loss bf16 fp16 pure_bf16 dataset dataset_dir max_samples val_size
-    cutoff_len packing neat_packing train_on_prompt mask_history mix_strategy interleave_probs
-    enable_thinking train_sampling_strategy disable_shuffling seed data_seed optim learning_rate
-    weight_decay adam_beta1 adam_beta2 adam_epsilon deepspeed global_batch_size lora_rank lora_alpha
-    lora_target lora_dropout
+    model_name_or_path model_revision train_from_scratch resize_vocab add_tokens add_special_tokens
+    rope_scaling finetuning_type freeze_trainable_layers freeze_trainable_modules
+    freeze_extra_modules freeze_vision_tower freeze_multi_modal_projector freeze_language_model
+    lora_rank lora_alpha lora_target lora_dropout use_rslora use_dora pissa_init additional_target
+    oft_rank oft_block_size oft_target adapter_name_or_path create_new_adapter
+    stage ref_model pref_beta pref_loss bf16 fp16 pure_bf16 quantization_bit
+    template default_system tool_format enable_thinking train_on_prompt mask_history
+    dataset dataset_dir tokenized_path streaming buffer_size max_samples val_size cutoff_len
+    packing neat_packing mix_strategy interleave_probs train_sampling_strategy disable_shuffling
+    seed data_seed optim use_galore use_apollo use_badam use_adam_mini use_muon loraplus_lr_ratio
+    learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon deepspeed fsdp global_batch_size
 """.split()
+# Samples are packed within what a tokenizing process has at once.
+PACKING_KEYS = ("preprocessing_num_workers", "preprocessing_batch_size")
 # What decides how long a run takes and how much memory.
 DECISIVE = (
     *FIXED_KEYS,
+    *PACKING_KEYS,
     ACCUMULATION,
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
@@ -2673,12 +2685,15 @@ def check_resume(config: Config, plan: Plan, run: Run) -> Iterator[str]:
     """Why the run cannot continue like this: it has changed, or has no checkpoint."""
     recorded, now = run.read("plan.json"), decisive_values(plan)
     old = load_config(run.config_file, {}).values
-    before = {key: old[key] for key in FIXED_KEYS}  # where plan.json is lost
+    keys = FIXED_KEYS
+    if packs(plan.values):
+        keys = [*keys, *PACKING_KEYS]
+    before = {key: old[key] for key in keys}  # where plan.json is lost
     before |= {key: now[key] for key in ("deepspeed", "global_batch_size")}
     before |= recorded.get("configuration", {})
     if run.read("summary.json").get("state") == "diverged":
         before["learning_rate"] = now["learning_rate"]
-    for key in FIXED_KEYS:
+    for key in keys:
         was, new = before[key], now[key]
         if (was or None) != (new or None):  # false is what most are where not given
             yield (

@@ -148,6 +148,28 @@ def resumed(name: str, key: str, override: object, **before: object):
         resumed("enable-thinking", "enable_thinking", "false"),
         resumed("sampling-strategy", "train_sampling_strategy", "sequential"),
         resumed("disable-shuffling", "disable_shuffling", "true"),
+        *(
+            resumed(key, key, value)
+            for key, value in {
+                "tokenized_path": "tokens",
+                "buffer_size": 9,
+                "default_system": "Be brief.",
+                "tool_format": "qwen",
+                "model_revision": "v2",
+                "resize_vocab": "true",
+                "rope_scaling": "yarn",
+                "fsdp": "full_shard",
+            }.items()
+        ),
+        resumed("streaming", "streaming", "true", max_steps=5),
+        resumed("frozen-layers", "freeze_trainable_layers", 1, finetuning_type="freeze"),
+        resumed("frozen-modules", "freeze_trainable_modules", "mlp", finetuning_type="freeze"),
+        resumed("frozen-extras", "freeze_extra_modules", "lm_head", finetuning_type="freeze"),
+        resumed("dora", "use_dora", "true", **LORA),
+        resumed("additional-target", "additional_target", "lm_head", **LORA),
+        resumed("packing-processes", "preprocessing_num_workers", 2, packing=True),
+        resumed("packing-batches", "preprocessing_batch_size", 9, neat_packing=True),
+        resumed("pretraining-packs", "preprocessing_batch_size", 9, stage="pt"),
         resumed("bf16", "bf16", "true"),
         resumed("bf16-taken-away", "bf16", "", bf16=True),
     ],
@@ -214,6 +236,7 @@ def test_resume_with_other_samples_per_step_is_refused(here, stopped_run, change
             f"deepspeed={json.dumps(OFFLOAD3)}", {"deepspeed": ZERO3}, id="offload-on"
         ),
         pytest.param("mask_history=false", {}, id="a-default-that-is-spelled-out"),
+        pytest.param("preprocessing_num_workers=2", {}, id="processes-that-pack-nothing"),
     ],
 )
 def test_resume_with_a_key_that_changes_no_result_is_accepted(
