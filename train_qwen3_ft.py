@@ -1542,17 +1542,20 @@ def read_json(path: Path, hint: str = "copy it again") -> dict:
 TEXT_FILES = ("json", "jsonl", "csv", "txt")
 DATA_FILES = (*TEXT_FILES, "parquet", "arrow")
 COUNTED_ARRAY = 64 << 20  # bytes: a larger JSON array is not counted without a limit
+COUNTED_TEXT = 1 << 30  # and no larger text file of another kind
 
 
 def inspect_data(config: Config, key: str, problems: Problems) -> list[tuple]:
-    """(path, rows) of each data set that `key` (dataset or eval_dataset) names; None: unknown."""
-    names = name_list(config.values.get(key))
+    """(path, rows, {place: description}) of each data set that `key` (dataset or eval_dataset)
+    names; None: unknown.
+    """
+    names = [*dict.fromkeys(name_list(config.values.get(key)))]  # each is loaded once
     where = config.where(key)
     info = None
     if names:
         info = problems.attempt(read_dataset_info, config.values, where=where)
     if info is None:
-        return [(None, None)] * len(names)
+        return [(None, None, {})] * len(names)
     found = []
     for name in names:
         path = problems.attempt(find_data, name, info, config.values, where=where)
@@ -1563,7 +1566,8 @@ def inspect_data(config: Config, key: str, problems: Problems) -> list[tuple]:
             limit = config.values.max_samples
             count = problems.attempt(count_data, path, entry, limit, where=place)
             problems.attempt(check_columns, path, entry, where=place)
-        found.append((path, count))
+        described = f"{config.values.dataset_dir}/dataset_info.json: {name}"
+        found.append((path, count, {described: json.dumps(info.get(name))}))
     return found
 
 
@@ -1644,13 +1648,15 @@ def count_rows(path: Path, limit: int | None) -> int | None:
 
     Raises ValueError where the file is not what its name says.
     """
+    kind = path.suffix[1:]
+    parquet = [path] if kind == "parquet" else [*path.glob("*.parquet")]
+    if parquet:
+        return at_most(limit, count_parquet(parquet))
     if path.is_dir():
         counts = [count_rows(file, limit) for file in sorted(path.iterdir())]
         return None if None in counts else at_most(limit, sum(counts))
-    kind = path.suffix[1:]
-    if kind == "parquet":
-        return at_most(limit, count_parquet(path))
-    too_long = kind == "json" and limit is None and path.stat().st_size > COUNTED_ARRAY
+    counted = COUNTED_ARRAY if kind == "json" else COUNTED_TEXT
+    too_long = limit is None and path.stat().st_size > counted
     if too_long or kind not in TEXT_FILES:
         return None
     return sum(1 for _ in itertools.islice(read_rows(path), limit))
@@ -1711,12 +1717,13 @@ def json_elements(file: TextIO, chunk: int = 1 << 20) -> Iterator[object]:
             yield element
 
 
-def count_parquet(path: Path) -> int | None:
-    """Rows by a Parquet file's footer; in another process, since pyarrow is large."""
+def count_parquet(paths: list[Path]) -> int | None:
+    """Rows by the footers of Parquet files; in another process, since pyarrow is large."""
     code = (
-        "import sys, pyarrow.parquet as p; print(p.ParquetFile(sys.argv[1]).metadata.num_rows)"
+        "import sys, pyarrow.parquet as p; "
+        "print(sum(p.ParquetFile(path).metadata.num_rows for path in sys.argv[1:]))"
     )
-    command = [sys.executable, "-P", "-c", code, str(path)]
+    command = [sys.executable, "-P", "-c", code, *map(str, paths)]
     answer = subprocess.run(command, capture_output=True, text=True)
     return int(answer.stdout) if answer.returncode == 0 else None
 
@@ -1769,16 +1776,22 @@ def first_columns(path: Path) -> set[str]:
     return columns - {None}  # under which csv puts fields without a name
 
 
-def fingerprints(paths: list[Path | None]) -> dict[str, str]:
-    """{path: size and, up to 64 MiB, hash} of the files, to notice data that has changed."""
-    files = {}
-    for path in paths:
-        if path and path.is_file() and os.access(path, os.R_OK):
-            size = path.stat().st_size
-            files[str(path)] = str(size)
-            if size <= COUNTED_ARRAY:
-                files[str(path)] += f" {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
-    return files
+def fingerprints(data: list[tuple]) -> dict[str, str]:
+    """By what changed data are noticed: {path: size and, up to 64 MiB, hash} of files and folders,
+    and the descriptions of the data sets.
+    """
+    found = {}
+    for path, _, described in data:
+        found |= described
+        parts = path and (sorted(path.rglob("*")) or [path])
+        files = [part for part in parts or () if part.is_file() and os.access(part, os.R_OK)]
+        size = sum(map(file_size, files))
+        if files:
+            found[str(path)] = str(size)
+        if files and size <= COUNTED_ARRAY:
+            content = b"".join(file.read_bytes() for file in files)
+            found[str(path)] += f" {hashlib.sha256(content).hexdigest()[:16]}"
+    return found
 
 
 # --- plan ---------------------------------------------------------------------------------------
@@ -1864,8 +1877,8 @@ def make_plan(
         room = min((gpu.total for gpu in gpus if gpu.total), default=None)
     else:
         room = host_bytes() // max(devices.processes, 1)
-    steps = plan_steps([rows for _, rows in data], values, world_size)
-    files = fingerprints([path for path, _ in data + eval_data])
+    steps = plan_steps([rows for _, rows, _ in data], values, world_size)
+    files = fingerprints(data + eval_data)
     free = free_bytes(Path(values.output_dir))
     return estimate(
         Plan(devices, gpus, world_size, zero, values, steps, model, room, free, files)
