@@ -939,7 +939,7 @@ def inspect_devices(
     if devices is None or on_cpu:
         return devices or Devices((), "unknown", 0), []
     problems += check_devices(devices, gpus, note)
-    if gpus is None:
+    if note:
         devices = replace(devices, reason=f"{devices.reason}; {note}")
     chosen = [gpu for device in devices.ids for gpu in gpus or () if gpu.is_named(device)]
     problems += check_cuda(config, devices, chosen)
@@ -947,17 +947,22 @@ def inspect_devices(
 
 
 def query_gpus() -> tuple[list[Gpu] | None, str]:
-    """The node's GPUs in nvidia-smi's order, and why there are none; None: cannot be asked."""
+    """The node's GPUs in nvidia-smi's order, and which are not usable; None: cannot be asked."""
     try:
         import pynvml
     except ImportError:
         return None, "not checked, since nvidia-ml-py is not installed"
+    gpus, lost = [], []
     try:
         pynvml.nvmlInit()
-        gpus = [read_gpu(pynvml, n) for n in range(pynvml.nvmlDeviceGetCount())]
-        return gpus, "NVML finds none"
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            try:
+                gpus.append(read_gpu(pynvml, index))
+            except pynvml.NVMLError as error:  # GPU is lost
+                lost.append(f"GPU {index} is left out (NVML: {error})")
     except pynvml.NVMLError as error:
-        return [], f"no NVIDIA driver answers on this node (NVML: {error})"
+        lost.append(f"no NVIDIA driver answers on this node (NVML: {error})")
+    return gpus, ", ".join(lost)
 
 
 def format_bytes(count: float) -> str:
@@ -1075,7 +1080,7 @@ def check_devices(devices: Devices, gpus: list[Gpu] | None, note: str) -> Iterat
             hint = "name them in cuda_visible_devices"
         elif gpus:
             note, hint = "none is named", "name one"
-        yield f"{where}: no GPU to train on: {note}; {hint}{TRY_DEMO}"
+        yield f"{where}: no GPU to train on: {note or 'NVML finds none'}; {hint}{TRY_DEMO}"
     if is_several and any(device.startswith("MIG-") for device in devices.ids):
         yield f"{where}: CUDA shows a process one MIG instance only; name one"
     if is_several and shutil.disk_usage("/dev/shm").total < SHARED_MEMORY:
@@ -1100,8 +1105,9 @@ def check_ids(devices: Devices, gpus: list[Gpu], note: str) -> Iterator[str]:
         if not named and not device.startswith("MIG-"):
             missing.append(device)
     if missing:
-        there = ", ".join(f"{gpu.index} ({gpu.name})" for gpu in gpus)
-        there = there or f"none: {note}{TRY_DEMO}"
+        there = ", ".join(f"{gpu.index} ({gpu.name})" for gpu in gpus) or "none"
+        if note:
+            there += f": {note}{TRY_DEMO}"
         yield f"{where}: GPU {','.join(missing)} does not exist; this node has {there}"
 
 
@@ -3263,16 +3269,15 @@ def write_run_files(found: Preflight, run: Run, env: Environment) -> None:
 def launchable_config(config: Config, devices: Devices) -> str:
     """The text of the run's config.yaml: resolved, no secrets, with its command."""
     values = without(config.values, "run_name")
-    count = f"NPROC_PER_NODE={devices.processes} "
+    chosen = f"NPROC_PER_NODE={devices.processes}"
     if "global_batch_size" in values:
         values.pop(ACCUMULATION, None)
     if devices.ids:
-        values["cuda_visible_devices"] = ",".join(devices.ids)
-        count = ""
+        chosen = f"CUDA_VISIBLE_DEVICES={','.join(devices.ids)}"
     left_out = "".join(f"# {key} was left out: give it again\n" for key in config.secrets)
     return (
         f"# Resolved from {config.source}. The same again, in a new run directory:\n#   "
-        f"{count}python {SCRIPT} config.yaml\n"
+        f"{chosen} python {SCRIPT} config.yaml\n"
         + left_out
         + yaml.dump(values, Dumper=ConfigDumper, sort_keys=False, allow_unicode=True)
     )
@@ -4309,11 +4314,9 @@ def print_summary(run: Run, config: Config, summary: dict) -> None:
 
 
 def resume_command(run: Run) -> str:
-    """What resumes the run, with what no configuration holds: nodes and, on a CPU, processes."""
-    env, names = os.environ, ["NPROC_PER_NODE"]
-    if read_count(env, "NNODES", 1) > 1:
-        names = ["NNODES", *NODE_VARIABLES, *names]
-    variables = [f"{name}={env[name]}" for name in names if env.get(name, "1") != "1"]
+    """What resumes the run, with what no configuration holds: nodes, GPUs, processes."""
+    names = "NNODES", *NODE_VARIABLES, "NPROC_PER_NODE", "CUDA_VISIBLE_DEVICES"
+    variables = [f"{name}={os.environ[name]}" for name in names if os.environ.get(name)]
     return shlex.join([*variables, "python", str(SCRIPT), "--resume", str(run.path)])
 
 

@@ -205,6 +205,59 @@ def test_resume_minds_no_link_that_leads_nowhere(here, stopped_run):
     assert here("--resume", run_dir, "--dry-run").returncode == 0
 
 
+@pytest.mark.parametrize("gpus", [1, 2], ids=["fewer", "more"])
+def test_a_run_on_all_gpus_resumes_on_those_that_there_are_now(here, stopped_run, gpus):
+    from train_qwen3_ft import Devices, launchable_config, load_config
+
+    run_dir = stopped_run()
+    config = load_config(run_dir / "config.yaml", {"use_cpu": "null"})
+    all_of_them = Devices(tuple("0123"[: 3 - gpus]), "all GPUs of this node", 3 - gpus)
+    (run_dir / "config.yaml").write_text(launchable_config(config, all_of_them))
+    done = here("--resume", run_dir, "--dry-run", "--json", gpus=fake_gpus(gpus))
+    assert (done.returncode, json.loads(done.stdout)["world_size"]) == (0, gpus), done.stderr
+
+
+def change_file_of_folder(data: Path) -> None:
+    (data / "rows" / "b.jsonl").write_text('{"instruction": "b", "output": "c"}')
+
+
+def add_file_to_folder(data: Path) -> None:
+    (data / "rows" / "c.jsonl").write_text('{"instruction": "c", "output": "c"}')
+
+
+def describe_otherwise(data: Path) -> None:
+    entry = {"file_name": "rows", "columns": {"prompt": "output", "response": "instruction"}}
+    write_json(data / "dataset_info.json", {"tiny": entry})
+
+
+def describe_another(data: Path) -> None:
+    entry = {"file_name": "rows"}
+    write_json(data / "dataset_info.json", {"tiny": entry, "other": entry})
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (change_file_of_folder, r"data/rows: has changed since"),
+        (add_file_to_folder, r"data/rows: has changed since"),
+        (describe_otherwise, r"data/dataset_info\.json: tiny: has changed since"),
+        (describe_another, r"^$"),
+    ],
+)
+def test_data_in_a_folder_and_its_description_may_not_change_on_resume(
+    here, write_config, stopped_run, tmp_path, change, problem
+):
+    write_config()
+    (tmp_path / "data" / "rows").mkdir()
+    for name in ("a", "b"):
+        text = f'{{"instruction": "{name}", "output": "{name}"}}'
+        (tmp_path / "data" / "rows" / f"{name}.jsonl").write_text(text)
+    write_json(tmp_path / "data" / "dataset_info.json", {"tiny": {"file_name": "rows"}})
+    run_dir = stopped_run()
+    change(tmp_path / "data")
+    assert re.search(problem, here("--resume", run_dir, "--dry-run").stderr)
+
+
 @pytest.mark.parametrize(
     "change",
     ["per_device_train_batch_size=8", "gradient_accumulation_steps=4", "global_batch_size=8"],
