@@ -549,6 +549,7 @@ def preflight(options: argparse.Namespace, env: Environment, run: Run | None) ->
     if zero.used:
         problems.attempt(require_packages, "deepspeed")
     problems += check_packages(config, zero, env)
+    problems += check_other_models(config)
     where = config.where("model_name_or_path")
     model = problems.attempt(read_model, config.values, where=where) or Model("unknown")
     data = inspect_data(config, "dataset", problems)
@@ -612,7 +613,13 @@ SECRET_ENVIRONMENT = {
     "hub_token": "HF_TOKEN",
     "swanlab_api_key": "SWANLAB_API_KEY",
 }
-MODEL_PATHS = ("model_name_or_path", "adapter_name_or_path", "ref_model", "reward_model")
+# The file that each of them has.
+OTHER_MODELS = {
+    "adapter_name_or_path": "adapter_config.json",
+    "ref_model": "config.json",
+    "reward_model": "config.json",
+}
+MODEL_PATHS = ("model_name_or_path", *OTHER_MODELS)
 OUTPUT_PATHS = ("output_dir", "cache_dir", "swanlab_logdir", "profiler_output_dir")
 PATHS = (
     *"deepspeed dataset_dir media_dir resume_from_checkpoint tokenized_path fsdp_config".split(),
@@ -1412,6 +1419,14 @@ def read_model(values: Values) -> Model:
     if not snapshot:
         note = f": {format_bytes(size)} to download" if size else ": to download"
     return Model(f"{name} (not in the local cache{note})", parameters, shape, size)
+
+
+def check_other_models(config: Config) -> Iterator[str]:
+    """Adapters, and models beside the one that is trained, that do not exist."""
+    for key, file in OTHER_MODELS.items():
+        for name in name_list(config.values[key]):
+            if not (HUB_ID.fullmatch(name) or os.path.isfile(f"{name}/{file}")):
+                yield f"{config.where(key)}: {name}/{file} does not exist; expected it, or a hub id"
 
 
 def read_model_folder(folder: Path, label: str, from_scratch: bool) -> Model:

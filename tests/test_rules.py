@@ -1080,6 +1080,25 @@ def bad(name: str, message: str, **changes: object):
             r"adapter_name_or_path: needs finetuning_type: lora",
             adapter_name_or_path="someone/adapter",
         ),
+        *(
+            bad(
+                f"{key}-that-does-not-exist",
+                rf"{key}: /nowhere/x/{file} does not exist",
+                **{key: "/nowhere/x"},
+                **LORA,
+            )
+            for key, file in {
+                "adapter_name_or_path": "adapter_config.json",
+                "ref_model": "config.json",
+                "reward_model": "config.json",
+            }.items()
+        ),
+        bad(
+            "second-adapter-that-does-not-exist",
+            r"adapter_name_or_path: /nowhere/adapter_config.json does not exist",
+            adapter_name_or_path="someone/adapter,/nowhere",
+            **LORA,
+        ),
         bad(
             "resume-from-true",
             r"resume_from_checkpoint: True does not exist; .*to continue a run use --resume",
@@ -1478,6 +1497,7 @@ def test_bf16_that_an_old_gpu_emulates_can_be_forced(packages):
             metric_for_best_model="tiny_accuracy",
             compute_accuracy=True,
         ),
+        good("hub-adapters", adapter_name_or_path="someone/one,someone/two", **LORA),
         good("resume-from-false", resume_from_checkpoint=False),
         *(good(f"save-total-limit-{n}", save_total_limit=n) for n in (0, -1)),
         good("fsdp-true", fsdp=True),
@@ -1509,6 +1529,12 @@ def test_data_of_the_stage_is_accepted(here, write_config, tmp_path, stage, entr
     describe_data(tmp_path, **entry)
     done = here(config, "--dry-run")
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_adapter_and_a_reference_model_that_exist_are_accepted(plan, tmp_path):
+    adapter = write_json(tmp_path / "lora" / "adapter_config.json", {}).parent
+    model = write_json(tmp_path / "other" / "config.json", TINY_MODEL).parent
+    plan(adapter_name_or_path=str(adapter), ref_model=str(model), **LORA)
 
 
 def test_packing_takes_a_batch_of_one_where_nothing_is_evaluated(said):
