@@ -472,7 +472,7 @@ def split_words(options: argparse.Namespace) -> None:
     paths = [word for word in words if not OVERRIDE.match(word)]
     if len(paths) > 1:
         hint = "; write key=value without spaces" if "=" in paths else ""
-        shown = hide_values(" ".join(paths))
+        shown = hide_values(" ".join(words))
         raise LaunchError(f"expected one CONFIG.yaml, got {len(paths)}: {shown}{hint}")
     if paths and run_dir:
         raise LaunchError(
@@ -484,7 +484,7 @@ def split_words(options: argparse.Namespace) -> None:
 
 def hide_values(text: str) -> str:
     """A command line for a message: a mistyped secret must not be repeated."""
-    return re.sub(r"=\S+", "=...", text)
+    return re.sub(r"=\s*\S+", "=...", text)
 
 
 # --- preflight ----------------------------------------------------------------------------------
@@ -1458,8 +1458,13 @@ def hub_snapshot(name: str, values: Values) -> Path | None:
 
 def hub_cache(values: Values) -> Path:
     """The folder into which models are downloaded."""
-    home = os.environ.get("HF_HOME", os.path.expanduser("~/.cache/huggingface"))
+    home = os.environ.get("HF_HOME") or user_cache() / "huggingface"
     return Path(values.cache_dir or os.environ.get("HF_HUB_CACHE") or Path(home, "hub"))
+
+
+def user_cache() -> Path:
+    """The folder for whatever can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def qwen3_config(name: str) -> dict:
@@ -3188,7 +3193,8 @@ def preview(found: Preflight, count: str, env: Environment) -> int:
         run.config_file.write_text(launchable_config(found.config, found.plan.devices))
         command = [sys.executable, str(SCRIPT), "--previewer", folder, "--preview", count]
         rank_env = build_rank_environment(found, run, env)
-        return subprocess.run(command, env=rank_env).returncode
+        follow = partial(die_with_parent, os.getpid())
+        return subprocess.run(command, env=rank_env, preexec_fn=follow).returncode
 
 
 def launch(found: Preflight, env: Environment) -> int:
@@ -3394,7 +3400,7 @@ def extensions_folder() -> Path:
     """Where DeepSpeed's compiled operators go: a folder for each host, torch and Python."""
     python = f"py{sys.version_info.major}{sys.version_info.minor}"
     name = f"{socket.gethostname()}-torch-{installed_version('torch')}-{python}"
-    return Path.home() / ".cache" / "torch_extensions" / name
+    return user_cache() / "torch_extensions" / name
 
 
 def shown_environment(rank_env: Environment, env: Environment) -> dict[str, str]:
