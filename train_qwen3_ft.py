@@ -132,13 +132,7 @@ DEFAULTS = {
     "per_device_eval_batch_size": 8,
     "gradient_accumulation_steps": 1,
     "optim": "adamw_torch_fused",
-    "learning_rate": 5e-5,
-    "weight_decay": 0.0,
-    "adam_beta1": 0.9,
-    "adam_beta2": 0.999,
-    "adam_epsilon": 1e-8,
     "max_grad_norm": 1.0,
-    "warmup_steps": 0,
     "num_train_epochs": 3.0,
     "max_steps": -1,
     "logging_strategy": "steps",
@@ -1255,7 +1249,8 @@ def check_packages(config: Config, zero: Zero, env: Environment) -> Iterator[str
             )
     yield from check_keyed_packages(config, env)
     yield from check_backends(config, env)
-    if zero.used and (config.values.use_cpu or zero.offload_optimizer):
+    adam = "optimizer" in zero.settings and "torch_adam" not in str(zero.settings)
+    if zero.used and (config.values.use_cpu or zero.offload_optimizer or adam):
         yield from check_compilers(env, not config.values.use_cpu)
 
 
@@ -1357,7 +1352,7 @@ def check_compilers(env: Environment, cuda: bool) -> Iterator[str]:
     nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else f"{path}:/usr/local/cuda/bin")
     if not nvcc:
         yield (
-            "deepspeed compiles its CPU Adam with nvcc, which was not found; install the CUDA "
+            "deepspeed compiles its Adam with nvcc, which was not found; install the CUDA "
             f"{built} toolkit and set CUDA_HOME to it"
         )
         return
@@ -1367,7 +1362,7 @@ def check_compilers(env: Environment, cuda: bool) -> Iterator[str]:
     if found and found[1] != built and (found[2] != major or int(major) > 12):
         yield (
             f"{nvcc} is CUDA {found[1]}, torch was built for CUDA {built}: deepspeed will not "
-            "compile its CPU Adam; set CUDA_HOME to a matching toolkit, or "
+            "compile its Adam; set CUDA_HOME to a matching toolkit, or "
             "DS_SKIP_CUDA_CHECK=1"
         )
 
@@ -2385,13 +2380,13 @@ def differing_settings(v: Values) -> str:
         "gradient_clipping": v.max_grad_norm,
         "bf16.enabled": bool(v.bf16 or v.bf16_full_eval),
         "fp16.enabled": bool(v.fp16 or v.fp16_full_eval),
-        "optimizer.params.lr": v.learning_rate,
-        "optimizer.params.betas": [v.adam_beta1, v.adam_beta2],
-        "optimizer.params.eps": v.adam_epsilon,
-        "optimizer.params.weight_decay": v.weight_decay,
-        "scheduler.params.warmup_max_lr": v.learning_rate,
+        "optimizer.params.lr": v.learning_rate or 5e-5,
+        "optimizer.params.betas": [v.adam_beta1 or 0.9, v.adam_beta2 or 0.999],
+        "optimizer.params.eps": v.adam_epsilon or 1e-8,
+        "optimizer.params.weight_decay": v.weight_decay or 0,
+        "scheduler.params.warmup_max_lr": v.learning_rate or 5e-5,
     }
-    warmup = v.warmup_ratio or v.warmup_steps
+    warmup = v.warmup_ratio or v.warmup_steps or 0
     if v.max_steps > 0:  # else only the tokenized data can tell
         wanted["scheduler.params.total_num_steps"] = v.max_steps
     if not 0 < warmup < 1:
@@ -2403,8 +2398,8 @@ def differing_settings(v: Values) -> str:
         "gradient_clipping": 0,
     }
     given |= flat(v.zero.settings)
-    differing = (key for key in wanted if given.get(key, "auto") not in ("auto", wanted[key]))
-    return ", ".join(differing)
+    names = [key for key in wanted if given.get(key, "auto") not in ("auto", wanted[key])]
+    return ", ".join(names)
 
 
 def flat(settings: dict, prefix: str = "") -> dict:
@@ -2426,7 +2421,7 @@ def missing_metric(v: Values) -> str:
         known.append("accuracy")
     if v.predict_with_generate:  # without labels there is no loss
         known = ["rouge-1", "rouge-2", "rouge-l", "bleu-4"]
-    if v.eval_on_each_dataset and v.eval_dataset:
+    if v.eval_on_each_dataset:
         known = [f"{name}_{key}" for name in name_list(v.eval_dataset) for key in known]
     if v.eval_strategy == "no" or metric in known or (v.stage != "sft" and metric != "loss"):
         return ""
