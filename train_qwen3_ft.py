@@ -152,13 +152,7 @@ DEFAULTS = dict.fromkeys(OPTIONAL) | {
     "per_device_eval_batch_size": 8,
     "gradient_accumulation_steps": 1,
     "optim": "adamw_torch_fused",
-    "learning_rate": 5e-5,
-    "weight_decay": 0.0,
-    "adam_beta1": 0.9,
-    "adam_beta2": 0.999,
-    "adam_epsilon": 1e-8,
     "max_grad_norm": 1.0,
-    "warmup_steps": 0,
     "num_train_epochs": 3.0,
     "max_steps": -1,
     "logging_strategy": "steps",
@@ -496,7 +490,7 @@ def split_words(options: argparse.Namespace) -> None:
     paths = [word for word in words if not OVERRIDE.match(word)]
     if len(paths) > 1:
         hint = "; write key=value without spaces" if "=" in paths else ""
-        shown = hide_values(" ".join(paths))
+        shown = hide_values(" ".join(words))
         raise LaunchError(f"expected one CONFIG.yaml, got {len(paths)}: {shown}{hint}")
     if paths and run_dir:
         raise LaunchError(
@@ -508,7 +502,7 @@ def split_words(options: argparse.Namespace) -> None:
 
 def hide_values(text: str) -> str:
     """A command line for a message: a mistyped secret must not be repeated."""
-    return re.sub(r"=\S+", "=...", text)
+    return re.sub(r"=\s*\S+", "=...", text)
 
 
 # --- preflight ----------------------------------------------------------------------------------
@@ -573,6 +567,7 @@ def preflight(options: argparse.Namespace, env: Environment, run: Run | None) ->
     if zero.used:
         problems.attempt(require_packages, "deepspeed")
     problems += check_packages(config, zero, env)
+    problems += check_other_models(config)
     where = config.where("model_name_or_path")
     model = problems.attempt(read_model, config.values, where=where) or Model("unknown")
     data = inspect_data(config, "dataset", problems)
@@ -636,7 +631,13 @@ SECRET_ENVIRONMENT = {
     "hub_token": "HF_TOKEN",
     "swanlab_api_key": "SWANLAB_API_KEY",
 }
-MODEL_PATHS = ("model_name_or_path", "adapter_name_or_path", "ref_model", "reward_model")
+# The file that each of them has.
+OTHER_MODELS = {
+    "adapter_name_or_path": "adapter_config.json",
+    "ref_model": "config.json",
+    "reward_model": "config.json",
+}
+MODEL_PATHS = ("model_name_or_path", *OTHER_MODELS)
 OUTPUT_PATHS = ("output_dir", "cache_dir", "swanlab_logdir", "profiler_output_dir")
 PATHS = (
     *"deepspeed dataset_dir media_dir resume_from_checkpoint tokenized_path fsdp_config".split(),
@@ -963,7 +964,7 @@ def inspect_devices(
     if devices is None or on_cpu:
         return devices or Devices((), "unknown", 0), []
     problems += check_devices(devices, gpus, note)
-    if gpus is None:
+    if note:
         devices = replace(devices, reason=f"{devices.reason}; {note}")
     chosen = [gpu for device in devices.ids for gpu in gpus or () if gpu.is_named(device)]
     problems += check_cuda(config, devices, chosen)
@@ -971,17 +972,22 @@ def inspect_devices(
 
 
 def query_gpus() -> tuple[list[Gpu] | None, str]:
-    """The node's GPUs in nvidia-smi's order, and why there are none; None: cannot be asked."""
+    """The node's GPUs in nvidia-smi's order, and which are not usable; None: cannot be asked."""
     try:
         import pynvml
     except ImportError:
         return None, "not checked, since nvidia-ml-py is not installed"
+    gpus, lost = [], []
     try:
         pynvml.nvmlInit()
-        gpus = [read_gpu(pynvml, n) for n in range(pynvml.nvmlDeviceGetCount())]
-        return gpus, "NVML finds none"
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            try:
+                gpus.append(read_gpu(pynvml, index))
+            except pynvml.NVMLError as error:  # GPU is lost
+                lost.append(f"GPU {index} is left out (NVML: {error})")
     except pynvml.NVMLError as error:
-        return [], f"no NVIDIA driver answers on this node (NVML: {error})"
+        lost.append(f"no NVIDIA driver answers on this node (NVML: {error})")
+    return gpus, ", ".join(lost)
 
 
 def format_bytes(count: float) -> str:
@@ -1099,7 +1105,7 @@ def check_devices(devices: Devices, gpus: list[Gpu] | None, note: str) -> Iterat
             hint = "name them in cuda_visible_devices"
         elif gpus:
             note, hint = "none is named", "name one"
-        yield f"{where}: no GPU to train on: {note}; {hint}{TRY_DEMO}"
+        yield f"{where}: no GPU to train on: {note or 'NVML finds none'}; {hint}{TRY_DEMO}"
     if is_several and any(device.startswith("MIG-") for device in devices.ids):
         yield f"{where}: CUDA shows a process one MIG instance only; name one"
     if is_several and shutil.disk_usage("/dev/shm").total < SHARED_MEMORY:
@@ -1124,8 +1130,9 @@ def check_ids(devices: Devices, gpus: list[Gpu], note: str) -> Iterator[str]:
         if not named and not device.startswith("MIG-"):
             missing.append(device)
     if missing:
-        there = ", ".join(f"{gpu.index} ({gpu.name})" for gpu in gpus)
-        there = there or f"none: {note}{TRY_DEMO}"
+        there = ", ".join(f"{gpu.index} ({gpu.name})" for gpu in gpus) or "none"
+        if note:
+            there += f": {note}{TRY_DEMO}"
         yield f"{where}: GPU {','.join(missing)} does not exist; this node has {there}"
 
 
@@ -1275,7 +1282,8 @@ def check_packages(config: Config, zero: Zero, env: Environment) -> Iterator[str
             )
     yield from check_keyed_packages(config, env)
     yield from check_backends(config, env)
-    if zero.used and (config.values.use_cpu or zero.offload_optimizer):
+    adam = "optimizer" in zero.settings and "torch_adam" not in str(zero.settings)
+    if zero.used and (config.values.use_cpu or zero.offload_optimizer or adam):
         yield from check_compilers(env, not config.values.use_cpu)
 
 
@@ -1382,7 +1390,7 @@ def check_compilers(env: Environment, cuda: bool) -> Iterator[str]:
     nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else f"{path}:/usr/local/cuda/bin")
     if not nvcc:
         yield (
-            "deepspeed compiles its CPU Adam with nvcc, which was not found; install the CUDA "
+            "deepspeed compiles its Adam with nvcc, which was not found; install the CUDA "
             f"{built} toolkit and set CUDA_HOME to it"
         )
         return
@@ -1392,7 +1400,7 @@ def check_compilers(env: Environment, cuda: bool) -> Iterator[str]:
     if found and found[1] != built and (found[2] != major or int(major) > 12):
         yield (
             f"{nvcc} is CUDA {found[1]}, torch was built for CUDA {built}: deepspeed will not "
-            "compile its CPU Adam; set CUDA_HOME to a matching toolkit, or "
+            "compile its Adam; set CUDA_HOME to a matching toolkit, or "
             "DS_SKIP_CUDA_CHECK=1"
         )
 
@@ -1446,6 +1454,14 @@ def read_model(values: Values) -> Model:
     return Model(f"{name} (not in the local cache{note})", parameters, shape, size)
 
 
+def check_other_models(config: Config) -> Iterator[str]:
+    """Adapters, and models beside the one that is trained, that do not exist."""
+    for key, file in OTHER_MODELS.items():
+        for name in name_list(config.values[key]):
+            if not (HUB_ID.fullmatch(name) or os.path.isfile(f"{name}/{file}")):
+                yield f"{config.where(key)}: {name}/{file} does not exist; expected it, or a hub id"
+
+
 def read_model_folder(folder: Path, label: str, from_scratch: bool) -> Model:
     """A model that is on the disk. Raises LaunchError that says what is missing or broken."""
     shape = read_json(folder / "config.json", "a model folder has a config.json")
@@ -1475,8 +1491,13 @@ def hub_snapshot(name: str, values: Values) -> Path | None:
 
 def hub_cache(values: Values) -> Path:
     """The folder into which models are downloaded."""
-    home = os.environ.get("HF_HOME", os.path.expanduser("~/.cache/huggingface"))
+    home = os.environ.get("HF_HOME") or user_cache() / "huggingface"
     return Path(values.cache_dir or os.environ.get("HF_HUB_CACHE") or Path(home, "hub"))
+
+
+def user_cache() -> Path:
+    """The folder for whatever can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def qwen3_config(name: str) -> dict:
@@ -1580,17 +1601,20 @@ def read_json(path: Path, hint: str = "copy it again") -> dict:
 TEXT_FILES = ("json", "jsonl", "csv", "txt")
 DATA_FILES = (*TEXT_FILES, "parquet", "arrow")
 COUNTED_ARRAY = 64 << 20  # bytes: a larger JSON array is not counted without a limit
+COUNTED_TEXT = 1 << 30  # and no larger text file of another kind
 
 
 def inspect_data(config: Config, key: str, problems: Problems) -> list[tuple]:
-    """(path, rows) of each data set that `key` (dataset or eval_dataset) names; None: unknown."""
-    names = name_list(config.values.get(key))
+    """(path, rows, {place: description}) of each data set that `key` (dataset or eval_dataset)
+    names; None: unknown.
+    """
+    names = [*dict.fromkeys(name_list(config.values.get(key)))]  # each is loaded once
     where = config.where(key)
     info = None
     if names:
         info = problems.attempt(read_dataset_info, config.values, where=where)
     if info is None:
-        return [(None, None)] * len(names)
+        return [(None, None, {})] * len(names)
     found = []
     for name in names:
         path = problems.attempt(find_data, name, info, config.values, where=where)
@@ -1601,7 +1625,8 @@ def inspect_data(config: Config, key: str, problems: Problems) -> list[tuple]:
             limit = config.values.max_samples
             count = problems.attempt(count_data, path, entry, limit, where=place)
             problems.attempt(check_columns, path, entry, where=place)
-        found.append((path, count))
+        described = f"{config.values.dataset_dir}/dataset_info.json: {name}"
+        found.append((path, count, {described: json.dumps(info.get(name))}))
     return found
 
 
@@ -1682,13 +1707,15 @@ def count_rows(path: Path, limit: int | None) -> int | None:
 
     Raises ValueError where the file is not what its name says.
     """
+    kind = path.suffix[1:]
+    parquet = [path] if kind == "parquet" else [*path.glob("*.parquet")]
+    if parquet:
+        return at_most(limit, count_parquet(parquet))
     if path.is_dir():
         counts = [count_rows(file, limit) for file in sorted(path.iterdir())]
         return None if None in counts else at_most(limit, sum(counts))
-    kind = path.suffix[1:]
-    if kind == "parquet":
-        return at_most(limit, count_parquet(path))
-    too_long = kind == "json" and limit is None and path.stat().st_size > COUNTED_ARRAY
+    counted = COUNTED_ARRAY if kind == "json" else COUNTED_TEXT
+    too_long = limit is None and path.stat().st_size > counted
     if too_long or kind not in TEXT_FILES:
         return None
     return sum(1 for _ in itertools.islice(read_rows(path), limit))
@@ -1749,12 +1776,13 @@ def json_elements(file: TextIO, chunk: int = 1 << 20) -> Iterator[object]:
             yield element
 
 
-def count_parquet(path: Path) -> int | None:
-    """Rows by a Parquet file's footer; in another process, since pyarrow is large."""
+def count_parquet(paths: list[Path]) -> int | None:
+    """Rows by the footers of Parquet files; in another process, since pyarrow is large."""
     code = (
-        "import sys, pyarrow.parquet as p; print(p.ParquetFile(sys.argv[1]).metadata.num_rows)"
+        "import sys, pyarrow.parquet as p; "
+        "print(sum(p.ParquetFile(path).metadata.num_rows for path in sys.argv[1:]))"
     )
-    command = [sys.executable, "-P", "-c", code, str(path)]
+    command = [sys.executable, "-P", "-c", code, *map(str, paths)]
     answer = subprocess.run(command, capture_output=True, text=True)
     return int(answer.stdout) if answer.returncode == 0 else None
 
@@ -1807,16 +1835,22 @@ def first_columns(path: Path) -> set[str]:
     return columns - {None}  # under which csv puts fields without a name
 
 
-def fingerprints(paths: list[Path | None]) -> dict[str, str]:
-    """{path: size and, up to 64 MiB, hash} of the files, to notice data that has changed."""
-    files = {}
-    for path in paths:
-        if path and path.is_file() and os.access(path, os.R_OK):
-            size = path.stat().st_size
-            files[str(path)] = str(size)
-            if size <= COUNTED_ARRAY:
-                files[str(path)] += f" {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
-    return files
+def fingerprints(data: list[tuple]) -> dict[str, str]:
+    """By what changed data are noticed: {path: size and, up to 64 MiB, hash} of files and folders,
+    and the descriptions of the data sets.
+    """
+    found = {}
+    for path, _, described in data:
+        found |= described
+        parts = path and (sorted(path.rglob("*")) or [path])
+        files = [part for part in parts or () if part.is_file() and os.access(part, os.R_OK)]
+        size = sum(map(file_size, files))
+        if files:
+            found[str(path)] = str(size)
+        if files and size <= COUNTED_ARRAY:
+            content = b"".join(file.read_bytes() for file in files)
+            found[str(path)] += f" {hashlib.sha256(content).hexdigest()[:16]}"
+    return found
 
 
 # --- plan ---------------------------------------------------------------------------------------
@@ -1902,8 +1936,8 @@ def make_plan(
         room = min((gpu.total for gpu in gpus if gpu.total), default=None)
     else:
         room = host_bytes() // max(devices.processes, 1)
-    steps = plan_steps([rows for _, rows in data], values, world_size)
-    files = fingerprints([path for path, _ in data + eval_data])
+    steps = plan_steps([rows for _, rows, _ in data], values, world_size)
+    files = fingerprints(data + eval_data)
     free = free_bytes(Path(values.output_dir))
     return estimate(
         Plan(devices, gpus, world_size, zero, values, steps, model, room, free, files)
@@ -1973,14 +2007,18 @@ def uncountable_reason(rows: list[int | None], values: Values) -> str:
         return "tokenized_path holds the samples, whatever the data keys say now"
     if values.streaming:
         return "the data is streamed"
-    packs = values.stage == "pt" if values.packing is None else values.packing
-    if packs or values.neat_packing:
+    if packs(values):
         return "packing joins samples"
     if None in rows or not rows:
         return "the rows of the data are counted when it is loaded"
     if values.mix_strategy != "concat" and len(rows) > 1:
         return "interleaving draws the samples"
     return ""
+
+
+def packs(values: Values) -> bool:
+    """Whether samples are joined up to cutoff_len, as pre-training does by default."""
+    return values.get("packing", values.stage == "pt") or values.neat_packing
 
 
 def estimate_states(plan: Plan) -> tuple[dict[str, int], int]:
@@ -2385,13 +2423,13 @@ def differing_settings(v: Values) -> str:
         "gradient_clipping": v.max_grad_norm,
         "bf16.enabled": bool(v.bf16 or v.bf16_full_eval),
         "fp16.enabled": bool(v.fp16 or v.fp16_full_eval),
-        "optimizer.params.lr": v.learning_rate,
-        "optimizer.params.betas": [v.adam_beta1, v.adam_beta2],
-        "optimizer.params.eps": v.adam_epsilon,
-        "optimizer.params.weight_decay": v.weight_decay,
-        "scheduler.params.warmup_max_lr": v.learning_rate,
+        "optimizer.params.lr": v.learning_rate or 5e-5,
+        "optimizer.params.betas": [v.adam_beta1 or 0.9, v.adam_beta2 or 0.999],
+        "optimizer.params.eps": v.adam_epsilon or 1e-8,
+        "optimizer.params.weight_decay": v.weight_decay or 0,
+        "scheduler.params.warmup_max_lr": v.learning_rate or 5e-5,
     }
-    warmup = v.warmup_ratio or v.warmup_steps
+    warmup = v.warmup_ratio or v.warmup_steps or 0
     if v.max_steps > 0:  # else only the tokenized data can tell
         wanted["scheduler.params.total_num_steps"] = v.max_steps
     if not 0 < warmup < 1:
@@ -2403,8 +2441,8 @@ def differing_settings(v: Values) -> str:
         "gradient_clipping": 0,
     }
     given |= flat(v.zero.settings)
-    differing = (key for key in wanted if given.get(key, "auto") not in ("auto", wanted[key]))
-    return ", ".join(differing)
+    names = [key for key in wanted if given.get(key, "auto") not in ("auto", wanted[key])]
+    return ", ".join(names)
 
 
 def flat(settings: dict, prefix: str = "") -> dict:
@@ -2426,7 +2464,7 @@ def missing_metric(v: Values) -> str:
         known.append("accuracy")
     if v.predict_with_generate:  # without labels there is no loss
         known = ["rouge-1", "rouge-2", "rouge-l", "bleu-4"]
-    if v.eval_on_each_dataset and v.eval_dataset:
+    if v.eval_on_each_dataset:
         known = [f"{name}_{key}" for name in name_list(v.eval_dataset) for key in known]
     if v.eval_strategy == "no" or metric in known or (v.stage != "sft" and metric != "loss"):
         return ""
@@ -2667,16 +2705,24 @@ def check_rules(config: Config, plan: Plan) -> Iterator[str]:
 # What may not change on resume: the model would not load, the data would be other data, or the
 # checkpoint's value would win without a word.
 FIXED_KEYS = """
-    model_name_or_path train_from_scratch finetuning_type stage template adapter_name_or_path
-    ref_model pref_beta pref_loss bf16 fp16 pure_bf16 dataset dataset_dir max_samples val_size
-    cutoff_len packing neat_packing train_on_prompt mask_history mix_strategy interleave_probs
-    enable_thinking train_sampling_strategy disable_shuffling seed data_seed optim learning_rate
-    weight_decay adam_beta1 adam_beta2 adam_epsilon deepspeed global_batch_size lora_rank lora_alpha
-    lora_target lora_dropout
+    model_name_or_path model_revision train_from_scratch resize_vocab add_tokens add_special_tokens
+    rope_scaling finetuning_type freeze_trainable_layers freeze_trainable_modules
+    freeze_extra_modules freeze_vision_tower freeze_multi_modal_projector freeze_language_model
+    lora_rank lora_alpha lora_target lora_dropout use_rslora use_dora pissa_init additional_target
+    oft_rank oft_block_size oft_target adapter_name_or_path create_new_adapter
+    stage ref_model pref_beta pref_loss bf16 fp16 pure_bf16 quantization_bit
+    template default_system tool_format enable_thinking train_on_prompt mask_history
+    dataset dataset_dir tokenized_path streaming buffer_size max_samples val_size cutoff_len
+    packing neat_packing mix_strategy interleave_probs train_sampling_strategy disable_shuffling
+    seed data_seed optim use_galore use_apollo use_badam use_adam_mini use_muon loraplus_lr_ratio
+    learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon deepspeed fsdp global_batch_size
 """.split()
+# Samples are packed within what a tokenizing process has at once.
+PACKING_KEYS = ("preprocessing_num_workers", "preprocessing_batch_size")
 # What decides how long a run takes and how much memory.
 DECISIVE = (
     *FIXED_KEYS,
+    *PACKING_KEYS,
     ACCUMULATION,
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
@@ -2716,12 +2762,15 @@ def check_resume(config: Config, plan: Plan, run: Run) -> Iterator[str]:
     """Why the run cannot continue like this: it has changed, or has no checkpoint."""
     recorded, now = run.read("plan.json"), decisive_values(plan)
     old = load_config(run.config_file, {}).values
-    before = {key: old[key] for key in FIXED_KEYS}  # where plan.json is lost
+    keys = FIXED_KEYS
+    if packs(plan.values):
+        keys = [*keys, *PACKING_KEYS]
+    before = {key: old[key] for key in keys}  # where plan.json is lost
     before |= {key: now[key] for key in ("deepspeed", "global_batch_size")}
     before |= recorded.get("configuration", {})
     if run.read("summary.json").get("state") == "diverged":
         before["learning_rate"] = now["learning_rate"]
-    for key in FIXED_KEYS:
+    for key in keys:
         was, new = before[key], now[key]
         if (was or None) != (new or None):  # false is what most are where not given
             yield (
@@ -3182,7 +3231,8 @@ def preview(found: Preflight, count: str, env: Environment) -> int:
         run.config_file.write_text(launchable_config(found.config, found.plan.devices))
         command = [sys.executable, str(SCRIPT), "--previewer", folder, "--preview", count]
         rank_env = build_rank_environment(found, run, env)
-        return subprocess.run(command, env=rank_env).returncode
+        follow = partial(die_with_parent, os.getpid())
+        return subprocess.run(command, env=rank_env, preexec_fn=follow).returncode
 
 
 def launch(found: Preflight, env: Environment) -> int:
@@ -3279,16 +3329,15 @@ def write_run_files(found: Preflight, run: Run, env: Environment) -> None:
 def launchable_config(config: Config, devices: Devices) -> str:
     """The text of the run's config.yaml: resolved, no secrets, with its command."""
     values = without(config.values, "run_name")
-    count = f"NPROC_PER_NODE={devices.processes} "
+    chosen = f"NPROC_PER_NODE={devices.processes}"
     if "global_batch_size" in values:
         values.pop(ACCUMULATION, None)
     if devices.ids:
-        values["cuda_visible_devices"] = ",".join(devices.ids)
-        count = ""
+        chosen = f"CUDA_VISIBLE_DEVICES={','.join(devices.ids)}"
     left_out = "".join(f"# {key} was left out: give it again\n" for key in config.secrets)
     return (
         f"# Resolved from {config.source}. The same again, in a new run directory:\n#   "
-        f"{count}python {SCRIPT} config.yaml\n"
+        f"{chosen} python {SCRIPT} config.yaml\n"
         + left_out
         + yaml.dump(values, Dumper=ConfigDumper, sort_keys=False, allow_unicode=True)
     )
@@ -3391,7 +3440,7 @@ def extensions_folder() -> Path:
     """Where DeepSpeed's compiled operators go: a folder for each host, torch and Python."""
     python = f"py{sys.version_info.major}{sys.version_info.minor}"
     name = f"{socket.gethostname()}-torch-{installed_version('torch')}-{python}"
-    return Path.home() / ".cache" / "torch_extensions" / name
+    return user_cache() / "torch_extensions" / name
 
 
 def shown_environment(rank_env: Environment, env: Environment) -> dict[str, str]:
@@ -4331,11 +4380,9 @@ def print_summary(run: Run, config: Config, summary: dict) -> None:
 
 
 def resume_command(run: Run) -> str:
-    """What resumes the run, with what no configuration holds: nodes and, on a CPU, processes."""
-    env, names = os.environ, ["NPROC_PER_NODE"]
-    if read_count(env, "NNODES", 1) > 1:
-        names = ["NNODES", *NODE_VARIABLES, *names]
-    variables = [f"{name}={env[name]}" for name in names if env.get(name, "1") != "1"]
+    """What resumes the run, with what no configuration holds: nodes, GPUs, processes."""
+    names = "NNODES", *NODE_VARIABLES, "NPROC_PER_NODE", "CUDA_VISIBLE_DEVICES"
+    variables = [f"{name}={os.environ[name]}" for name in names if os.environ.get(name)]
     return shlex.join([*variables, "python", str(SCRIPT), "--resume", str(run.path)])
 
 
@@ -4735,7 +4782,7 @@ class RankCallback:
         if not weights_are_finite(saved):
             say(f"{folder.name} holds NaN or infinite weights and is not committed")
         elif state.is_world_process_zero:
-            problem = resume_problem(self.config.values)
+            problem = resume_problem(self.config.values, folder)
             if args.save_only_model:
                 problem = "save_only_model left out what resuming needs"
             commit_checkpoint(folder, args.world_size, problem, saved)
@@ -5223,11 +5270,15 @@ def precision_settings(trainer, values: Values, run: Run) -> Iterator[tuple]:
     yield "the weights", wanted, str(largest.dtype)
 
 
-def resume_problem(values: Values) -> str:
-    """Why LLaMA-Factory cannot resume such a run at all; '' where it can."""
-    if values.stage == "rm" and values.finetuning_type in ("full", "freeze"):
-        return "LLaMA-Factory cannot resume stage: rm with full or freeze"
-    return ""
+def resume_problem(values: Values, folder: Path) -> str:
+    """Why a checkpoint cannot be resumed from though it was saved; '' where it can."""
+    has_adapter = values.finetuning_type not in ("full", "freeze")
+    if values.stage == "rm" and not (has_adapter and values.deepspeed):
+        return "LLaMA-Factory resumes stage: rm with lora under DeepSpeed only"
+    saved = [*folder.rglob("*optim*")]
+    if not values.bf16:
+        saved += folder.rglob("*model_states.pt")  # which hold it too under DeepSpeed stage 0
+    return "" if saved else "no optimizer state was saved"
 
 
 def finish_wandb(seconds: float = 60) -> None:
@@ -5902,12 +5953,12 @@ def commit_checkpoint(
 
 
 def sync(path: Path) -> None:
-    """fsync a file or a folder; some file systems cannot sync a folder."""
+    """fsync a file or a folder; some file systems cannot."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
             raise
     finally:
         os.close(descriptor)

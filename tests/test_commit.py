@@ -1,9 +1,12 @@
 """Checkpoints beside what other callbacks, a stop, a restart and a smaller batch do: nothing of them is lost."""
 
+import errno
 import json
+import os
 import re
 import sqlite3
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +25,7 @@ from helpers.launcher import (
     weights,
 )
 from helpers.real import real_fixture
-from train_qwen3_ft import checkpoint_problem
+from train_qwen3_ft import Values, checkpoint_problem, commit_checkpoint, resume_problem
 
 
 def differing_files(checkpoint: Path) -> list[str]:
@@ -37,9 +40,63 @@ def differing_files(checkpoint: Path) -> list[str]:
     return [name for name in names if there.get(name) != listed.get(name)]
 
 
-# --- a reward model, whose checkpoints LLaMA-Factory rewrites in a callback of its own
+# --- what is committed, and cannot be resumed from
 
-UNRESUMABLE = "LLaMA-Factory cannot resume stage: rm with full or freeze"
+UNRESUMABLE = "LLaMA-Factory resumes stage: rm with lora under DeepSpeed only"
+STATE = "no optimizer state was saved"
+RM = {"stage": "rm", "finetuning_type": "lora"}
+MODEL_STATES = "global_step4/mp_rank_00_model_states.pt"
+
+
+@pytest.mark.parametrize(
+    ("problem", "file", "values"),
+    [
+        pytest.param("", "optimizer.pt", {"bf16": True}, id="without-deepspeed"),
+        pytest.param("", "optimizer_0/__0_0.distcp", {"bf16": True}, id="fsdp"),
+        pytest.param(
+            "", "global_step4/bf16_zero_pp_rank_0_optim_states.pt", {"bf16": True}, id="zero"
+        ),
+        pytest.param("", MODEL_STATES, {}, id="stage-0-in-fp32-has-it-beside-the-weights"),
+        pytest.param(STATE, MODEL_STATES, {"bf16": True}, id="stage-0-in-bf16"),
+        pytest.param(STATE, "model.safetensors", {}, id="weights-only"),
+        pytest.param("", "optimizer.pt", {**RM, "deepspeed": "z3.json"}, id="rm-with-lora"),
+        pytest.param(UNRESUMABLE, "optimizer.pt", RM, id="rm-with-lora-without-deepspeed"),
+        pytest.param(
+            UNRESUMABLE,
+            "optimizer.pt",
+            {"stage": "rm", "finetuning_type": "full", "deepspeed": "z3.json"},
+            id="rm-of-all-parameters",
+        ),
+    ],
+)
+def test_a_checkpoint_that_resuming_would_not_bring_back_says_so(
+    tmp_path: Path, problem: str, file: str, values: dict
+):
+    path = tmp_path / "checkpoint-4" / file
+    path.parent.mkdir(parents=True)
+    path.touch()
+    assert resume_problem(Values(values), tmp_path / "checkpoint-4") == problem
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_that_cannot_sync_ends_no_run(tmp_path: Path, monkeypatch, number: int):
+    monkeypatch.setattr(os, "fsync", partial(fail, OSError(number, "")))
+    commit_checkpoint(tmp_path, 1)
+    assert checkpoint_problem(tmp_path) == ""
+
+
+def test_a_disk_that_fails_to_sync_commits_nothing(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", partial(fail, OSError(errno.EIO, "")))
+    with pytest.raises(OSError):
+        commit_checkpoint(tmp_path, 1)
+    assert checkpoint_problem(tmp_path) == "it has no manifest"
+
+
+def fail(error: OSError, descriptor: int) -> None:
+    raise error
+
+
+# --- a reward model, whose checkpoints LLaMA-Factory rewrites in a callback of its own
 
 
 def reward_config(folder: Path, **changes: object) -> Path:

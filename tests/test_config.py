@@ -458,10 +458,13 @@ def test_secret_never_stays_among_the_values(tmp_path):
         pytest.param(f"HF_TOKEN={SECRET}", id="variable-as-key"),
         pytest.param(f"--swanlab_api_key={SECRET}", id="as-an-option"),
         pytest.param(f"swanlab-api-key={SECRET}", id="with-hyphens"),
+        pytest.param(f"hf_hub_token = {SECRET}", id="with-spaces"),
+        pytest.param(f"hf_hub_token= {SECRET}", id="with-a-space-after"),
+        pytest.param(f"hf_hub_token ={SECRET}", id="with-a-space-before"),
     ],
 )
 def test_mistyped_secret_is_not_repeated_in_the_message(here, write_config, word):
-    done = here(write_config(), word, "--dry-run")
+    done = here(write_config(), *word.split(), "--dry-run")
     assert done.returncode == 2
     assert SECRET not in done.stdout + done.stderr
 
@@ -473,8 +476,9 @@ def test_mistyped_secret_is_not_repeated_in_the_message(here, write_config, word
         f"hf_hub_token: [{SECRET}",
         f"hf_hub_token: a\nhf_hub_token: {SECRET}",
         f"hf_hub_token\n{SECRET}: 1",
+        f"hf_hub_token = {SECRET}",
     ],
-    ids=["quote", "list", "duplicate", "without-colon"],
+    ids=["quote", "list", "duplicate", "without-colon", "equals-sign"],
 )
 def test_broken_line_with_a_secret_is_not_repeated_in_the_message(here, tmp_path, line):
     (tmp_path / "bad.yaml").write_text(f"stage: sft\n{line}\n")

@@ -6,14 +6,17 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from helpers import SCRIPT
 from helpers.config import write_json
 from helpers.launcher import FAKES, fake_gpus, free_port
 from train_qwen3_ft import (
     Config,
+    Devices,
     LaunchError,
     build_torchrun_command,
+    launchable_config,
     node_rank,
     resolve_devices,
 )
@@ -589,3 +592,29 @@ def test_an_old_gpu_hides_no_other_problem(write_config, launcher):
     assert done.returncode == 2
     for text in ("bf16", "is busy", "leaves no sample"):
         assert text in done.stderr, done.stderr
+
+
+# --- GPUs that are lost, and what a run's configuration keeps of the devices
+
+
+LOST = [*fake_gpus(1), *fake_gpus(1, lost=True), *fake_gpus(1)]
+
+
+def test_a_lost_gpu_is_left_out_and_the_others_are_used(plan_on, here, write_config):
+    assert plan_on(LOST)["devices"] == ["0", "2"]
+    shown = here(write_config(use_cpu=None), "--dry-run", gpus=LOST).stdout
+    assert "GPU 1 is left out (NVML: GPU is lost)" in shown
+
+
+def test_a_lost_gpu_is_named_where_it_is_asked_for(plan_on):
+    [problem] = plan_on(LOST, cuda_visible_devices="0,1")["problems"]
+    assert re.search(r"GPU 1 does not exist; this node has 0 .*, 2 .*GPU is lost", problem)
+
+
+@pytest.mark.parametrize("asked", [None, "3,2,1,0"], ids=["all", "chosen"])
+def test_the_configuration_of_a_run_holds_the_gpus_only_where_it_chose_them(asked):
+    keys = {} if asked is None else {"cuda_visible_devices": asked}
+    config = Config("c.yaml", {"stage": "sft", **keys}).update(run_name="first")
+    text = launchable_config(config, Devices(("0", "1"), "", 2))
+    assert yaml.safe_load(text).get("cuda_visible_devices") == asked
+    assert "\n#   CUDA_VISIBLE_DEVICES=0,1 python " in text

@@ -151,7 +151,7 @@ def test_a_run_that_was_stopped_while_it_waited_for_a_lost_node_resumes(
     leader, resumed = troubled.leader, troubled.resumed
     assert leader.returncode == 130, leader.console
     variables = f"NNODES=2 NODE_RANK=0 MASTER_ADDR=127.0.0.1 MASTER_PORT={troubled.port}"
-    command = f"{variables} python {SCRIPT} --resume {leader.run_dir}"
+    command = f"{variables} NPROC_PER_NODE=1 python {SCRIPT} --resume {leader.run_dir}"
     assert f"resume      {command}" in leader.console
     assert (resumed.returncode, troubled.back.returncode) == (0, 0), resumed.console
     assert weights(leader.run_dir) == weights(reference.run_dir)

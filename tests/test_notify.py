@@ -162,7 +162,7 @@ def test_a_failed_run_posts_its_cause_and_how_to_resume(failed: tuple[Run, Hook]
     message = silent.message()
     assert message["state"] == "failed"
     assert "planted fault: the third sample is bad" in message["cause"]
-    assert message["resume"] == f"python {SCRIPT} --resume {done.run_dir}"
+    assert message["resume"] == f"NPROC_PER_NODE=1 python {SCRIPT} --resume {done.run_dir}"
 
 
 def test_a_stopped_run_posts_how_to_resume(stopped: tuple[Run, Hook]):
@@ -170,7 +170,7 @@ def test_a_stopped_run_posts_how_to_resume(stopped: tuple[Run, Hook]):
     message = server.message()
     checkpoint = f"{done.run_dir}/checkpoint-{committed(done.run_dir)[-1]}"  # is a model too
     assert (message["state"], message["cause"], message["model"]) == ("stopped", "", checkpoint)
-    assert message["resume"] == f"python {SCRIPT} --resume {done.run_dir}"
+    assert message["resume"] == f"NPROC_PER_NODE=1 python {SCRIPT} --resume {done.run_dir}"
 
 
 def test_a_webhook_that_never_answers_changes_no_exit_code(failed: tuple[Run, Hook]):

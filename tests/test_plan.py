@@ -196,6 +196,33 @@ def test_rows_of_a_folder_are_those_of_its_files_and_limited_together(tmp_path):
     assert [count_rows(tmp_path / "rows", limit) for limit in (None, 10, 100)] == [21, 10, 21]
 
 
+def test_a_folder_of_parquet_files_is_counted_by_one_process(tmp_path, monkeypatch):
+    for name in ("a", "b", "c"):
+        write_rows(tmp_path / "rows" / f"{name}.parquet", 7)
+    started, run = [], subprocess.run
+
+    def counted(*args, **options):
+        started.append(args)
+        return run(*args, **options)
+
+    monkeypatch.setattr(subprocess, "run", counted)
+    assert count_rows(tmp_path / "rows", None) == 21
+    assert len(started) == 1
+
+
+@pytest.mark.parametrize(("limit", "rows"), [(None, None), (3, 3)])
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_a_very_large_text_file_is_not_counted_to_its_end(
+    tmp_path, monkeypatch, kind, limit, rows
+):
+    monkeypatch.setattr(train_qwen3_ft, "COUNTED_TEXT", 50, raising=False)
+    assert count_rows(write_rows(tmp_path / f"rows.{kind}", 7), limit) == rows
+
+
+def test_a_data_set_that_is_named_twice_is_loaded_once(plan_of, write_config):
+    assert plan_of(write_config(dataset="tiny,tiny"))["steps_per_epoch"] == 5
+
+
 def test_rows_of_a_large_json_array(tmp_path):
     # more than one block of reading, so that rows are cut in two
     path = tmp_path / "rows.json"

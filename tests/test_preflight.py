@@ -1132,6 +1132,16 @@ def test_offloaded_optimizer_on_a_gpu_needs_nvcc(here, write_config, tools, tmp_
     assert re.search(r"nvcc.*CUDA_HOME|CUDA_HOME.*nvcc|nvcc.*CUDA toolkit", said)
 
 
+def test_an_optimizer_of_deepspeed_needs_nvcc_unless_it_is_torch_s(
+    launcher, write_config, tools, tmp_path
+):
+    env = {**tools("c++", "g++"), "CUDA_HOME": str(tmp_path / "nothing")}
+    for params, needs in (({"lr": "auto"}, True), ({"torch_adam": True}, False)):
+        optimizer = {"optimizer": {"type": "AdamW", "params": params}}
+        config = write_config(use_cpu=None, deepspeed={**ZERO3, **optimizer})
+        assert ("nvcc" in offload_problems(launcher, config, env)) == needs, params
+
+
 @pytest.mark.skipif(not TORCH_CUDA, reason="torch was built without CUDA")
 def test_nvcc_of_another_cuda_is_refused(here, write_config, tools):
     env = tools("c++", "g++", nvcc=nvcc_of("9.2"))

@@ -12,7 +12,14 @@ import pytest
 from helpers.config import CONFIGS, ZERO3_FILE, make_model, write_config, write_json
 from helpers.launcher import Run, fake_gpus, losses, train
 from helpers.real import real_fixture
-from train_qwen3_ft import Devices, build_torchrun_command, clear_stale_locks, extensions_folder
+from train_qwen3_ft import (
+    Devices,
+    Values,
+    build_torchrun_command,
+    clear_stale_locks,
+    extensions_folder,
+    hub_cache,
+)
 
 OFFLOAD_FILE = str(CONFIGS / "deepspeed" / "ds_z3_offload_config.json")
 
@@ -90,6 +97,17 @@ def host_folder(monkeypatch: pytest.MonkeyPatch, host: str) -> Path:
 def test_each_host_has_its_own_folder_of_compiled_operators(plan_of, write_config):
     folder = plan_of(write_config())["environment"]["TORCH_EXTENSIONS_DIR"]
     assert socket.gethostname() in Path(folder).name
+
+
+def test_what_can_be_made_again_goes_to_the_cache_of_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As in huggingface_hub/constants.py."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("HF_HOME", "HF_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    assert hub_cache(Values()) == tmp_path / "cache" / "huggingface" / "hub"
+    assert extensions_folder().parent == tmp_path / "cache" / "torch_extensions"
 
 
 def test_a_build_lock_of_another_host_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -149,6 +149,28 @@ def resumed(name: str, key: str, override: object, **before: object):
         resumed("enable-thinking", "enable_thinking", "false"),
         resumed("sampling-strategy", "train_sampling_strategy", "sequential"),
         resumed("disable-shuffling", "disable_shuffling", "true"),
+        *(
+            resumed(key, key, value)
+            for key, value in {
+                "tokenized_path": "tokens",
+                "buffer_size": 9,
+                "default_system": "Be brief.",
+                "tool_format": "qwen",
+                "model_revision": "v2",
+                "resize_vocab": "true",
+                "rope_scaling": "yarn",
+                "fsdp": "full_shard",
+            }.items()
+        ),
+        resumed("streaming", "streaming", "true", max_steps=5),
+        resumed("frozen-layers", "freeze_trainable_layers", 1, finetuning_type="freeze"),
+        resumed("frozen-modules", "freeze_trainable_modules", "mlp", finetuning_type="freeze"),
+        resumed("frozen-extras", "freeze_extra_modules", "lm_head", finetuning_type="freeze"),
+        resumed("dora", "use_dora", "true", **LORA),
+        resumed("additional-target", "additional_target", "lm_head", **LORA),
+        resumed("packing-processes", "preprocessing_num_workers", 2, packing=True),
+        resumed("packing-batches", "preprocessing_batch_size", 9, neat_packing=True),
+        resumed("pretraining-packs", "preprocessing_batch_size", 9, stage="pt"),
         resumed("bf16", "bf16", "true"),
         resumed("bf16-taken-away", "bf16", "", bf16=True),
     ],
@@ -184,6 +206,59 @@ def test_resume_minds_no_link_that_leads_nowhere(here, stopped_run):
     assert here("--resume", run_dir, "--dry-run").returncode == 0
 
 
+@pytest.mark.parametrize("gpus", [1, 2], ids=["fewer", "more"])
+def test_a_run_on_all_gpus_resumes_on_those_that_there_are_now(here, stopped_run, gpus):
+    from train_qwen3_ft import Devices, launchable_config, load_config
+
+    run_dir = stopped_run()
+    config = load_config(run_dir / "config.yaml", {"use_cpu": "null"})
+    all_of_them = Devices(tuple("0123"[: 3 - gpus]), "all GPUs of this node", 3 - gpus)
+    (run_dir / "config.yaml").write_text(launchable_config(config, all_of_them))
+    done = here("--resume", run_dir, "--dry-run", "--json", gpus=fake_gpus(gpus))
+    assert (done.returncode, json.loads(done.stdout)["world_size"]) == (0, gpus), done.stderr
+
+
+def change_file_of_folder(data: Path) -> None:
+    (data / "rows" / "b.jsonl").write_text('{"instruction": "b", "output": "c"}')
+
+
+def add_file_to_folder(data: Path) -> None:
+    (data / "rows" / "c.jsonl").write_text('{"instruction": "c", "output": "c"}')
+
+
+def describe_otherwise(data: Path) -> None:
+    entry = {"file_name": "rows", "columns": {"prompt": "output", "response": "instruction"}}
+    write_json(data / "dataset_info.json", {"tiny": entry})
+
+
+def describe_another(data: Path) -> None:
+    entry = {"file_name": "rows"}
+    write_json(data / "dataset_info.json", {"tiny": entry, "other": entry})
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (change_file_of_folder, r"data/rows: has changed since"),
+        (add_file_to_folder, r"data/rows: has changed since"),
+        (describe_otherwise, r"data/dataset_info\.json: tiny: has changed since"),
+        (describe_another, r"^$"),
+    ],
+)
+def test_data_in_a_folder_and_its_description_may_not_change_on_resume(
+    here, write_config, stopped_run, tmp_path, change, problem
+):
+    write_config()
+    (tmp_path / "data" / "rows").mkdir()
+    for name in ("a", "b"):
+        text = f'{{"instruction": "{name}", "output": "{name}"}}'
+        (tmp_path / "data" / "rows" / f"{name}.jsonl").write_text(text)
+    write_json(tmp_path / "data" / "dataset_info.json", {"tiny": {"file_name": "rows"}})
+    run_dir = stopped_run()
+    change(tmp_path / "data")
+    assert re.search(problem, here("--resume", run_dir, "--dry-run").stderr)
+
+
 @pytest.mark.parametrize(
     "change",
     ["per_device_train_batch_size=8", "gradient_accumulation_steps=4", "global_batch_size=8"],
@@ -215,6 +290,7 @@ def test_resume_with_other_samples_per_step_is_refused(here, stopped_run, change
             f"deepspeed={json.dumps(OFFLOAD3)}", {"deepspeed": ZERO3}, id="offload-on"
         ),
         pytest.param("mask_history=false", {}, id="a-default-that-is-spelled-out"),
+        pytest.param("preprocessing_num_workers=2", {}, id="processes-that-pack-nothing"),
     ],
 )
 def test_resume_with_a_key_that_changes_no_result_is_accepted(
@@ -1037,6 +1113,25 @@ def bad(name: str, message: str, **changes: object):
             r"adapter_name_or_path: needs finetuning_type: lora",
             adapter_name_or_path="someone/adapter",
         ),
+        *(
+            bad(
+                f"{key}-that-does-not-exist",
+                rf"{key}: /nowhere/x/{file} does not exist",
+                **{key: "/nowhere/x"},
+                **LORA,
+            )
+            for key, file in {
+                "adapter_name_or_path": "adapter_config.json",
+                "ref_model": "config.json",
+                "reward_model": "config.json",
+            }.items()
+        ),
+        bad(
+            "second-adapter-that-does-not-exist",
+            r"adapter_name_or_path: /nowhere/adapter_config.json does not exist",
+            adapter_name_or_path="someone/adapter,/nowhere",
+            **LORA,
+        ),
         bad(
             "resume-from-true",
             r"resume_from_checkpoint: True does not exist; .*to continue a run use --resume",
@@ -1435,6 +1530,7 @@ def test_bf16_that_an_old_gpu_emulates_can_be_forced(packages):
             metric_for_best_model="tiny_accuracy",
             compute_accuracy=True,
         ),
+        good("hub-adapters", adapter_name_or_path="someone/one,someone/two", **LORA),
         good("resume-from-false", resume_from_checkpoint=False),
         *(good(f"save-total-limit-{n}", save_total_limit=n) for n in (0, -1)),
         good("fsdp-true", fsdp=True),
@@ -1466,6 +1562,12 @@ def test_data_of_the_stage_is_accepted(here, write_config, tmp_path, stage, entr
     describe_data(tmp_path, **entry)
     done = here(config, "--dry-run")
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_adapter_and_a_reference_model_that_exist_are_accepted(plan, tmp_path):
+    adapter = write_json(tmp_path / "lora" / "adapter_config.json", {}).parent
+    model = write_json(tmp_path / "other" / "config.json", TINY_MODEL).parent
+    plan(adapter_name_or_path=str(adapter), ref_model=str(model), **LORA)
 
 
 def test_packing_takes_a_batch_of_one_where_nothing_is_evaluated(said):

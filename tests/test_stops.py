@@ -139,8 +139,8 @@ def test_a_stop_writes_no_final_model_and_names_the_checkpoint_to_chat_with(
 def test_a_stop_says_how_to_resume(stopped: SimpleNamespace, kind: str):
     seen = stopped.stops[kind]
     found = re.search(r"^resume +(.*)$", seen.console, re.MULTILINE)
-    variables = "NPROC_PER_NODE=2 " if STOPS[kind][0] == 2 else ""
-    assert found[1] == f"{variables}python {SCRIPT} --resume {seen.run_dir}"
+    ranks = STOPS[kind][0]
+    assert found[1] == f"NPROC_PER_NODE={ranks} python {SCRIPT} --resume {seen.run_dir}"
 
 
 def test_a_stopped_run_is_recorded_as_stopped_by_the_user(stopped: SimpleNamespace):

@@ -2,7 +2,7 @@
 
 A GPU is {name, total, used, processes, uuid, capability, unsupported}: sizes in GiB, `processes` a list of
 [pid, GiB], `capability` such as [8, 0] (the default is [9, 0]), `unsupported` the names of the calls that answer
-"Not Supported" for it. All but `total` may be left out.
+"Not Supported" for it; one that is `lost` has no handle. All but `total` may be left out.
 
 FAKE_GPUS_DRIVER is a JSON object {cuda, driver, unsupported, missing}: `cuda` is the driver's CUDA version as NVML
 says it (13000, the default, is 13.0), `driver` its own; `unsupported` and `missing` are the names of calls that answer
@@ -84,7 +84,10 @@ def nvmlDeviceGetCount():  # noqa: N802
 
 
 def nvmlDeviceGetHandleByIndex(index):  # noqa: N802
-    return {"index": index, **json.loads(os.environ["FAKE_GPUS"])[index]}
+    gpu = json.loads(os.environ["FAKE_GPUS"])[index]
+    if gpu.get("lost"):
+        raise NVMLError("GPU is lost")
+    return {"index": index, **gpu}
 
 
 @call
