@@ -17,7 +17,7 @@ import pytest
 
 from helpers import SCRIPT
 from helpers.config import write_config
-from helpers.launcher import Run, committed, free_port, run
+from helpers.launcher import Run, committed, free_port, run, says
 from helpers.real import real_fixture
 from train_qwen3_ft import Config, send_notifications
 
@@ -195,9 +195,7 @@ def test_a_webhook_that_never_answers_costs_ten_seconds_and_no_exit_code(
 def test_a_webhook_that_is_gone_costs_a_line_and_no_exit_code(stopped: tuple[Run, Hook]):
     done, _ = stopped
     assert done.returncode == 143
-    assert re.search(
-        "^swanlab_lark_webhook_url: .* not delivered: ", done.console, re.MULTILINE
-    )
+    says(done.console, "^swanlab_lark_webhook_url: .* not delivered: ")
 
 
 def test_the_address_of_a_webhook_is_in_no_file_of_a_run(finished, failed, stopped):
@@ -258,7 +256,7 @@ def test_an_address_that_is_none_costs_a_line_that_does_not_repeat_it(capfd, url
 def test_an_address_that_is_none_is_refused_before_the_start(here, write_config, key: str):
     done = here(write_config(**{key: "hooks.example/KEY"}), "--dry-run")
     assert done.returncode == 2
-    assert re.search(f"config.yaml:[0-9]+: {key}: expected a URL", done.stderr), done.stderr
+    says(done.stderr, f"config.yaml:[0-9]+: {key}: expected a URL")
     assert "KEY" not in done.stdout + done.stderr
 
 
