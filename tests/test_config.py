@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import yaml as pyyaml
 
 from helpers import ROOT, SCRIPT
 from helpers.config import write_json
+from helpers.launcher import says
 from train_qwen3_ft import (
     HANDOVER_VARIABLE,
     Devices,
@@ -158,20 +158,20 @@ def test_unusable_yaml_is_one_line_with_file_and_line(tmp_path, here, content, m
     path.write_bytes(content)
     done = here(path, "--dry-run")
     assert done.returncode == 2
-    assert re.search(message, done.stderr)
+    says(done.stderr, message)
     assert len(done.stderr.splitlines()) == 1
 
 
 def test_missing_file_is_named_with_the_demo_command(here, tmp_path):
     done = here(tmp_path / "nowhere.yaml", "--dry-run")
     assert done.returncode == 2
-    assert re.search(r"nowhere\.yaml.*no such file.*configs/demo_cpu\.yaml", done.stderr)
+    says(done.stderr, r"nowhere\.yaml.*no such file.*configs/demo_cpu\.yaml")
 
 
 def test_folder_in_place_of_the_file_is_one_line(here, tmp_path):
     done = here(tmp_path, "--dry-run")
     assert done.returncode == 2
-    assert re.search(rf"{tmp_path}.*directory.*YAML file", done.stderr)
+    says(done.stderr, rf"{tmp_path}.*directory.*YAML file")
 
 
 # --- Overrides
@@ -209,14 +209,12 @@ def test_override_adds_a_key(tmp_path):
 def test_override_that_is_no_yaml_is_named(here, write_config):
     done = here(write_config(), "dataset=[a", "--dry-run")
     assert done.returncode == 2
-    assert re.search(r"command line.*dataset.*not valid YAML", done.stderr)
+    says(done.stderr, r"command line.*dataset.*not valid YAML")
 
 
 def test_problem_in_an_override_is_placed_on_the_command_line(here, write_config):
     done = here(write_config(), "num_train_epochs=three", "--dry-run")
-    assert re.search(
-        r"command line: num_train_epochs: expected a number, got 'three'", done.stderr
-    )
+    says(done.stderr, r"command line: num_train_epochs: expected a number, got 'three'")
 
 
 def test_overrides_stand_before_after_and_between(plan_of, write_config):
@@ -257,7 +255,7 @@ def test_the_last_of_two_equal_overrides_wins(plan_of, write_config):
 def test_command_line_mistake_is_one_line(here, args, message):
     done = here(*args)
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.search(message, done.stderr)
+    says(done.stderr, message)
     assert len(done.stderr.splitlines()) == 1
 
 
@@ -289,14 +287,14 @@ def test_input_is_looked_up_in_the_working_directory_first(
 ):
     config = write_config(dataset_dir="data")
     done = launcher(config, "--dry-run", script=elsewhere / SCRIPT.name, cwd=tmp_path)
-    assert re.search(r"^steps +20 samples", done.stdout, re.MULTILINE)
+    says(done.stdout, r"^steps +20 samples")
 
 
 def test_input_is_looked_up_beside_the_script_next(elsewhere, write_config, launcher, tmp_path):
     config = write_config(dataset_dir="data")
     (tmp_path / "empty").mkdir()
     done = launcher(config, "--dry-run", script=elsewhere / SCRIPT.name, cwd=tmp_path / "empty")
-    assert re.search(r"^steps +7 samples", done.stdout, re.MULTILINE)
+    says(done.stdout, r"^steps +7 samples")
 
 
 def test_output_is_in_the_working_directory(elsewhere, write_config, launcher, tmp_path):
@@ -547,9 +545,9 @@ def test_without_the_packages_the_launcher_names_them(bare_python, write_config)
     )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert re.search(
-        r"torch, transformers, llamafactory.*not installed.*pip install -r requirements\.txt",
+    says(
         done.stderr,
+        r"torch, transformers, llamafactory.*not installed.*pip install -r requirements\.txt",
     )
 
 

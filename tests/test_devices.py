@@ -1,6 +1,5 @@
 """Which GPUs a run gets, why, and how many processes that makes."""
 
-import re
 import socket
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import yaml
 
 from helpers import SCRIPT
 from helpers.config import write_json
-from helpers.launcher import FAKES, fake_gpus, free_port
+from helpers.launcher import FAKES, fake_gpus, free_port, says
 from train_qwen3_ft import (
     Config,
     Devices,
@@ -170,9 +169,7 @@ def test_nonsense_in_the_yaml_names_file_and_line(here, write_config):
     line = 1 + config.read_text().splitlines().index("cuda_visible_devices: 0,0")
     done = here(config, "--dry-run", gpus=fake_gpus(2))
     assert done.returncode == 2
-    assert re.search(
-        rf"config\.yaml:{line}: cuda_visible_devices: GPU 0 is named twice", done.stderr
-    )
+    says(done.stderr, rf"config\.yaml:{line}: cuda_visible_devices: GPU 0 is named twice")
 
 
 # --- Do they exist
@@ -186,10 +183,10 @@ def test_ids_that_do_not_exist_are_listed_with_those_that_do(here, write_config)
         gpus=[{"name": "NVIDIA A", "total": 80}, {"name": "NVIDIA B", "total": 80}],
     )
     assert done.returncode == 2
-    assert re.search(
+    says(
+        done.stderr,
         r"config\.yaml:\d+: cuda_visible_devices: GPU 2,5 does not exist; "
         r"this node has 0 \(NVIDIA A\), 1 \(NVIDIA B\)",
-        done.stderr,
     )
 
 
@@ -206,23 +203,21 @@ def test_uuid_that_exists_is_accepted(plan_on, uuid, gpus):
 def test_uuid_prefix_of_two_gpus_is_refused(plan_on):
     # The CUDA programming guide wants "enough digits to uniquely identify that GPU"; else no GPU is
     # visible.
-    assert re.search(
-        "GPU-0000", " ".join(plan_on(fake_gpus(2), cuda_visible_devices="GPU-0000")["problems"])
+    says(
+        " ".join(plan_on(fake_gpus(2), cuda_visible_devices="GPU-0000")["problems"]), "GPU-0000"
     )
 
 
 def test_uuid_that_does_not_exist_is_refused(plan_on):
     problems = plan_on(fake_gpus(2), cuda_visible_devices="GPU-ffff")["problems"]
-    assert re.search(
-        r"GPU GPU-ffff does not exist.*0 \(NVIDIA Test GPU\), 1", " ".join(problems)
-    )
+    says(" ".join(problems), r"GPU GPU-ffff does not exist.*0 \(NVIDIA Test GPU\), 1")
 
 
 def test_gpu_named_by_number_and_by_uuid_is_refused(plan_on):
     # torch reads either numbers or UUIDs and would start with fewer GPUs than processes.
-    assert re.search(
-        rf"GPU 1\b|{UUID}",
+    says(
         " ".join(plan_on(fake_gpus(2), cuda_visible_devices=f"1,{UUID}")["problems"]),
+        rf"GPU 1\b|{UUID}",
     )
 
 
@@ -259,14 +254,14 @@ def test_fewer_processes_take_the_first_gpus(plan_on):
 
 def test_more_processes_than_gpus_are_refused(plan_on):
     problems = plan_on(fake_gpus(2), {"NPROC_PER_NODE": "3"})["problems"]
-    assert re.search(r"NPROC_PER_NODE.*3 .*2 GPUs", " ".join(problems))
+    says(" ".join(problems), r"NPROC_PER_NODE.*3 .*2 GPUs")
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "two", "1.5"])
 def test_process_count_that_is_no_count_is_refused(here, write_config, text):
     done = here(write_config(), "--dry-run", env={"NPROC_PER_NODE": text})
     assert done.returncode == 2
-    assert re.search(r"NPROC_PER_NODE.*whole number", done.stderr)
+    says(done.stderr, r"NPROC_PER_NODE.*whole number")
 
 
 def test_nodes_multiply_the_processes(plan_on):
@@ -345,13 +340,13 @@ def test_plan_says_which_gpus_and_why(here, write_config, yaml, env, line):
         gpus=fake_gpus(4),
         env={} if env is None else {"CUDA_VISIBLE_DEVICES": env},
     )
-    assert re.search(rf"devices +{line}", done.stdout)
+    says(done.stdout, rf"devices +{line}")
 
 
 def test_plan_says_that_a_cpu_is_used_and_why(here, write_config):
-    assert re.search(
-        r"devices +CPU \(use_cpu: true\), 2 processes",
+    says(
         here(write_config(), "--dry-run", env={"NPROC_PER_NODE": "2"}).stdout,
+        r"devices +CPU \(use_cpu: true\), 2 processes",
     )
 
 
@@ -365,16 +360,14 @@ BUSY = [{"total": 80, "used": 60, "processes": [[4711, 59.5]]}, {"total": 80, "u
 def test_busy_gpu_is_refused_with_its_memory_and_its_user(here, write_config):
     done = here(write_config(use_cpu=None, cuda_visible_devices="0"), "--dry-run", gpus=BUSY)
     assert done.returncode == 2
-    assert re.search(
-        r"GPU 0 is busy: 60\.0 GiB in use by pid 4711 \(59\.5 GiB\).*--force", done.stderr
-    )
+    says(done.stderr, r"GPU 0 is busy: 60\.0 GiB in use by pid 4711 \(59\.5 GiB\).*--force")
 
 
 def test_busy_gpu_that_is_named_by_uuid_prefix_is_refused(here, write_config):
     done = here(
         write_config(use_cpu=None, cuda_visible_devices="GPU-00000000"), "--dry-run", gpus=BUSY
     )
-    assert re.search(r"GPU 0 is busy", done.stderr)
+    says(done.stderr, r"GPU 0 is busy")
 
 
 def test_force_starts_on_a_busy_gpu(here, write_config):
@@ -420,7 +413,7 @@ def test_without_nvml_the_launcher_continues(tmp_path, clean_env, write_config):
         tmp_path, clean_env, write_config(use_cpu=None, cuda_visible_devices="0,1"), "--dry-run"
     )
     assert done.returncode == 0, done.stderr
-    assert re.search(r"devices +GPUs 0,1 ", done.stdout)
+    says(done.stdout, r"devices +GPUs 0,1 ")
 
 
 def test_without_nvml_the_launcher_says_that_gpus_were_not_checked(
@@ -429,7 +422,7 @@ def test_without_nvml_the_launcher_says_that_gpus_were_not_checked(
     done = without_nvml(
         tmp_path, clean_env, write_config(use_cpu=None, cuda_visible_devices="0,1"), "--dry-run"
     )
-    assert re.search(r"not checked.*nvidia-ml-py", done.stdout + done.stderr)
+    says(done.stdout + done.stderr, r"not checked.*nvidia-ml-py")
 
 
 def test_without_nvml_and_without_ids_the_user_is_asked_for_them(
@@ -437,7 +430,7 @@ def test_without_nvml_and_without_ids_the_user_is_asked_for_them(
 ):
     done = without_nvml(tmp_path, clean_env, write_config(use_cpu=None), "--dry-run")
     assert done.returncode == 2
-    assert re.search(r"nvidia-ml-py is not installed", done.stderr)
+    says(done.stderr, r"nvidia-ml-py is not installed")
 
 
 def test_default_config_without_a_driver_is_one_clear_message(launcher, tmp_path, root):
@@ -446,9 +439,7 @@ def test_default_config_without_a_driver_is_one_clear_message(launcher, tmp_path
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert len(about_gpus) == 1
-    assert re.search(
-        r"no NVIDIA driver.*python train_qwen3_ft\.py configs/demo_cpu\.yaml", about_gpus[0]
-    )
+    says(about_gpus[0], r"no NVIDIA driver.*python train_qwen3_ft\.py configs/demo_cpu\.yaml")
     assert not (tmp_path / "saves").exists()
 
 
@@ -460,7 +451,7 @@ def test_default_config_without_a_driver_names_only_what_is_missing(launcher):
 def test_driver_without_a_gpu_is_refused(here, write_config):
     done = here(write_config(use_cpu=None), "--dry-run", gpus=[])
     assert done.returncode == 2
-    assert re.search(r"no GPU to train on.*configs/demo_cpu\.yaml", done.stderr)
+    says(done.stderr, r"no GPU to train on.*configs/demo_cpu\.yaml")
 
 
 @pytest.mark.parametrize("text", ["", "-1"])
@@ -472,7 +463,7 @@ def test_environment_that_hides_all_gpus_is_named(here, write_config, text):
         env={"CUDA_VISIBLE_DEVICES": text},
     )
     assert done.returncode == 2
-    assert re.search(r"CUDA_VISIBLE_DEVICES: no GPU to train on", done.stderr)
+    says(done.stderr, r"CUDA_VISIBLE_DEVICES: no GPU to train on")
 
 
 @pytest.mark.parametrize("options", [["--dry-run"], []], ids=["dry-run", "launch"])
@@ -544,7 +535,7 @@ def test_command_leaves_the_environment_it_was_given_alone(tmp_path):
 def test_environment_of_several_nodes_is_checked(here, write_config, env, message):
     done = here(write_config(run_name="r"), "--dry-run", env=env)
     assert done.returncode == 2
-    assert re.search(message, done.stderr)
+    says(done.stderr, message)
 
 
 def test_several_nodes_need_a_run_name(here, write_config):
@@ -554,7 +545,7 @@ def test_several_nodes_need_a_run_name(here, write_config):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
     }
-    assert re.search(r"run_name.*NNODES=2", here(write_config(), "--dry-run", env=env).stderr)
+    says(here(write_config(), "--dry-run", env=env).stderr, r"run_name.*NNODES=2")
 
 
 def test_port_in_use_is_refused(here, write_config):
@@ -563,14 +554,14 @@ def test_port_in_use_is_refused(here, write_config):
         server.listen()
         port = str(server.getsockname()[1])
         done = here(write_config(), "--dry-run", env={"MASTER_PORT": port})
-    assert re.search(rf"MASTER_PORT: port {port} is in use", done.stderr)
+    says(done.stderr, rf"MASTER_PORT: port {port} is in use")
 
 
 def test_missing_gpu_does_not_hide_another_problem(here, write_config, tmp_path):
     write_json(tmp_path / "data" / "dataset_info.json", {"other": {"file_name": "tiny.json"}})
     done = here(write_config(use_cpu=None), "--dry-run", gpus=[])
-    assert re.search("no GPU", done.stderr)
-    assert re.search("tiny is not in", done.stderr)
+    says(done.stderr, "no GPU")
+    says(done.stderr, "tiny is not in")
 
 
 def test_missing_gpu_does_not_hide_that_no_sample_is_left(here, write_config):
@@ -608,7 +599,7 @@ def test_a_lost_gpu_is_left_out_and_the_others_are_used(plan_on, here, write_con
 
 def test_a_lost_gpu_is_named_where_it_is_asked_for(plan_on):
     [problem] = plan_on(LOST, cuda_visible_devices="0,1")["problems"]
-    assert re.search(r"GPU 1 does not exist; this node has 0 .*, 2 .*GPU is lost", problem)
+    says(problem, r"GPU 1 does not exist; this node has 0 .*, 2 .*GPU is lost")
 
 
 @pytest.mark.parametrize("asked", [None, "3,2,1,0"], ids=["all", "chosen"])

@@ -17,7 +17,7 @@ import pytest
 
 from helpers import SCRIPT
 from helpers.config import write_config
-from helpers.launcher import FAKES, STARTUP, Run, fake_gpus, run, until
+from helpers.launcher import FAKES, STARTUP, Run, fake_gpus, run, says, until
 from helpers.real import real_fixture
 from train_qwen3_ft import RANK_START, HangWatch, describe_failure, roll_back_to_checkpoint
 from train_qwen3_ft import Run as RunDirectory
@@ -77,7 +77,7 @@ def test_an_abort_after_an_nccl_timeout_is_a_collective_that_timed_out(explain):
     )
     assert text.startswith("rank 1 was killed by SIGABRT")
     assert "likely cause: a collective timed out" in text
-    assert re.search("full log: .*/rank1.log$", text)
+    says(text, "full log: .*/rank1.log$")
 
 
 def test_an_abort_for_a_reason_that_nobody_knows_has_no_likely_cause(explain):
@@ -295,9 +295,7 @@ def test_two_gpus_with_a_small_dev_shm_are_refused_before_the_start(
 ):
     done = here(write_config(use_cpu=None), "--dry-run", gpus=fake_gpus(2))
     assert done.returncode == 2
-    assert re.search(
-        "^error: /dev/shm: .*--shm-size.*use --force to start anyway", done.stderr, re.MULTILINE
-    )
+    says(done.stderr, "^error: /dev/shm: .*--shm-size.*use --force to start anyway")
 
 
 def test_two_gpus_with_a_small_dev_shm_can_be_forced(here, write_config, small_dev_shm):

@@ -3,14 +3,13 @@
 import json
 import math
 import random
-import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from helpers.config import write_config
-from helpers.launcher import Run, committed, losses, metrics, run, train, weights
+from helpers.launcher import Run, committed, losses, metrics, run, says, train, weights
 from helpers.real import real_fixture
 from train_qwen3_ft import LossWatch
 
@@ -157,21 +156,21 @@ def hung(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_a_rank_that_leaves_a_collective_out_is_said_where_it_is(hung: Run) -> None:
-    assert re.search(
+    says(
+        hung.console,
         r"no progress for \d+ s: rank 0 in \w+ \(\w+\.py:\d+\); rank 1 in barrier \(\w+\.py:\d+\)\n"
         "restart 1 of 3: resuming from checkpoint-2",
-        hung.console,
-    ), hung.console
+    )
     log = (hung.run_dir / "logs" / "rank0.log").read_text(encoding="utf-8")
     assert "most recent call first" in log
 
 
 def test_a_rank_that_is_stopped_is_named_and_the_run_restarts(hung: Run) -> None:
-    assert re.search(
+    says(
+        hung.console,
         r"no progress for \d+ s: .*rank 1 is stopped by a signal \(SIGSTOP\)\n"
         "restart . of 3: resuming from checkpoint-4",
-        hung.console,
-    ), hung.console
+    )
 
 
 def test_a_run_that_hung_ends_with_the_weights_of_one_that_did_not(
@@ -194,7 +193,5 @@ def test_a_slow_save_is_waited_for_and_a_batch_that_never_comes_is_not(tmp_path:
     done = run(tmp_path, config, ranks=1, faults=faults)
     assert committed(done.run_dir) == [3]
     assert (done.process.returncode, summary(done)["state"]) == (1, "hung"), done.console
-    assert re.search(
-        r"no progress for \d+ s: rank 0 in action \(faults.py", summary(done)["cause"]
-    )
+    says(summary(done)["cause"], r"no progress for \d+ s: rank 0 in action \(faults.py")
     assert summary(done)["resume"]

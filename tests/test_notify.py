@@ -15,7 +15,7 @@ import pytest
 import train_qwen3_ft as launcher
 from helpers import SCRIPT
 from helpers.config import write_config
-from helpers.launcher import Run, committed, free_port, run
+from helpers.launcher import Run, committed, free_port, run, says
 from helpers.real import real_fixture
 
 SECRET = "T0KEN-OF-A-HOOK"
@@ -219,13 +219,13 @@ def test_an_address_that_is_none_costs_a_line_that_does_not_repeat_it(capfd, url
 def test_lark_is_refused_with_what_tells_it_instead(here, write_config):
     done = here(write_config(swanlab_lark_webhook_url="https://hooks.example/KEY"), "--dry-run")
     assert done.returncode == 2
-    assert re.search(r"swanlab_lark_webhook_url: .*use notify: URL", done.stderr), done.stderr
+    says(done.stderr, r"swanlab_lark_webhook_url: .*use notify: URL")
 
 
 def test_an_address_that_is_none_is_refused_before_the_start(here, write_config):
     done = here(write_config(notify="hooks.example/KEY"), "--dry-run")
     assert done.returncode == 2
-    assert re.search("config.yaml:[0-9]+: notify: expected a URL", done.stderr), done.stderr
+    says(done.stderr, "config.yaml:[0-9]+: notify: expected a URL")
     assert "KEY" not in done.stdout + done.stderr
 
 

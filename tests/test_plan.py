@@ -17,7 +17,7 @@ import pytest
 import train_qwen3_ft
 from helpers import ROOT
 from helpers.config import AUTO_BATCH, TINY_MODEL, write_json
-from helpers.launcher import ask_python, fake_gpus
+from helpers.launcher import ask_python, fake_gpus, says
 from helpers.plan import bare_plan, plan_phases
 from helpers.real import real_fixture
 from train_qwen3_ft import (
@@ -396,9 +396,9 @@ def test_samples_that_cannot_be_known_are_null_with_the_reason(
         None,
         keys.get("max_steps"),
     )
-    assert re.search(
-        rf"steps +{keys.get('max_steps', 'unknown')} in all \(.*{reason}",
+    says(
         here(config, "--dry-run").stdout,
+        rf"steps +{keys.get('max_steps', 'unknown')} in all \(.*{reason}",
     )
 
 
@@ -435,9 +435,7 @@ def test_default_config_makes_48_steps_of_64_samples(plan_of):
 
 
 def test_batch_arithmetic_is_shown_in_full(here):
-    assert re.search(
-        r"batch +2 .*x 4 GPUs x 8 .*= 64 samples", here("--dry-run", gpus=fake_gpus(4)).stdout
-    )
+    says(here("--dry-run", gpus=fake_gpus(4)).stdout, r"batch +2 .*x 4 GPUs x 8 .*= 64 samples")
 
 
 @pytest.mark.parametrize(
@@ -460,16 +458,16 @@ def test_indivisible_batch_names_the_nearest_that_can(here, write_config, wanted
         "--dry-run",
     )
     assert done.returncode == 2
-    assert re.search(rf"global_batch_size: {wanted} .*nearest.*: {near}$", done.stderr.strip())
+    says(done.stderr.strip(), rf"global_batch_size: {wanted} .*nearest.*: {near}$")
 
 
 def test_batch_that_disagrees_with_the_accumulation_is_refused(here, write_config):
     done = here(write_config(global_batch_size=64, gradient_accumulation_steps=8), "--dry-run")
     assert done.returncode == 2
-    assert re.search(
+    says(
+        done.stderr,
         r"global_batch_size: 64 means gradient_accumulation_steps 32 .*"
         r"gradient_accumulation_steps is 8; remove one",
-        done.stderr,
     )
 
 
@@ -496,8 +494,8 @@ def test_batch_and_accumulation_that_disagree_on_the_command_line_are_refused(
         write_config(), "global_batch_size=32", "gradient_accumulation_steps=2", "--dry-run"
     )
     assert done.returncode == 2
-    assert re.search(
-        r"command line: global_batch_size: 32 means gradient_accumulation_steps 16", done.stderr
+    says(
+        done.stderr, r"command line: global_batch_size: 32 means gradient_accumulation_steps 16"
     )
 
 
@@ -665,7 +663,7 @@ def test_plan_says_that_the_gathered_weights_do_not_fit_in_host_memory(here, mon
     monkeypatch.setattr("train_qwen3_ft.host_bytes", lambda: 60 * GIB)
     words = ["model_name_or_path=Qwen/Qwen3-32B", "--dry-run"]
     text = here(*words, gpus=fake_gpus(8, 80)).stdout
-    assert re.search(r"^host +saving gathers 61.0 GiB on rank 0", text, re.MULTILINE)
+    says(text, r"^host +saving gathers 61.0 GiB on rank 0")
 
 
 @pytest.mark.parametrize(
@@ -782,7 +780,7 @@ def plan_on_node(here: Callable, monkeypatch: pytest.MonkeyPatch) -> Callable:
 def test_what_does_not_fit_is_refused_with_what_is_needed_and_what_is_there(here, medium):
     done = here(medium(), "--dry-run", gpus=fake_gpus(1, 3))
     assert done.returncode == 2
-    assert re.search(r"memory: \d\.\d GiB is needed .*3\.0 GiB is there", done.stderr)
+    says(done.stderr, r"memory: \d\.\d GiB is needed .*3\.0 GiB is there")
 
 
 def test_force_starts_what_does_not_fit(here, medium):
@@ -840,7 +838,7 @@ def test_offload_that_the_host_cannot_hold_is_refused(here, monkeypatch):
         "--dry-run",
         gpus=fake_gpus(4, 80),
     )
-    assert re.search(r"host memory: .*8\d\d\.\d GiB.*this node has 800\.0 GiB", done.stderr)
+    says(done.stderr, r"host memory: .*8\d\d\.\d GiB.*this node has 800\.0 GiB")
 
 
 @pytest.mark.parametrize(
@@ -862,7 +860,7 @@ def test_memory_that_is_unknown_is_not_guessed_and_the_plan_names_the_key(
         key.split()[0] in ("finetuning_type:", "optim:")
     )
     text = here(config, "--dry-run").stdout
-    assert re.search(rf"^memory +not estimated with {key}$", text, re.MULTILINE)
+    says(text, rf"^memory +not estimated with {key}$")
 
 
 TRACKED = {**TINY_MODEL, "vocab_size": 4000, "num_hidden_layers": 6, "head_dim": 16}
@@ -906,16 +904,14 @@ def test_an_evaluation_with_larger_batches_than_training_is_the_peak(peak_of, he
     evaluation = peak_of(*EVALUATES, "per_device_eval_batch_size=4")
     assert evaluation["logits"] == 4 * 2048 * 151_936 * 10
     done = here(*EVALUATES, "per_device_eval_batch_size=16", "--dry-run", gpus=fake_gpus(4, 80))
-    assert re.search(r"it fits with per_device_eval_batch_size=\d", done.stderr)
+    says(done.stderr, r"it fits with per_device_eval_batch_size=\d")
 
 
 def test_where_training_does_not_fit_either_the_advice_is_for_both(here, monkeypatch):
     monkeypatch.setattr("train_qwen3_ft.host_bytes", lambda: 1 << 40)
     words = ("per_device_train_batch_size=8", "per_device_eval_batch_size=64")
     done = here(*EVALUATES, *words, "--dry-run", gpus=fake_gpus(4, 60))
-    assert re.search(
-        r"it fits with deepspeed=\S+offload\S+ per_device_eval_batch_size=1 ", done.stderr
-    )
+    says(done.stderr, r"it fits with deepspeed=\S+offload\S+ per_device_eval_batch_size=1 ")
 
 
 def test_an_evaluation_that_takes_more_than_training_gets_the_largest_batch_that_fits():
@@ -1007,9 +1003,7 @@ def test_memory_of_the_host_is_what_the_cgroups_of_the_process_allow(
 
 
 def test_plan_shows_memory_by_part_against_what_the_gpu_has(here):
-    line = re.search(
-        r"^memory .*", here("--dry-run", gpus=fake_gpus(4, 80)).stdout, re.MULTILINE
-    )[0]
+    line = says(here("--dry-run", gpus=fake_gpus(4, 80)).stdout, r"^memory .*")[0]
     assert "of 80.0 GiB" in line
     assert all(
         part in line
@@ -1113,9 +1107,9 @@ def test_disk_that_is_too_small_is_refused_unless_forced(here, write_config, tmp
         {**MEDIUM, "hidden_size": 32768, "num_hidden_layers": 300},
     )
     done = here(config, "--dry-run")
-    assert re.search(
-        r"output_dir: disk: .* is needed, .* is free; lower save_total_limit.*--force",
+    says(
         done.stderr,
+        r"output_dir: disk: .* is needed, .* is free; lower save_total_limit.*--force",
     )
     assert here(config, "--dry-run", "--force").returncode == 0
 
@@ -1184,12 +1178,7 @@ def test_plan_is_one_aligned_screen(launcher, write_config):
     ],
 )
 def test_plan_says_when_it_logs_saves_and_evaluates(here, write_config, keys, text):
-    assert re.search(
-        text,
-        re.search(
-            r"^schedule .*", here(write_config(**keys), "--dry-run").stdout, re.MULTILINE
-        )[0],
-    )
+    says(says(here(write_config(**keys), "--dry-run").stdout, r"^schedule .*")[0], text)
 
 
 def test_dry_run_of_the_default_config_leaves_nothing_behind(launcher, tmp_path, root):
@@ -1200,12 +1189,10 @@ def test_dry_run_of_the_default_config_leaves_nothing_behind(launcher, tmp_path,
 
 
 def test_dry_run_shows_a_command_that_can_be_pasted(here, write_config):
-    line = re.search(r"^command +(.*)", here(write_config(), "--dry-run").stdout, re.MULTILINE)[
-        1
-    ]
-    assert re.search(
-        r"FORCE_TORCHRUN=1 .*torch\.distributed\.run --nproc-per-node 1 .*\.py \S+/config\.yaml$",
+    line = says(here(write_config(), "--dry-run").stdout, r"^command +(.*)")[1]
+    says(
         line,
+        r"FORCE_TORCHRUN=1 .*torch\.distributed\.run --nproc-per-node 1 .*\.py \S+/config\.yaml$",
     )
 
 

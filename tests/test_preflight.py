@@ -18,7 +18,7 @@ import yaml
 
 from helpers import SCRIPT
 from helpers.config import AUTO_BATCH, TINY_MODEL, write_json
-from helpers.launcher import FAKES, fake_gpus
+from helpers.launcher import FAKES, fake_gpus, says
 from train_qwen3_ft import known_fields
 
 ZERO2 = {**AUTO_BATCH, "zero_optimization": {"stage": 2}}
@@ -435,7 +435,7 @@ BAD_VALUES = [
 @pytest.mark.parametrize(("changes", "message"), BAD_VALUES)
 def test_bad_value_is_refused_with(refused, write_config, changes, message):
     done = refused(write_config(**changes))
-    assert re.search(message, done.stderr)
+    says(done.stderr, message)
 
 
 def test_all_problems_of_a_file_come_at_once(refused, write_config):
@@ -455,7 +455,7 @@ def test_all_problems_of_a_file_come_at_once(refused, write_config):
         r"tiney is not in",
         r"logging_steps: expected more than 0",
     ):
-        assert re.search(message, done.stderr)
+        says(done.stderr, message)
     assert len(done.stderr.splitlines()) == 5
 
 
@@ -483,7 +483,7 @@ def test_dry_run_refuses_as_a_launch_does(launcher, write_config, tmp_path):
 )
 def test_dry_run_of_an_unfinished_file_shows_the_plan_all_the_same(here, write_config, key):
     done = here(write_config(**{key: None}), "--dry-run")
-    assert re.search(r"^devices ", done.stdout, re.MULTILINE)
+    says(done.stdout, r"^devices ")
 
 
 def test_launch_as_a_process_refuses_and_leaves_nothing(launcher, write_config, tmp_path):
@@ -495,8 +495,8 @@ def test_launch_as_a_process_refuses_and_leaves_nothing(launcher, write_config, 
 def test_problems_are_in_the_json_too(plan_of, write_config):
     problems = plan_of(write_config(learning_rat=1e-5, stage="stf"))["problems"]
     assert len(problems) == 2
-    assert re.search(
-        "did you mean (learning_rate|sft).*did you mean (learning_rate|sft)", " ".join(problems)
+    says(
+        " ".join(problems), "did you mean (learning_rate|sft).*did you mean (learning_rate|sft)"
     )
 
 
@@ -813,47 +813,43 @@ def test_bad_file_is_refused_with(refused, write_config, tmp_path, step, message
     config.write_text(
         yaml.safe_dump({key: value for key, value in values.items() if value is not None})
     )
-    assert re.search(message, refused(config).stderr)
+    says(refused(config).stderr, message)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_output_folder_that_cannot_be_written_is_refused(refused, write_config, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
     done = refused(write_config(output_dir=str(tmp_path / "locked" / "runs")))
-    assert re.search(r"output_dir: .*locked cannot be written; choose a folder", done.stderr)
+    says(done.stderr, r"output_dir: .*locked cannot be written; choose a folder")
 
 
 def test_run_name_that_is_taken_is_refused(refused, write_config, tmp_path):
     (tmp_path / "out" / "first").mkdir(parents=True)
-    assert re.search(
-        r"out/first: exists already; choose another run_name, or .*--resume",
+    says(
         refused(write_config(run_name="first")).stderr,
+        r"out/first: exists already; choose another run_name, or .*--resume",
     )
 
 
 def test_resume_without_a_run_is_refused(refused, write_config):
-    assert re.search(
-        r"--resume: there is no run under .*/out", refused(write_config(), "--resume").stderr
-    )
+    says(refused(write_config(), "--resume").stderr, r"--resume: there is no run under .*/out")
 
 
 def test_resume_takes_a_yaml_behind_it_as_the_config(refused, write_config):
-    assert re.search(
-        r"--resume: there is no run under .*/out", refused("--resume", write_config()).stderr
-    )
+    says(refused("--resume", write_config()).stderr, r"--resume: there is no run under .*/out")
 
 
 def test_resume_of_a_run_that_is_not_there_is_refused(refused):
-    assert re.search(
-        r"--resume nowhere: .*config\.yaml does not exist",
+    says(
         refused("--resume", "nowhere").stderr,
+        r"--resume nowhere: .*config\.yaml does not exist",
     )
 
 
 def test_resume_of_a_run_goes_by_its_own_config(refused, write_config):
-    assert re.search(
-        r"--resume some/run uses that run's own config\.yaml; leave out .*config\.yaml",
+    says(
         refused(write_config(), "--resume", "some/run").stderr,
+        r"--resume some/run uses that run's own config\.yaml; leave out .*config\.yaml",
     )
 
 
@@ -944,7 +940,7 @@ def test_missing_package_is_refused_with(
     done = launch_without(write_config(**changes), hidden)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert re.search(message, done.stderr)
+    says(done.stderr, message)
     assert not (tmp_path / "out").exists()
 
 
@@ -1091,7 +1087,7 @@ OFFLOAD = {
 def test_deepspeed_on_a_cpu_needs_a_compiler(here, write_config, tools):
     done = here(write_config(deepspeed=ZERO3), "--dry-run", env=tools())
     assert done.returncode == 2
-    assert re.search(r"C\+\+ compiler.*install g\+\+", done.stderr)
+    says(done.stderr, r"C\+\+ compiler.*install g\+\+")
 
 
 def test_offloaded_optimizer_needs_a_compiler(here, write_config, tools):
@@ -1101,7 +1097,7 @@ def test_offloaded_optimizer_needs_a_compiler(here, write_config, tools):
         env=tools("nvcc"),
         gpus=fake_gpus(1),
     )
-    assert re.search(r"C\+\+ compiler.*install g\+\+", done.stderr)
+    says(done.stderr, r"C\+\+ compiler.*install g\+\+")
 
 
 # DeepSpeed's CPUAdamBuilder compiles against CUDA wherever torch sees a GPU (op_builder/builder.py,
@@ -1129,7 +1125,7 @@ def test_offloaded_optimizer_on_a_gpu_needs_nvcc(here, write_config, tools, tmp_
         pytest.skip("torch finds the nvcc of /usr/local/cuda without PATH and CUDA_HOME")
     env = {**tools("c++", "g++"), **({"CUDA_HOME": str(tmp_path / "nothing")} if home else {})}
     said = offload_problems(here, write_config(use_cpu=None, deepspeed=OFFLOAD), env)
-    assert re.search(r"nvcc.*CUDA_HOME|CUDA_HOME.*nvcc|nvcc.*CUDA toolkit", said)
+    says(said, r"nvcc.*CUDA_HOME|CUDA_HOME.*nvcc|nvcc.*CUDA toolkit")
 
 
 def test_an_optimizer_of_deepspeed_needs_nvcc_unless_it_is_torch_s(
@@ -1146,7 +1142,7 @@ def test_an_optimizer_of_deepspeed_needs_nvcc_unless_it_is_torch_s(
 def test_nvcc_of_another_cuda_is_refused(here, write_config, tools):
     env = tools("c++", "g++", nvcc=nvcc_of("9.2"))
     said = offload_problems(here, write_config(use_cpu=None, deepspeed=OFFLOAD), env)
-    assert re.search(r"nvcc.*CUDA 9.*CUDA_HOME", said)
+    says(said, r"nvcc.*CUDA 9.*CUDA_HOME")
 
 
 @pytest.mark.skipif(not TORCH_CUDA, reason="torch was built without CUDA")
@@ -1344,7 +1340,7 @@ def test_yaml_word_means_what_it_says(here, write_config, line, steps):
 def test_hub_model_is_noted_as_a_download_with_its_size(here):
     # 14,768,307,200 parameters of 2 bytes; the files on the hub are in bf16.
     done = here("--dry-run", gpus=fake_gpus(4))
-    assert re.search(r"Qwen/Qwen3-14B.*27\.5 GiB.*download", done.stdout)
+    says(done.stdout, r"Qwen/Qwen3-14B.*27\.5 GiB.*download")
 
 
 def test_hub_model_of_unknown_size_is_noted_as_a_download(here, write_config):
@@ -1353,7 +1349,7 @@ def test_hub_model_of_unknown_size_is_noted_as_a_download(here, write_config):
         "--dry-run",
     )
     assert done.returncode == 0
-    assert re.search(r"someone/some-model.*download", done.stdout)
+    says(done.stdout, r"someone/some-model.*download")
 
 
 @pytest.mark.parametrize("revision", [None, "abc"], ids=["main", "a commit"])

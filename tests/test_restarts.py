@@ -20,6 +20,7 @@ from helpers.launcher import (
     logged_steps,
     losses,
     run,
+    says,
     train,
     until,
     weights,
@@ -37,9 +38,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def line_of(console: str, label: str) -> str:
     """The text of a labelled line of the plan or of the summary."""
-    found = re.search(rf"^{label} +(.*)$", console, re.MULTILINE)
-    assert found, console
-    return found[1]
+    return says(console, rf"^{label} +(.*)$")[1]
 
 
 # --- a run that fails after it has been restarted
@@ -96,12 +95,11 @@ def test_each_report_of_a_kill_names_the_rank_that_was_killed(failed: SimpleName
 
 def test_a_failed_run_says_what_is_left_and_how_to_resume(failed: SimpleNamespace):
     summary = failed.run.console[failed.run.console.rindex("\nstate ") :]
-    assert re.search(f"^state +failed at step 6 of {STEPS}$", summary, re.MULTILINE)
-    assert re.search("^checkpoints +checkpoint-4, checkpoint-2$", summary, re.MULTILINE)
-    assert re.search(
-        rf"python {re.escape(str(SCRIPT))} --resume {re.escape(str(failed.run_dir))}$",
+    says(summary, f"^state +failed at step 6 of {STEPS}$")
+    says(summary, "^checkpoints +checkpoint-4, checkpoint-2$")
+    says(
         failed.run.console,
-        re.MULTILINE,
+        rf"python {re.escape(str(SCRIPT))} --resume {re.escape(str(failed.run_dir))}$",
     )
     assert (failed.run_dir / "logs" / "rank1.log").stat().st_size > 0
 
@@ -139,9 +137,8 @@ def test_resuming_with_another_learning_rate_is_refused(failed: SimpleNamespace)
 def test_resuming_with_another_model_is_refused(failed: SimpleNamespace, tmp_path: Path):
     shutil.copytree(CONFIGS / "demo_model", tmp_path / "other")
     line = refusal(failed, f"model_name_or_path={tmp_path}/other")
-    assert re.search(
-        "model_name_or_path: was .* when the run started and is .* now, but cannot change",
-        line,
+    says(
+        line, "model_name_or_path: was .* when the run started and is .* now, but cannot change"
     )
 
 
@@ -150,9 +147,7 @@ def test_resuming_with_changed_data_is_refused(failed: SimpleNamespace):
     content = path.read_bytes()
     path.write_bytes(content.replace(b"SELECT", b"select", 1))
     try:
-        assert re.search(
-            "code2sql_demo.json.* has changed since the run started", refusal(failed)
-        )
+        says(refusal(failed), "code2sql_demo.json.* has changed since the run started")
     finally:
         path.write_bytes(content)
 
@@ -160,7 +155,7 @@ def test_resuming_with_changed_data_is_refused(failed: SimpleNamespace):
 def test_resuming_where_there_never_was_a_run_is_refused(
     failed: SimpleNamespace, tmp_path: Path
 ):
-    assert re.search("expected the (run )?directory", refusal(failed, run_dir=tmp_path))
+    says(refusal(failed, run_dir=tmp_path), "expected the (run )?directory")
 
 
 def test_resuming_a_finished_run_says_so_and_succeeds(
@@ -202,10 +197,10 @@ def resumed_from_torn(failed: SimpleNamespace, scratch: Path) -> Run:
 
 
 def test_a_resume_passes_over_a_torn_checkpoint_and_names_it(resumed_from_torn: Run):
-    assert re.search(
+    says(
+        resumed_from_torn.console,
         r"checkpoint-4 is incomplete \(.*optim_states\.pt has \d+ bytes instead of \d+\); "
         r"moved to incomplete-checkpoint-4",
-        resumed_from_torn.console,
     )
 
 
@@ -257,7 +252,7 @@ def test_an_error_is_shown_with_its_own_traceback_and_without_torchruns(raised: 
 
 
 def test_an_error_names_the_log_of_the_rank_that_failed(raised: Run):
-    log = Path(re.search(r"^full log: (.*)$", raised.console, re.MULTILINE)[1])
+    log = Path(says(raised.console, r"^full log: (.*)$")[1])
     assert log == raised.run_dir / "logs" / "rank1.log"
     assert "planted fault" in log.read_text(encoding="utf-8")
 
@@ -303,7 +298,7 @@ def test_a_run_that_saves_the_model_only_is_said_not_to_be_resumable(
 ):
     done = run(tmp_path, "--resume", rank_0_killed.run_dir)
     assert done.returncode == 2, done.console
-    assert re.search("save_only_model", done.console)
+    says(done.console, "save_only_model")
     assert (rank_0_killed.run_dir / "checkpoint-6").is_dir(), "the saved model was moved"
 
 

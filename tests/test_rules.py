@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 
 from helpers.config import AUTO_BATCH, TINY_MODEL, write_json
-from helpers.launcher import FAKES, fake_gpus
+from helpers.launcher import FAKES, fake_gpus, says
 
 GATHER = {"stage3_gather_16bit_weights_on_model_save": True}
 ZERO2 = {**AUTO_BATCH, "zero_optimization": {"stage": 2}}
@@ -186,10 +186,9 @@ def test_resume_with_a_key_that_would_train_something_else_is_refused(
     write_json(tmp_path / "data" / "dataset_info.json", {**info, "more": info["tiny"]})
     done = here("--resume", stopped_run(**before), f"{key}={override}", "--dry-run")
     assert done.returncode == 2, done.stdout
-    assert re.search(
-        rf"^error: command line: {key}: .*cannot change on resume; start a new run instead$",
+    says(
         done.stderr,
-        re.MULTILINE,
+        rf"^error: command line: {key}: .*cannot change on resume; start a new run instead$",
     )
 
 
@@ -197,7 +196,7 @@ def test_resume_of_a_run_whose_plan_is_lost_compares_its_configuration(here, sto
     run_dir = stopped_run()
     (run_dir / "plan.json").unlink()
     done = here("--resume", run_dir, "seed=5", "--dry-run")
-    assert re.search(r"seed: was None .*cannot change on resume", done.stderr), done.stderr
+    says(done.stderr, r"seed: was None .*cannot change on resume")
 
 
 def test_resume_minds_no_link_that_leads_nowhere(here, stopped_run):
@@ -267,7 +266,7 @@ def test_resume_with_other_samples_per_step_is_refused(here, stopped_run, change
     done = here("--resume", stopped_run(), change, "--dry-run")
     assert done.returncode == 2, done.stdout
     refused = r"(?s)4.*cannot change on resume; start a new run instead"
-    assert re.search(rf"{refused}|global_batch_size: 4 cannot be split", done.stderr)
+    says(done.stderr, rf"{refused}|global_batch_size: 4 cannot be split")
 
 
 # accepted before, too
@@ -345,7 +344,7 @@ OLD_DRIVER = {"cuda": 12040, "driver": "550.54.14"}
 def test_driver_too_old_for_torch_is_refused_with_both_versions(with_torch):
     done = with_torch("'13.0'", fake_gpus(2), OLD_DRIVER)
     assert done.returncode == 2, done.stdout
-    assert re.search(r"driver.*12\.4.*13\.0", done.stderr)
+    says(done.stderr, r"driver.*12\.4.*13\.0")
     assert "580" in done.stderr
 
 
@@ -378,7 +377,7 @@ def test_torch_without_cuda_is_refused_where_gpus_are_planned(with_torch):
     """pip takes 2.11.0+cpu for the 2.11.0 of requirements.txt, so it has to go first."""
     done = with_torch("None", fake_gpus(2))
     assert done.returncode == 2, done.stdout
-    assert re.search(r"torch.*CPU.*GPU", done.stderr)
+    says(done.stderr, r"torch.*CPU.*GPU")
     command = "pip uninstall -y torch torchvision torchaudio && pip install -r requirements.txt"
     assert command in done.stderr
 
@@ -387,9 +386,7 @@ def test_gpu_too_old_for_torch_is_refused_by_name(with_torch):
     gpus = [*fake_gpus(1), {"name": "Tesla V100", "total": 32, "capability": [7, 0]}]
     done = with_torch("'13.0'", gpus)
     assert done.returncode == 2, done.stdout
-    assert re.search(
-        r"GPU 1 \(Tesla V100\).*7\.0.*7\.5.*pip install torch==\S+\+cu126 ", done.stderr
-    )
+    says(done.stderr, r"GPU 1 \(Tesla V100\).*7\.0.*7\.5.*pip install torch==\S+\+cu126 ")
 
 
 # accepted before, too
@@ -439,12 +436,12 @@ def test_torch_without_cuda_is_accepted_on_a_cpu(with_torch):
 )
 def test_more_than_one_device_with_mig_is_refused_since_cuda_shows_one(said, others):
     text = said(use_cpu=None, cuda_visible_devices=f"{MIG[0]},{others}", gpus=fake_gpus(1))
-    assert re.search(r"cuda_visible_devices: .*MIG.*one", text)
+    says(text, r"cuda_visible_devices: .*MIG.*one")
 
 
 def test_two_mig_instances_of_the_environment_are_refused(said):
     text = said(use_cpu=None, env={"CUDA_VISIBLE_DEVICES": ",".join(MIG)}, gpus=fake_gpus(1))
-    assert re.search(r"CUDA_VISIBLE_DEVICES.*MIG.*one", text)
+    says(text, r"CUDA_VISIBLE_DEVICES.*MIG.*one")
 
 
 # accepted before, too
@@ -462,7 +459,7 @@ MIXED = [{"name": "NVIDIA A100", "total": 80}, {"name": "NVIDIA L4", "total": 22
 def test_plan_names_mixed_gpus_and_the_smallest_memory(plan):
     text = plan(use_cpu=None, gpus=MIXED)
     assert "NVIDIA A100" in text
-    assert re.search(r"22\.5 GiB.*NVIDIA L4|NVIDIA L4.*22\.5 GiB", text)
+    says(text, r"22\.5 GiB.*NVIDIA L4|NVIDIA L4.*22\.5 GiB")
 
 
 # accepted before, too
@@ -517,11 +514,7 @@ SHARDS = {
 def test_hub_model_that_is_in_the_cache_by_half_is_downloaded(plan, cached_model, files):
     env = cached_model(TINY_MODEL, **files)
     text = plan(model_name_or_path="someone/some-model", train_from_scratch=None, env=env)
-    assert re.search(
-        r"^model .*someone/some-model.*not in the local cache, the rest is downloaded",
-        text,
-        re.MULTILINE,
-    )
+    says(text, r"^model .*someone/some-model.*not in the local cache, the rest is downloaded")
 
 
 def test_disk_of_the_hub_s_cache_is_checked_for_the_download(said, tmp_path, monkeypatch):
@@ -541,7 +534,7 @@ def test_disk_of_the_hub_s_cache_is_checked_for_the_download(said, tmp_path, mon
         env={"HF_HOME": str(tmp_path / "hf")},
         gpus=fake_gpus(8),
     )
-    assert re.search(r"27\.5 GiB.*10\.0 GiB", text)
+    says(text, r"27\.5 GiB.*10\.0 GiB")
 
 
 # accepted before, too
@@ -555,9 +548,7 @@ def test_hub_model_that_is_whole_is_not_downloaded(plan, cached_model):
 
 
 def test_folder_without_weights_is_no_hub_model_and_refused(said):
-    assert re.search(
-        r"model_name_or_path: .*model\.safetensors missing", said(train_from_scratch=None)
-    )
+    says(said(train_from_scratch=None), r"model_name_or_path: .*model\.safetensors missing")
 
 
 # --- 13: NVML calls that are not supported --------------------------------------------------------
@@ -572,7 +563,7 @@ def test_gpu_is_there_though_one_call_is_not_supported(plan, call):
         env={"FAKE_GPUS_DRIVER": json.dumps({"unsupported": [call]})},
         gpus=fake_gpus(2),
     )
-    assert re.search(r"^devices +GPUs 0,1 ", text, re.MULTILINE)
+    says(text, r"^devices +GPUs 0,1 ")
 
 
 def test_gpu_of_unknown_memory_hides_no_other(said):
@@ -581,7 +572,7 @@ def test_gpu_of_unknown_memory_hides_no_other(said):
         *fake_gpus(1, total=0.1),
     ]
     text = said(use_cpu=None, gpus=gpus)
-    assert re.search(r"memory: .*is needed.*102\.4 MiB|memory: .*102\.4 MiB", text)
+    says(text, r"memory: .*is needed.*102\.4 MiB|memory: .*102\.4 MiB")
 
 
 def test_gpu_of_unknown_memory_is_planned_without_a_limit(here, write_config):
@@ -747,8 +738,8 @@ def test_folder_of_another_user_on_a_path_is_a_problem(here, write_config, locke
         "cache_dir": "(cache_dir|model_name_or_path)",
     }.get(key, key)
     assert done.returncode == 2, done.stdout
-    assert re.search(rf"config\.yaml:\d+: {named}: .*{locked.folder}", done.stderr)
-    assert re.search(r"(?i)permission denied|cannot be (read|written)", done.stderr)
+    says(done.stderr, rf"config\.yaml:\d+: {named}: .*{locked.folder}")
+    says(done.stderr, r"(?i)permission denied|cannot be (read|written)")
 
 
 def test_data_file_that_cannot_be_read_is_one_problem(
@@ -781,22 +772,22 @@ def test_data_file_in_a_folder_of_another_user_is_a_problem(
     locked.lock()
     done = here(config, "--dry-run")
     assert done.returncode == 2, done.stdout
-    assert re.search(rf"dataset: .*{locked.folder}", done.stderr)
-    assert re.search(r"(?i)permission denied|cannot be read", done.stderr)
+    says(done.stderr, rf"dataset: .*{locked.folder}")
+    says(done.stderr, r"(?i)permission denied|cannot be read")
 
 
 def test_configuration_of_another_user_is_a_problem(here, locked):
     locked.lock()
     done = here(locked.folder / "config.yaml", "--dry-run")
     assert done.returncode == 2
-    assert re.search(rf"{locked.folder}/config\.yaml: (?i:permission denied)", done.stderr)
+    says(done.stderr, rf"{locked.folder}/config\.yaml: (?i:permission denied)")
 
 
 def test_run_of_another_user_cannot_be_resumed_and_is_a_problem(here, locked):
     locked.lock()
     done = here("--resume", locked.folder / "run", "--dry-run")
     assert done.returncode == 2
-    assert re.search(rf"{locked.folder}/run.*(?i:permission denied)", done.stderr)
+    says(done.stderr, rf"{locked.folder}/run.*(?i:permission denied)")
 
 
 def test_hub_cache_of_another_user_is_a_problem(here, write_config, locked):
@@ -804,9 +795,7 @@ def test_hub_cache_of_another_user_is_a_problem(here, write_config, locked):
     locked.lock()
     done = here(config, "--dry-run", env={"HF_HOME": str(locked.folder / "hf")})
     assert done.returncode == 2, done.stdout
-    assert re.search(
-        rf"(model_name_or_path|HF_HOME).*{locked.folder}.*(?i:permission denied)", done.stderr
-    )
+    says(done.stderr, rf"(model_name_or_path|HF_HOME).*{locked.folder}.*(?i:permission denied)")
 
 
 def test_all_folders_of_other_users_are_named_at_once(here, write_config, locked):
@@ -818,7 +807,7 @@ def test_all_folders_of_other_users_are_named_at_once(here, write_config, locked
     locked.lock()
     done = here(config, "--dry-run")
     for key in ("dataset(_dir)?", "output_dir", "learning_rat"):
-        assert re.search(rf"config\.yaml:\d+: {key}: ", done.stderr)
+        says(done.stderr, rf"config\.yaml:\d+: {key}: ")
 
 
 # --- 16: --resume without a directory, and beyond the end -----------------------------------------
@@ -851,7 +840,7 @@ def test_resume_without_a_directory_says_so_where_every_run_is_still_running(
     with held(stopped_run("only")):
         done = here(write_config(), "--resume", "--dry-run")
     assert done.returncode == 2
-    assert re.search(r"still running", done.stderr)
+    says(done.stderr, r"still running")
 
 
 @pytest.fixture
@@ -865,7 +854,7 @@ def finished_run(stopped_run: Callable) -> Path:
 def test_a_finished_run_trains_on_where_it_is_given_more_steps(here, finished_run):
     done = here("--resume", finished_run, "max_steps=200", "--dry-run")
     assert (done.returncode, done.stderr) == (0, "")
-    assert re.search(r"^steps .*\b200\b", done.stdout, re.MULTILINE)
+    says(done.stdout, r"^steps .*\b200\b")
     assert str(finished_run) in done.stdout
 
 
@@ -1203,7 +1192,7 @@ def bad(name: str, message: str, **changes: object):
     ],
 )
 def test_start_that_would_fail_after_loading_is_refused(said, changes, message):
-    assert re.search(message, said(**changes))
+    says(said(**changes), message)
 
 
 @pytest.mark.parametrize(
@@ -1252,7 +1241,7 @@ def test_stage_that_does_not_fit_is_refused(
     describe_data(tmp_path, **entry)
     done = here(config, "--dry-run")
     assert done.returncode == 2, done.stdout
-    assert re.search(message, done.stderr)
+    says(done.stderr, message)
 
 
 HIDE = """
@@ -1349,7 +1338,7 @@ def test_package_behind_a_key_is_refused_by_name_where_it_is_missing(
     done = packages({}, env=hub_of(name), **changes)
     key = next(iter(hub_of(name) or changes))
     assert done.returncode == 2, done.stdout
-    assert re.search(rf"{key}.*pip install .*{name.replace('-', '[-_]')}", done.stderr)
+    says(done.stderr, rf"{key}.*pip install .*{name.replace('-', '[-_]')}")
 
 
 def test_two_packages_behind_one_key_are_both_named(packages):
@@ -1360,7 +1349,7 @@ def test_two_packages_behind_one_key_are_both_named(packages):
 
 def test_ppo_with_the_trl_of_today_is_refused(said):
     text = said(stage="ppo", reward_model="someone/reward", **LORA)
-    assert re.search(r"stage: .*ppo.*trl", text)
+    says(text, r"stage: .*ppo.*trl")
 
 
 OLD_GPU = [{"name": "Tesla T4", "total": 16, "capability": [7, 5]}]
@@ -1372,9 +1361,7 @@ def test_what_a_gpu_cannot_do_is_refused_with_the_gpu_s_name(packages, key, valu
     changes = {"bf16": True, **({"fp8_backend": "torchao"} if key == "fp8" else {}), key: value}
     done = packages(there, use_cpu=None, gpus=OLD_GPU, **changes)
     assert done.returncode == 2, done.stdout
-    assert re.search(
-        rf"{key}: .*8\.[09].*Tesla T4.*7\.5|{key}: .*Tesla T4.*7\.5.*8\.[09]", done.stderr
-    )
+    says(done.stderr, rf"{key}: .*8\.[09].*Tesla T4.*7\.5|{key}: .*Tesla T4.*7\.5.*8\.[09]")
 
 
 # accepted before, too

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +10,7 @@ import pytest
 
 from helpers import SCRIPT
 from helpers.config import STEPS, write_config
-from helpers.launcher import Run, command_of, committed, losses, until, weights
+from helpers.launcher import Run, command_of, committed, losses, says, until, weights
 from helpers.swanlab_records import read_record, records
 from train_qwen3_ft import checkpoint_problem
 
@@ -138,9 +137,9 @@ def test_a_stop_writes_no_final_model_and_names_the_checkpoint_to_chat_with(
 @pytest.mark.parametrize("kind", STOPS)
 def test_a_stop_says_how_to_resume(stopped: SimpleNamespace, kind: str):
     seen = stopped.stops[kind]
-    found = re.search(r"^resume +(.*)$", seen.console, re.MULTILINE)
     ranks = STOPS[kind][0]
-    assert found[1] == f"NPROC_PER_NODE={ranks} python {SCRIPT} --resume {seen.run_dir}"
+    command = says(seen.console, r"^resume +(.*)$")[1]
+    assert command == f"NPROC_PER_NODE={ranks} python {SCRIPT} --resume {seen.run_dir}"
 
 
 def test_a_stopped_run_is_recorded_as_stopped_by_the_user(stopped: SimpleNamespace):

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from helpers.config import write_config
-from helpers.launcher import Run, command_of, losses, metrics, run, until
+from helpers.launcher import Run, command_of, losses, metrics, run, says, until
 from helpers.swanlab_records import dashboard_points, read_dashboard, read_record, records
 from helpers.swanlab_service import SwanLabService
 from train_qwen3_ft import Console, say
@@ -295,9 +295,9 @@ def test_a_line_in_a_terminal_does_not_stand_behind_the_bar(monkeypatch) -> None
     console.show({"step": 1, "loss": 7.0, "learning_rate": 1e-3, "time": 1.0})
     say("SIGINT: stopping")
     console.close()
-    assert re.search(r"loss 7\.0000.*\rSIGINT: stopping\n", screen.getvalue())
+    says(screen.getvalue(), r"loss 7\.0000.*\rSIGINT: stopping\n")
 
 
 def test_a_terminal_shows_a_live_bar(local: Run) -> None:
-    assert re.search(r"\r.*loss \d+\.\d+  lr .*\d+/12", local.console)
+    says(local.console, r"\r.*loss \d+\.\d+  lr .*\d+/12")
     assert "finished at step 12 of 12" in local.console

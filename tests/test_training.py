@@ -4,7 +4,6 @@ import csv
 import itertools
 import json
 import os
-import re
 import shutil
 import sqlite3
 import subprocess
@@ -18,7 +17,7 @@ import yaml
 
 from helpers import ROOT, SCRIPT
 from helpers.config import ZERO3_FILE, write_config, write_json
-from helpers.launcher import Run, ask_python, losses, run, train
+from helpers.launcher import Run, ask_python, losses, run, says, train
 from helpers.real import real_fixture
 from helpers.swanlab_records import read_dashboard, read_record, records
 from train_qwen3_ft import Values, model_commands
@@ -104,7 +103,7 @@ def test_the_demo_model_translates_held_out_code(demo: Run) -> None:
     done = subprocess.run(
         [*command, str(demo.run_dir), "40"], capture_output=True, text=True, env=env
     )
-    right, asked = re.search(r"exact: (\d+) of (\d+)", done.stdout).groups()
+    right, asked = says(done.stdout + done.stderr, r"exact: (\d+) of (\d+)").groups()
     assert asked == "40" and int(right) >= 34, done.stdout + done.stderr
 
 
@@ -181,7 +180,7 @@ def test_the_console_of_two_ranks_says_each_thing_once(sharded: Run) -> None:
 
 def test_the_plan_names_the_log_to_follow(sharded: Run) -> None:
     log = sharded.run_dir / "logs" / "rank0.log"
-    assert re.search(rf"^follow +tail -F {log}$", sharded.console, re.MULTILINE)
+    says(sharded.console, rf"^follow +tail -F {log}$")
     assert "***** Running training *****" in log.read_text(encoding="utf-8")
 
 
@@ -553,9 +552,7 @@ def test_the_planned_steps_are_those_of_a_real_run(
     planned = json.loads((done.run_dir / "plan.json").read_text())["total_steps"]
     assert planned == read_summary(done)["steps"]
     log = (done.run_dir / "logs" / "rank0.log").read_text(encoding="utf-8")
-    assert planned == int(
-        re.search(r"Total optimization steps = ([\d,]+)", log)[1].replace(",", "")
-    )
+    assert planned == int(says(log, r"Total optimization steps = ([\d,]+)")[1].replace(",", ""))
 
 
 # --- no secret anywhere
@@ -574,5 +571,5 @@ def test_no_secret_reaches_a_file_or_the_console(batched: Run) -> None:
 
 def test_the_relaunchable_config_says_which_secrets_it_left_out(batched: Run) -> None:
     text = (batched.run_dir / "config.yaml").read_text(encoding="utf-8")
-    assert re.search("hf_hub_token.* left out|left out.*hf_hub_token", text)
+    says(text, "hf_hub_token.* left out|left out.*hf_hub_token")
     assert "hf_hub_token" not in yaml.safe_load(text)

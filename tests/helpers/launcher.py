@@ -300,6 +300,14 @@ def train(folder: Path, *arguments: object, **options: object) -> Run:
     return done
 
 
+def says(shown: str, pattern: str) -> re.Match:
+    """Where `pattern` is in what was shown; `^` and `$` are those of a line. Fails with both."""
+    found = re.search(pattern, shown, re.MULTILINE)
+    if not found:
+        raise AssertionError(f"not said: {pattern}\nwhat was said:\n{shown}")
+    return found
+
+
 def fork(source: Path, name: str, step: int) -> Path:
     """A copy of a run directory as it was when only this checkpoint was there."""
     copy = source.parent / name
