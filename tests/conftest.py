@@ -4,7 +4,8 @@ import fcntl
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,33 +15,36 @@ import pytest
 from helpers import ROOT, SCRIPT
 from helpers.config import STEPS, write_config, write_small_config
 from helpers.launcher import FAKES, clean_environment, losses, run, train
+from helpers.real import LIGHT_TEST, REAL_FIXTURES, real_fixture
 from train_qwen3_ft import known_fields, main
 
-# The modules of real runs, longest first: what is left at the end is short, so the workers end
-# together.
-LONG = (
-    "test_training",
-    "test_stops",
-    "test_reshard",
-    "test_health",
-    "test_tracker",
-    "test_restarts",
-    "test_nodes",
-    "test_checkpoints",
-    "test_rehearse",
-    "test_commit",
-    "test_plan",
-    "test_data",
-    "test_notify",
-    "test_failures",
-    "test_promises",
-)
 
-
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long modules first."""
-    places = {name: place for place, name in enumerate(LONG)}
-    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
+    """Mark the tests that use a fixture of ranks. The modules with most real tests come first: what
+    is left at the end is short, so that xdist's workers end together.
+    """
+    for item in items:
+        places = {
+            (place, name)
+            for place in (item.module.__name__, __name__)
+            for name in item.fixturenames
+        }
+        if places & REAL_FIXTURES:
+            item.add_marker("real")
+    count = Counter(item.path for item in items if item.get_closest_marker("real"))
+    items.sort(key=lambda item: -count[item.path])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """While a test runs that is not marked `real`, nothing starts ranks, its fixtures included."""
+    if not item.get_closest_marker("real"):
+        os.environ[LIGHT_TEST] = item.nodeid
+    try:
+        return (yield)
+    finally:
+        os.environ.pop(LIGHT_TEST, None)
 
 
 @pytest.fixture(scope="session")
@@ -89,11 +93,11 @@ def fake_nvml(gpus: list | None) -> dict[str, str]:
 
 
 @pytest.fixture
-def plan_of(launcher: Callable[..., SimpleNamespace]) -> Callable[..., dict]:
+def plan_of(here: Callable[..., SimpleNamespace]) -> Callable[..., dict]:
     """The JSON of --dry-run --json; problems in it do not matter."""
 
     def plan(*args: object, **options: object) -> dict:
-        done = launcher(*args, "--dry-run", "--json", **options)
+        done = here(*args, "--dry-run", "--json", **options)
         assert done.stdout.startswith("{"), done.stderr
         return json.loads(done.stdout)
 
@@ -142,7 +146,7 @@ def small_config(tmp_path: Path) -> Callable[..., Path]:
     return partial(write_small_config, tmp_path)
 
 
-@pytest.fixture(scope="session")
+@real_fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """The base configuration's run of two ranks, uninterrupted: its `run_dir`.
 

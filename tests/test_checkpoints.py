@@ -19,6 +19,7 @@ import pytest
 
 from helpers.config import write_config
 from helpers.launcher import PATIENCE, Run, committed, losses, run, train, weights
+from helpers.real import real_fixture
 from helpers.swanlab_records import dashboard_points, read_record, records
 from train_qwen3_ft import (
     MANIFEST,
@@ -50,14 +51,14 @@ IN_SAVES = {
 SETTINGS = {"max_samples": 12, "save_steps": 1, "save_total_limit": 1}
 
 
-@pytest.fixture(scope="module")
+@real_fixture
 def undisturbed(scratch: Path) -> Run:
     """One rank under ZeRO-3 that saves at each step and keeps one checkpoint."""
     folder = scratch / "undisturbed"
     return train(folder, write_config(folder, **SETTINGS), ranks=1)
 
 
-@pytest.fixture(scope="module")
+@real_fixture
 def killed_in_saves(scratch: Path) -> Run:
     """The same, reporting to SwanLab, killed in five saves, each time at another point."""
     folder = scratch / "saves"
@@ -216,7 +217,7 @@ def mount(*arguments: object) -> bool:
     return False
 
 
-@pytest.fixture(scope="module")
+@real_fixture
 def full_disk(scratch: Path) -> Iterator[SimpleNamespace]:
     """A run on a disk that is full during its third save, and its resume after room was made."""
     folder, out = scratch / "full disk", scratch / "full disk" / "out"

@@ -21,6 +21,7 @@ from helpers.launcher import (
     train,
     weights,
 )
+from helpers.real import real_fixture
 from train_qwen3_ft import checkpoint_problem
 
 
@@ -55,7 +56,7 @@ def reward_config(folder: Path, **changes: object) -> Path:
     return write_config(folder, stage="rm", save_total_limit=None, **data, **changes)
 
 
-@pytest.fixture(scope="module")
+@real_fixture
 def reward(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A reward model that is trained for three steps, to its end, without DeepSpeed.
 
@@ -67,7 +68,7 @@ def reward(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return train(folder, reward_config(folder, **changes), ranks=1)
 
 
-@pytest.fixture(scope="module")
+@real_fixture
 def killed_reward(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A reward model under ZeRO-3 that is killed in step 5 of 6."""
     folder = tmp_path_factory.mktemp("killed")
@@ -121,7 +122,7 @@ def test_a_reward_model_that_could_not_be_saved_is_refused_before_the_start(
 # --- a stop where the configuration saves and evaluates something else
 
 
-@pytest.fixture(scope="module")
+@real_fixture
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run that evaluates after each step, saves the best model only, and is stopped after step 3.
 
@@ -150,13 +151,13 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return alive
 
 
-@pytest.fixture(scope="module")
+@real_fixture
 def resumed(stopped: Run) -> Run:
     """The same run, resumed to its end."""
     return train(stopped.folder, "--resume", stopped.run_dir, "report_to=none")
 
 
-@pytest.fixture(scope="module")
+@real_fixture
 def at_the_stop(stopped: Run) -> SimpleNamespace:
     """What the run directory held at the stop, before it is resumed."""
     lines = metrics(stopped.run_dir)
@@ -217,7 +218,7 @@ def test_a_stop_loses_no_point_of_tensorboard(stopped: Run, at_the_stop: SimpleN
 # --- a batch that does not fit
 
 
-@pytest.fixture(scope="module")
+@real_fixture
 def shrunk(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run that finds its micro-batch of 4 too large in its second step, and saves at each step."""
     folder = tmp_path_factory.mktemp("shrunk")

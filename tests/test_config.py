@@ -285,18 +285,18 @@ def elsewhere(tmp_path):
 
 
 def test_input_is_looked_up_in_the_working_directory_first(
-    tmp_path, elsewhere, write_config, plan_of
+    tmp_path, elsewhere, write_config, launcher
 ):
     config = write_config(dataset_dir="data")
-    assert plan_of(config, script=elsewhere / SCRIPT.name, cwd=tmp_path)["samples"] == 20
+    done = launcher(config, "--dry-run", script=elsewhere / SCRIPT.name, cwd=tmp_path)
+    assert re.search(r"^steps +20 samples", done.stdout, re.MULTILINE)
 
 
-def test_input_is_looked_up_beside_the_script_next(elsewhere, write_config, plan_of, tmp_path):
+def test_input_is_looked_up_beside_the_script_next(elsewhere, write_config, launcher, tmp_path):
     config = write_config(dataset_dir="data")
     (tmp_path / "empty").mkdir()
-    assert (
-        plan_of(config, script=elsewhere / SCRIPT.name, cwd=tmp_path / "empty")["samples"] == 7
-    )
+    done = launcher(config, "--dry-run", script=elsewhere / SCRIPT.name, cwd=tmp_path / "empty")
+    assert re.search(r"^steps +7 samples", done.stdout, re.MULTILINE)
 
 
 def test_output_is_in_the_working_directory(elsewhere, write_config, launcher, tmp_path):
@@ -429,11 +429,11 @@ def test_the_trainer_gets_no_secret_that_it_does_not_need(tmp_path):
     "options", [["--dry-run"], ["--dry-run", "--json"]], ids=["text", "json"]
 )
 @pytest.mark.parametrize("given", ["yaml", "override", "environment"])
-def test_secret_is_never_shown(launcher, write_config, given, options):
+def test_secret_is_never_shown(here, write_config, given, options):
     in_file = dict.fromkeys(SECRET_KEYS, SECRET) if given == "yaml" else {}
     words = [f"{key}={SECRET}" for key in SECRET_KEYS] if given == "override" else []
     env = dict.fromkeys(SECRET_VARIABLES, SECRET) if given == "environment" else {}
-    done = launcher(write_config(report_to="swanlab", **in_file), *words, *options, env=env)
+    done = here(write_config(report_to="swanlab", **in_file), *words, *options, env=env)
     assert "SwanLab" in done.stdout or '"total_steps"' in done.stdout
     assert SECRET not in done.stdout + done.stderr
 

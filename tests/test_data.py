@@ -20,6 +20,7 @@ from helpers import HELPERS
 from helpers import config as configs
 from helpers.config import CONFIGS, TINY_MODEL, write_json
 from helpers.launcher import Run, run, train
+from helpers.real import real_fixture
 from train_qwen3_ft import (
     Run as RunDirectory,
 )
@@ -170,7 +171,7 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
+@real_fixture
 def measured(tmp_path_factory):
     """{name of a case: what measure_cases.py says of it}, all from one process."""
     folder = tmp_path_factory.mktemp("data")
@@ -477,40 +478,41 @@ def test_without_anything_to_learn_the_rank_ends_and_says_why(measured):
 # --- what the user sees
 
 
-def plan(launcher, config, **options):
-    return launcher(config, "--dry-run", **options).stdout
+def plan(here, config, **options):
+    return here(config, "--dry-run", **options).stdout
 
 
-def test_the_plan_says_that_an_empty_thought_is_learned(write_config, launcher):
-    said = plan(launcher, write_config())
+def test_the_plan_says_that_an_empty_thought_is_learned(write_config, here):
+    said = plan(here, write_config())
     assert "thinking    template qwen3 puts an empty <think></think> before each answer" in said
 
 
 @pytest.mark.parametrize("values", [{"enable_thinking": False}, {"template": "llama3"}])
-def test_the_plan_is_silent_where_none_is_learned(write_config, launcher, values):
-    assert "thinking " not in plan(launcher, write_config(**values))
+def test_the_plan_is_silent_where_none_is_learned(write_config, here, values):
+    assert "thinking " not in plan(here, write_config(**values))
 
 
-def test_the_plan_is_silent_where_the_data_thinks(write_config, launcher, tmp_path):
+def test_the_plan_is_silent_where_the_data_thinks(write_config, here, tmp_path):
     config = write_config()
     row = {"instruction": "a", "input": "", "output": "<think>hm</think>SELECT 1;"}
     write_json(tmp_path / "data" / "tiny.json", [row] * 20)
-    assert "thinking " not in plan(launcher, config)
+    assert "thinking " not in plan(here, config)
 
 
 @pytest.mark.parametrize(("padding", "advises"), [(0.4, True), (0.1, False)])
 def test_the_plan_of_the_next_run_says_what_less_padding_would_save(
-    write_config, launcher, tmp_path, padding, advises
+    write_config, here, tmp_path, padding, advises
 ):
     config = write_config(output_dir=str(tmp_path / "out"))
-    earlier = json.loads(launcher(config, "--dry-run", "--json").stdout)
+    earlier = json.loads(here(config, "--dry-run", "--json").stdout)
     figures = FIGURES | {"padding": padding, "cutoff_len": 64}
     write_json(tmp_path / "out" / "earlier" / "plan.json", earlier)
     write_json(tmp_path / "out" / "earlier" / "data.json", figures)
-    said = plan(launcher, config)
+    said = plan(here, config)
     assert ("padding     40 % of the tokens were padding" in said) == advises
 
 
+@pytest.mark.real
 def test_the_figures_are_shown_before_the_first_step_and_advise_the_next_run(tmp_path):
     rows = [pair(20, 10), *[pair(20, 170)] * 3] * 3
     write_json(tmp_path / "data" / "rows.json", rows)
@@ -532,6 +534,7 @@ def test_the_figures_are_shown_before_the_first_step_and_advise_the_next_run(tmp
     assert f"serve       vllm serve {done.run_dir} --default-chat" in done.console
 
 
+@pytest.mark.real
 def test_data_without_anything_to_learn_ends_before_the_model_is_loaded(tmp_path):
     write_json(tmp_path / "data" / "rows.json", [pair(140, 8)])
     write_json(tmp_path / "data" / "dataset_info.json", {"rows": {"file_name": "rows.json"}})
@@ -554,6 +557,7 @@ def preview(folder: Path, *arguments: object, **options: object) -> Run:
     return run(folder, "--preview", *arguments, ranks=None, cwd=folder, **options)
 
 
+@pytest.mark.real
 def test_a_preview_shows_what_is_learned_between_brackets_and_the_figures(tmp_path):
     done = preview(tmp_path, "1", CONFIGS / "demo_cpu.yaml", "val_size=0.1")
     assert done.process.returncode == 0, done.console
@@ -568,7 +572,7 @@ def test_a_preview_shows_what_is_learned_between_brackets_and_the_figures(tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["markers"]
 
 
-@pytest.fixture(scope="module")
+@real_fixture
 def shown(tmp_path_factory) -> Run:
     """A preview of the default configuration in a terminal, with the demo model for its own."""
     model, data = f"model_name_or_path={MODEL}", "max_samples=50"
@@ -585,18 +589,21 @@ def test_a_preview_in_a_terminal_shows_what_is_learned_in_colour(shown):
     assert shown.console.count("\033[32mSELECT") == 2 and "[[" not in shown.console
 
 
+@pytest.mark.real
 def test_a_preview_names_tokens_that_the_model_cannot_embed(tmp_path):
     done = preview(tmp_path, "1", CONFIGS / "demo_cpu.yaml", "template=llama3")
     assert "the model embeds 960 only; set resize_vocab: true" in done.console
     assert "template    differs from the tokenizer's chat template" in done.console
 
 
+@pytest.mark.real
 def test_a_preview_of_data_that_cannot_be_read_says_why(tmp_path):
     done = preview(tmp_path, CONFIGS / "demo_cpu.yaml", "dataset=missing")
     assert done.process.returncode == 2
     assert "missing is not in" in done.console and "Traceback" not in done.console
 
 
+@pytest.mark.real
 def test_a_preview_without_the_tokenizer_says_why(tmp_path):
     env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
     done = preview(tmp_path, CONFIGS / "qwen3_14b_ft.yaml", "max_samples=50", env=env)

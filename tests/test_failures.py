@@ -14,6 +14,7 @@ import pytest
 from helpers import SCRIPT
 from helpers.config import write_config
 from helpers.launcher import FAKES, STARTUP, Run, fake_gpus, run, until
+from helpers.real import real_fixture
 from train_qwen3_ft import RANK_START, HangWatch, describe_failure, roll_back_to_checkpoint
 from train_qwen3_ft import Run as RunDirectory
 
@@ -177,7 +178,7 @@ def test_ranks_that_this_start_has_no_more_do_not_lengthen_the_wait_for_it(tmp_p
 STALE = "RuntimeError: what failed in an earlier start"
 
 
-@pytest.fixture(scope="module")
+@real_fixture
 def lingering(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A run that loses its torchrun twice, in the fourth step of a start, while rank 1 stays for 4 seconds.
 
@@ -246,6 +247,7 @@ def test_one_gpu_needs_no_large_dev_shm(here, write_config, small_dev_shm):
     assert "/dev/shm" not in done.stderr, done.stderr
 
 
+@pytest.mark.real
 def test_gpus_that_torch_does_not_see_are_one_clear_error(tmp_path: Path):
     config = write_config(tmp_path, use_cpu=None, bf16=None, deepspeed=None, max_steps=2)
     env = {"PYTHONPATH": f"{STARTUP}:{FAKES}", "FAKE_GPUS": json.dumps(fake_gpus(2))}

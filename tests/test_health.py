@@ -11,6 +11,7 @@ import pytest
 
 from helpers.config import write_config
 from helpers.launcher import Run, committed, losses, metrics, run, train, weights
+from helpers.real import real_fixture
 from train_qwen3_ft import LossWatch
 
 ALONE = {"deepspeed": None, "bf16": None}
@@ -84,7 +85,7 @@ def test_twenty_noisy_runs_with_a_spike_raise_no_alarm() -> None:
 # --- a run that diverges
 
 
-@pytest.fixture(scope="module")
+@real_fixture
 def diverged(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """From its 5th step on the loss of rank 1 of two is NaN; a checkpoint every second step, a
     restart allowed.
@@ -125,6 +126,7 @@ def test_a_diverged_run_resumes_with_another_learning_rate(diverged: Run) -> Non
     )  # linear, as at its 7th step
 
 
+@pytest.mark.real
 def test_weights_that_are_not_finite_on_one_rank_are_never_committed(tmp_path: Path) -> None:
     faults = [{"point": "nan weights", "step": 5, "rank": 1}]
     done = run(tmp_path, write_config(tmp_path), faults=faults)
@@ -135,7 +137,7 @@ def test_weights_that_are_not_finite_on_one_rank_are_never_committed(tmp_path: P
 # --- ranks that make no progress
 
 
-@pytest.fixture(scope="module")
+@real_fixture
 def hung(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Rank 1 leaves a collective out in its 3rd step, and after the restart from checkpoint-2 it is
     stopped by a signal in step 6.
@@ -174,6 +176,7 @@ def test_a_run_that_hung_ends_with_the_weights_of_one_that_did_not(
     assert losses(hung.run_dir) == losses(reference.run_dir)
 
 
+@pytest.mark.real
 def test_a_slow_save_is_waited_for_and_a_batch_that_never_comes_is_not(tmp_path: Path) -> None:
     evaluation = {"eval_strategy": "steps", "eval_steps": 3, "val_size": 2}  # before the save
     changes = {**ALONE, **evaluation, "hang_timeout": 6, "max_restarts": 0, "save_steps": 3}

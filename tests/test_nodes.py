@@ -21,6 +21,8 @@ from helpers import SCRIPT
 from helpers.config import STEPS, write_config
 from helpers.launcher import Run, committed, fork, free_port, losses, run, train, weights
 
+pytestmark = pytest.mark.real
+
 ALL_STEPS = f"step {STEPS}/{STEPS}"
 
 

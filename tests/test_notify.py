@@ -19,6 +19,7 @@ import pytest
 from helpers import SCRIPT
 from helpers.config import write_config
 from helpers.launcher import Run, committed, free_port, run
+from helpers.real import real_fixture
 from train_qwen3_ft import Config, send_notifications
 
 SECRET = "T0KEN-OF-A-HOOK"
@@ -124,7 +125,7 @@ def hook() -> Iterator[Hook]:
         yield server
 
 
-@pytest.fixture(scope="module")
+@real_fixture
 def finished(tmp_path_factory: pytest.TempPathFactory, hook: Hook) -> Run:
     """A run that ends well and tells both a webhook and Lark."""
     folder = tmp_path_factory.mktemp("finished")
@@ -132,7 +133,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, hook: Hook) -> Run:
     return run(folder, small_run(folder, notify=hook.url(), **lark), ranks=1)
 
 
-@pytest.fixture(scope="module")
+@real_fixture
 def failed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Hook]:
     """A run that fails in its third step and tells a webhook that has not answered by its end."""
     folder = tmp_path_factory.mktemp("failed")
@@ -143,7 +144,7 @@ def failed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Hook]:
             return alive, silent
 
 
-@pytest.fixture(scope="module")
+@real_fixture
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Hook]:
     """A run that is stopped after a step; its webhook answers, its Lark is gone."""
     folder = tmp_path_factory.mktemp("stopped")

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 
 import train_qwen3_ft
@@ -18,6 +19,7 @@ from helpers import ROOT
 from helpers.config import AUTO_BATCH, TINY_MODEL, write_json
 from helpers.launcher import ask_python, fake_gpus
 from helpers.plan import bare_plan, plan_phases
+from helpers.real import real_fixture
 from train_qwen3_ft import (
     Zero,
     count_rows,
@@ -97,6 +99,7 @@ def test_defaults_are_those_of_transformers():
     assert (plan.per_epoch, plan.total) == (10, 30)
 
 
+@pytest.mark.real
 def test_steps_equal_those_of_accelerate_and_transformers():
     grid = [
         dict(samples=n, micro=m, accumulation=a, ranks=r, epochs=e, drop_last=d, max_steps=s)
@@ -168,11 +171,7 @@ def write_rows(path: Path, count: int) -> Path:
             writer.writeheader()
             writer.writerows([ROW] * count)
     elif path.suffix == ".parquet":
-        ask_python(
-            "import pyarrow, pyarrow.parquet\n"
-            "result = pyarrow.parquet.write_table(pyarrow.Table.from_pylist(data[0]), data[1])",
-            [[ROW] * count, str(path)],
-        )
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([ROW] * count), path)
     elif path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(ROW) + "\n" for _ in range(count)))
     else:
@@ -226,6 +225,7 @@ ODD_FILES = {
 }
 
 
+@pytest.mark.real
 def test_rows_of_odd_files_are_those_that_datasets_reads(tmp_path):
     for name, text in ODD_FILES.items():
         (tmp_path / name).write_text(text, encoding="utf-8", newline="")
@@ -514,6 +514,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.real
 def test_parameters_are_those_that_transformers_makes(here, write_config, tmp_path):
     shapes = {name: {**SMALL, **shape} for name, shape in SHAPES.items()}
     real = ask_python(
@@ -578,7 +579,7 @@ def test_parameters_of_another_architecture_come_from_its_weights(here, write_co
 # ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
+@real_fixture
 def deepspeed_estimates() -> dict[str, list[int]]:
     """[host, each GPU] bytes for Qwen3-14B on four GPUs by DeepSpeed's own estimate."""
     return ask_python(
@@ -840,6 +841,7 @@ def test_memory_that_is_unknown_is_not_guessed_and_the_plan_names_the_key(
 TRACKED = {**TINY_MODEL, "vocab_size": 4000, "num_hidden_layers": 6, "head_dim": 16}
 
 
+@pytest.mark.real
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "kept"])
 def test_phases_are_within_10_percent_of_torchs_memory_tracker(checkpointing):
     shapes = [

@@ -1089,14 +1089,14 @@ OFFLOAD = {
 }
 
 
-def test_deepspeed_on_a_cpu_needs_a_compiler(launcher, write_config, tools):
-    done = launcher(write_config(deepspeed=ZERO3), "--dry-run", env=tools())
+def test_deepspeed_on_a_cpu_needs_a_compiler(here, write_config, tools):
+    done = here(write_config(deepspeed=ZERO3), "--dry-run", env=tools())
     assert done.returncode == 2
     assert re.search(r"C\+\+ compiler.*install g\+\+", done.stderr)
 
 
-def test_offloaded_optimizer_needs_a_compiler(launcher, write_config, tools):
-    done = launcher(
+def test_offloaded_optimizer_needs_a_compiler(here, write_config, tools):
+    done = here(
         write_config(use_cpu=None, deepspeed=OFFLOAD),
         "--dry-run",
         env=tools("nvcc"),
@@ -1125,42 +1125,42 @@ def nvcc_of(release: str) -> str:
 @pytest.mark.parametrize(
     "home", [True, False], ids=["cuda-home-without-nvcc", "no-cuda-at-all"]
 )
-def test_offloaded_optimizer_on_a_gpu_needs_nvcc(launcher, write_config, tools, tmp_path, home):
+def test_offloaded_optimizer_on_a_gpu_needs_nvcc(here, write_config, tools, tmp_path, home):
     if not home and Path("/usr/local/cuda").exists():
         pytest.skip("torch finds the nvcc of /usr/local/cuda without PATH and CUDA_HOME")
     env = {**tools("c++", "g++"), **({"CUDA_HOME": str(tmp_path / "nothing")} if home else {})}
-    said = offload_problems(launcher, write_config(use_cpu=None, deepspeed=OFFLOAD), env)
+    said = offload_problems(here, write_config(use_cpu=None, deepspeed=OFFLOAD), env)
     assert re.search(r"nvcc.*CUDA_HOME|CUDA_HOME.*nvcc|nvcc.*CUDA toolkit", said)
 
 
 @pytest.mark.skipif(not TORCH_CUDA, reason="torch was built without CUDA")
-def test_nvcc_of_another_cuda_is_refused(launcher, write_config, tools):
+def test_nvcc_of_another_cuda_is_refused(here, write_config, tools):
     env = tools("c++", "g++", nvcc=nvcc_of("9.2"))
-    said = offload_problems(launcher, write_config(use_cpu=None, deepspeed=OFFLOAD), env)
+    said = offload_problems(here, write_config(use_cpu=None, deepspeed=OFFLOAD), env)
     assert re.search(r"nvcc.*CUDA 9.*CUDA_HOME", said)
 
 
 @pytest.mark.skipif(not TORCH_CUDA, reason="torch was built without CUDA")
-def test_nvcc_of_torch_s_cuda_is_accepted(launcher, write_config, tools):
+def test_nvcc_of_torch_s_cuda_is_accepted(here, write_config, tools):
     env = tools("c++", "g++", nvcc=nvcc_of(TORCH_CUDA[1]))
-    assert offload_problems(launcher, write_config(use_cpu=None, deepspeed=OFFLOAD), env) == ""
+    assert offload_problems(here, write_config(use_cpu=None, deepspeed=OFFLOAD), env) == ""
 
 
-def test_deepspeed_on_a_gpu_without_offload_needs_no_compiler(launcher, write_config, tools):
-    done = launcher(
+def test_deepspeed_on_a_gpu_without_offload_needs_no_compiler(here, write_config, tools):
+    done = here(
         write_config(use_cpu=None, deepspeed=ZERO3), "--dry-run", env=tools(), gpus=fake_gpus(1)
     )
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_compiler_named_by_cxx_is_enough(launcher, write_config, tools, tmp_path):
+def test_compiler_named_by_cxx_is_enough(here, write_config, tools, tmp_path):
     # torch's extension builder takes CXX, else c++
     env = {**tools("clang++"), "CXX": str(tmp_path / "bin" / "clang++")}
-    assert launcher(write_config(deepspeed=ZERO3), "--dry-run", env=env).returncode == 0
+    assert here(write_config(deepspeed=ZERO3), "--dry-run", env=env).returncode == 0
 
 
-def test_plain_training_needs_no_compiler(launcher, write_config, tools):
-    assert launcher(write_config(), "--dry-run", env=tools()).returncode == 0
+def test_plain_training_needs_no_compiler(here, write_config, tools):
+    assert here(write_config(), "--dry-run", env=tools()).returncode == 0
 
 
 # --- What must be accepted

@@ -11,6 +11,7 @@ import pytest
 
 from helpers.config import CONFIGS, ZERO3_FILE, make_model, write_config, write_json
 from helpers.launcher import Run, fake_gpus, losses, train
+from helpers.real import real_fixture
 from train_qwen3_ft import Devices, build_torchrun_command, clear_stale_locks, extensions_folder
 
 OFFLOAD_FILE = str(CONFIGS / "deepspeed" / "ds_z3_offload_config.json")
@@ -146,7 +147,7 @@ def test_on_one_gpu_the_number_of_threads_is_left_to_torch(threads):
 # --- the precision of the default configuration
 
 
-@pytest.fixture(scope="module")
+@real_fixture
 def in_bf16(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Two steps of a model of 30 million parameters in bf16 under ZeRO-3, on one CPU rank."""
     folder = tmp_path_factory.mktemp("bf16")

@@ -12,6 +12,7 @@ import pytest
 from helpers.config import write_config
 from helpers.launcher import Run, committed, run, train
 from helpers.plan import bare_plan
+from helpers.real import real_fixture
 from train_qwen3_ft import Values, Zero, rehearsal_of
 
 MEASURED = (
@@ -37,7 +38,7 @@ def read_json(path: Path) -> dict:
 # --- two ranks under ZeRO-3, and the run that was rehearsed
 
 
-@pytest.fixture(scope="module")
+@real_fixture
 def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A rehearsal after one whose launcher was killed; the run evaluates and asks for a message."""
     folder = tmp_path_factory.mktemp("rehearsed")
@@ -54,7 +55,7 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return train(folder, config, "--rehearse", "--json", apart=True)
 
 
-@pytest.fixture(scope="module")
+@real_fixture
 def real(rehearsed: Run) -> Run:
     """The run itself, afterwards."""
     return train(rehearsed.folder, rehearsed.folder / "config.yaml", "notify=")
@@ -107,7 +108,7 @@ def test_the_end_of_a_run_compares_with_plan_and_rehearsal(real: Run):
 # --- one rank without DeepSpeed
 
 
-@pytest.fixture(scope="module")
+@real_fixture
 def tight(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A rehearsal on a GPU that holds one long sample at a time, with a micro-batch of 2."""
     folder = tmp_path_factory.mktemp("tight")
@@ -138,6 +139,7 @@ def test_a_run_of_another_configuration_is_not_compared_with_it(tight: Run):
     assert rehearsal_of(replace(plan, values=Values(values, cutoff_len=511))) == {}
 
 
+@pytest.mark.real
 def test_where_no_micro_batch_fits_it_says_so(tmp_path: Path):
     config = write_config(tmp_path, deepspeed=None)
     faults = [{"point": "out of memory", "samples": 0}]
@@ -152,6 +154,7 @@ def test_where_no_micro_batch_fits_it_says_so(tmp_path: Path):
 # --- nothing is left behind
 
 
+@pytest.mark.real
 def test_ctrl_c_ends_it_at_once_and_leaves_nothing(tmp_path: Path):
     config = write_config(tmp_path, deepspeed=None)
     with Run(tmp_path, config, "--rehearse", ranks=1, faults=SLOW) as stopped:
@@ -163,6 +166,7 @@ def test_ctrl_c_ends_it_at_once_and_leaves_nothing(tmp_path: Path):
     assert "step 10/10" not in stopped.console
 
 
+@pytest.mark.real
 def test_a_rank_that_is_killed_ends_it_and_leaves_nothing(tmp_path: Path):
     faults = [{"point": "kill", "step": 3}]
     config = write_config(tmp_path, deepspeed=None)

@@ -9,6 +9,7 @@ import pytest
 
 from helpers.config import ZERO3_FILE, write_config
 from helpers.launcher import Run, fork, losses, run, train, weights
+from helpers.real import real_fixture
 from train_qwen3_ft import Supervisor, Zero, load_config
 
 # Two ranks x 1 x 2 = 4 samples per step, 48 samples: 12 steps. Single precision, since it is exact.
@@ -32,7 +33,7 @@ def difference(done: Run, reference: Run) -> float:
     return max(abs(ours[step][0] / theirs[step][0] - 1) for step in ours)
 
 
-@pytest.fixture(scope="module", params=["ZeRO-3", "ZeRO-2", "none"])
+@real_fixture(params=["ZeRO-3", "ZeRO-2", "none"])
 def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The uninterrupted run on two ranks."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -40,7 +41,7 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return train(folder, write_config(folder, **SETTINGS, **kinds[request.param]))
 
 
-@pytest.fixture(scope="module")
+@real_fixture
 def on_one(whole: Run) -> Run:
     """Resumed on one rank from checkpoint-4, which two ranks have saved."""
     return train(whole.folder, "--resume", fork(whole.run_dir, "one", 4), ranks=1)
@@ -133,6 +134,7 @@ def test_the_micro_batch_is_halved(
     assert Supervisor.halve_micro_batch(launch) is halves
 
 
+@pytest.mark.real
 def test_a_micro_batch_of_one_that_does_not_fit_ends_the_run_with_advice(
     tmp_path: Path,
 ) -> None:

@@ -26,6 +26,8 @@ from helpers.launcher import (
 )
 from helpers.swanlab_records import read_record, records
 
+pytestmark = pytest.mark.real
+
 
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:

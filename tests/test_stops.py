@@ -15,6 +15,8 @@ from helpers.launcher import Run, command_of, committed, losses, until, weights
 from helpers.swanlab_records import read_record, records
 from train_qwen3_ft import checkpoint_problem
 
+pytestmark = pytest.mark.real
+
 # A rank killed while it loads DeepSpeed's operator leaves a build lock that others wait for.
 PLAIN = {"deepspeed": None}
 # So that tokenizing processes are there, of a rank that needs nothing else.

@@ -18,6 +18,8 @@ from helpers.swanlab_records import dashboard_points, read_dashboard, read_recor
 from helpers.swanlab_service import SwanLabService
 from train_qwen3_ft import Console, say
 
+pytestmark = pytest.mark.real
+
 SETTINGS = {
     "report_to": "swanlab",
     "deepspeed": None,

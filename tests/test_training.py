@@ -19,13 +19,14 @@ import yaml
 from helpers import ROOT, SCRIPT
 from helpers.config import ZERO3_FILE, write_config, write_json
 from helpers.launcher import Run, ask_python, losses, run, train
+from helpers.real import real_fixture
 from helpers.swanlab_records import read_dashboard, read_record, records
 from train_qwen3_ft import Values, model_commands
 
 MINUTES = 60
 
 
-@pytest.fixture(scope="module")
+@real_fixture
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The README's first command: the whole demo."""
     folder = tmp_path_factory.mktemp("demo")
@@ -39,7 +40,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Run:
     )
 
 
-@pytest.fixture(scope="module")
+@real_fixture
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The demo cut to 12 steps on two ranks under ZeRO-3, reporting to SwanLab."""
     folder = tmp_path_factory.mktemp("sharded")
@@ -229,7 +230,7 @@ def test_swanlab_shows_the_resolved_configuration_and_the_plan(sharded: Run) -> 
 # --- where and how it is started
 
 
-@pytest.fixture(scope="module")
+@real_fixture
 def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The demo, cut to two steps, in a copy of the project, started from another directory with a
     closed standard output.
@@ -258,6 +259,7 @@ def test_a_closed_standard_output_does_not_end_the_run(elsewhere: Run) -> None:
     assert (elsewhere.returncode, elsewhere.console) == (0, "")
 
 
+@pytest.mark.real
 def test_a_torchrun_of_the_users_is_refused_in_one_line_that_says_what_to_type(
     tmp_path: Path,
 ) -> None:
@@ -279,7 +281,7 @@ FOREIGN = {
 }
 
 
-@pytest.fixture(scope="module")
+@real_fixture
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Run]]:
     """Both ranks of somebody else's torchrun for each of FOREIGN, all at once: the second waits."""
     env = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
@@ -305,6 +307,7 @@ def test_a_rank_of_a_torchrun_of_the_users_ends_with_exit_code_2(
     assert second.console == ""
 
 
+@pytest.mark.real
 def test_tensorboard_wandb_offline_and_mlflow_pass_through_at_once(tmp_path: Path) -> None:
     backends = ["tensorboard", "wandb", "mlflow"]
     for package in backends:
@@ -339,7 +342,7 @@ SECRETS = {
 }
 
 
-@pytest.fixture(scope="module")
+@real_fixture
 def batched(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """One process and two steps of 4 samples, by global_batch_size; with a secret in every place
     that takes one.
@@ -369,7 +372,7 @@ def test_a_runs_config_with_a_global_batch_size_fits_another_number_of_processes
     assert "1 per device x 2 processes x 2 accumulation = 4 samples per step" in again.console
 
 
-@pytest.fixture(scope="module")
+@real_fixture
 def streamed(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Three steps of two ranks on a million streamed rows."""
     folder = tmp_path_factory.mktemp("streamed")
@@ -516,7 +519,7 @@ def planned_config(folder: Path, data: Path, changes: dict) -> Path:
     return write_config(folder, dataset_dir=str(data), **{**PLANNED, **changes})
 
 
-@pytest.fixture(scope="module")
+@real_fixture
 def trainer_steps(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[int]:
     """The trainer's total for each combination, all of them worked out in one process."""
     folder = tmp_path_factory.mktemp("combinations")
@@ -541,6 +544,7 @@ def test_the_planned_steps_are_the_trainers_total(
 
 
 @pytest.mark.parametrize("number", [3, 12])  # and test_the_demo_takes_the_planned_steps
+@pytest.mark.real
 def test_the_planned_steps_are_those_of_a_real_run(
     number: int, data: Path, tmp_path: Path
 ) -> None:

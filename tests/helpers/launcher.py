@@ -363,7 +363,7 @@ def ask_python(code: str, data: object) -> object:
     begin = "import json, sys\ndata = json.load(sys.stdin)\n"
     frame = f"{begin}{code}\nprint('RESULT', json.dumps(result))"
     done = subprocess.run(
-        [sys.executable, "-c", frame],
+        [sys.executable, "-c", frame, "ask_python"],  # the word is for startup/only_real.py
         input=json.dumps(data),
         capture_output=True,
         text=True,

@@ -2,13 +2,16 @@
 
 Unless SHOW_ALL_PACKAGES is set, it hides the packages that only tests/requirements.txt brings, since users have none
 of them. LLaMA-Factory, transformers and accelerate import whatever else there is, so it also hides from ranks what their
-configuration does not use. Together that is two fifths of a rank's start. In ranks it plants the faults of FAULTS.
+configuration does not use. Together that is two fifths of a rank's start. In ranks it plants the faults of FAULTS. In
+a test that is not marked `real` it refuses to start any.
 """
 
 import os
 import sys
 from importlib.machinery import PathFinder
 from pathlib import Path
+
+import only_real  # noqa: F401
 
 IS_RANK = "LOCAL_RANK" in os.environ
 HIDDEN = {"mlflow", "sklearn", "tensorboard", "wandb"}
