@@ -127,15 +127,17 @@ Environment = dict[str, str]  # the environment variables of a process
 
 # Keys without a default that are read by name: a name that is in none of the two tables is a typo.
 OPTIONAL = """
-    bf16 bf16_full_eval cache_dir compute_accuracy dataloader_drop_last dataloader_num_workers
-    deepspeed disable_gradient_checkpointing disable_shuffling do_eval do_predict
-    enable_liger_kernel eval_dataset eval_on_each_dataset eval_steps flash_attn fp16
-    fp16_full_eval fsdp global_batch_size load_best_model_at_end lr_scheduler_kwargs
-    lr_scheduler_type max_samples metric_for_best_model model_name_or_path model_revision
-    neat_packing packing predict_with_generate pref_loss project pure_bf16 report_to
-    resize_vocab resume_from_checkpoint save_only_model save_total_limit streaming
-    swanlab_logdir swanlab_mode swanlab_project swanlab_run_name swanlab_workspace template
-    tokenized_path train_from_scratch train_sampling_strategy use_cpu use_swanlab warmup_ratio
+    adam_beta1 adam_beta2 adam_epsilon bf16 bf16_full_eval cache_dir compute_accuracy
+    dataloader_drop_last dataloader_num_workers deepspeed disable_gradient_checkpointing
+    disable_shuffling do_eval do_predict enable_liger_kernel eval_dataset eval_on_each_dataset
+    eval_steps flash_attn fp16 fp16_full_eval fsdp global_batch_size learning_rate
+    load_best_model_at_end lr_scheduler_kwargs lr_scheduler_type max_samples
+    metric_for_best_model model_name_or_path model_revision neat_packing packing
+    predict_with_generate pref_loss project pure_bf16 report_to resize_vocab
+    resume_from_checkpoint save_only_model save_total_limit streaming swanlab_logdir
+    swanlab_mode swanlab_project swanlab_run_name swanlab_workspace template tokenized_path
+    train_from_scratch train_sampling_strategy use_cpu use_swanlab warmup_ratio warmup_steps
+    weight_decay
 """.split()
 # The defaults of LLaMA-Factory and transformers for the keys that the plan and the rules read, and
 # those of the launcher's own keys.

@@ -325,7 +325,9 @@ def test_a_rank_that_does_not_see_the_newest_checkpoint_resumes_from_rank_0s(
         done = run(saved.folder, "--resume", copy, "max_steps=9", faults=[fault], env=env)
         if name == "told":
             assert done.process.returncode == 0, done.console
-            begun = [line for line in copy.joinpath("metrics.jsonl").open() if '"begin"' in line]
+            begun = [
+                line for line in copy.joinpath("metrics.jsonl").open() if '"begin"' in line
+            ]
             assert json.loads(begun[-1])["step"] == 8
         else:
             assert "checkpoint is checkpoint-4 on rank 1, checkpoint-8 on rank 0" in is_refused(
