@@ -5274,9 +5274,8 @@ def precision_settings(trainer, values: Values, run: Run) -> Iterator[tuple]:
 
 def resume_problem(values: Values, folder: Path) -> str:
     """Why a checkpoint cannot be resumed from though it was saved; '' where it can."""
-    has_adapter = values.finetuning_type not in ("full", "freeze")
-    if values.stage == "rm" and not (has_adapter and values.deepspeed):
-        return "LLaMA-Factory resumes stage: rm with lora under DeepSpeed only"
+    if values.stage == "rm":  # an adapter's keys are lost behind the value head
+        return "LLaMA-Factory cannot resume stage: rm"
     saved = [*folder.rglob("*optim*")]
     if not values.bf16:
         saved += folder.rglob("*model_states.pt")  # which hold it too under DeepSpeed stage 0
