@@ -13,7 +13,7 @@ from helpers.config import write_config
 from helpers.launcher import Run, committed, run, train
 from helpers.plan import bare_plan
 from helpers.real import real_fixture
-from train_qwen3_ft import Values, Zero, rehearsal_of
+from train_qwen3_ft import Plan, Steps, Values, Zero, forecast, rehearsal_of
 
 MEASURED = (
     "step_seconds",
@@ -199,3 +199,43 @@ def test_one_that_was_killed_is_no_run_to_resume(
     done = here(config, "--resume")
     assert done.returncode == 2
     assert "there is no run under" in done.stderr
+
+
+# --- without ranks: what the whole run would take, from a summary that is written by hand
+
+SUMMARY = {
+    "state": "finished",
+    "run": "/saves/.rehearsal-first",
+    "step_seconds": 2.0,
+    "checkpoint_seconds": 10.0,
+    "evaluation_seconds": 5.0,
+    "start_seconds": 30.0,
+}
+
+
+def rehearsed_plan(steps: Steps, **values: object) -> Plan:
+    """A plan of these steps, which saves every 8th and evaluates every 4th."""
+    every = {"save_steps": 8, "eval_steps": 4, "eval_strategy": "steps"}
+    return replace(bare_plan({}, Zero(), 1, **every, **values), steps=steps)
+
+
+def test_the_whole_run_is_the_start_and_all_steps_saves_and_evaluations():
+    figures = forecast(rehearsed_plan(Steps(48, 12, 24)), SUMMARY)
+    assert figures["counts"] == {"step": 24, "checkpoint": 3, "evaluation": 6}
+    assert figures["total_seconds"] == 30 + 24 * 2 + 3 * 10 + 6 * 5
+    assert figures["epoch_seconds"] == 12 * 2
+
+
+@pytest.mark.parametrize(
+    ("steps", "summary"),
+    [
+        pytest.param(Steps(None, None, None, "packing"), SUMMARY, id="steps-that-are-unknown"),
+        pytest.param(Steps(48, 12, 24), {"state": "failed"}, id="a-rehearsal-without-a-step"),
+    ],
+)
+def test_nothing_is_forecast_from(steps: Steps, summary: dict):
+    assert "total_seconds" not in forecast(rehearsed_plan(steps), summary)
+
+
+def test_a_forecast_has_nothing_of_the_rehearsals_own_run():
+    assert "run" not in forecast(rehearsed_plan(Steps(48, 12, 24)), SUMMARY)

@@ -1,11 +1,13 @@
 """SwanLab for real: what it records, and that nothing it does can hurt the run."""
 
 import io
+import json
 import os
 import re
 import signal
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,11 +16,11 @@ import pytest
 
 from helpers.config import write_config
 from helpers.launcher import Run, command_of, losses, metrics, run, says, until
+from helpers.real import real_fixture
 from helpers.swanlab_records import dashboard_points, read_dashboard, read_record, records
 from helpers.swanlab_service import SwanLabService
-from train_qwen3_ft import Console, say
-
-pytestmark = pytest.mark.real
+from train_qwen3_ft import Console, Follower, TrackerProcess, follow_to_the_end, say
+from train_qwen3_ft import Run as RunDirectory
 
 SETTINGS = {
     "report_to": "swanlab",
@@ -82,14 +84,14 @@ def begin(name: str, folder: Path, stack: ExitStack) -> Run:
     return stack.enter_context(Run(folder, write_config(folder, **SETTINGS), ranks=1, env=env))
 
 
-@pytest.fixture(scope="module", autouse=True)
+@real_fixture
 def waiting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]:
-    """The runs that wait for long, while the other tests of this module run."""
+    """The runs that wait for long, while the others run: the first fixture asks for them."""
     with ExitStack() as stack:
         yield {name: begin(name, tmp_path_factory.mktemp("waiting"), stack) for name in WAITING}
 
 
-@pytest.fixture(scope="module")
+@real_fixture
 def failures(
     waiting: dict[str, Run], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Run]:
@@ -115,8 +117,8 @@ EVALUATED = {
 }
 
 
-@pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory) -> Run:
+@real_fixture
+def local(waiting: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run without a key that evaluates, in a terminal, on a PATH that is empty: no git, no shell;
     by use_swanlab, the older spelling, with a name and a folder.
     """
@@ -150,7 +152,7 @@ def test_the_evaluation_loss_is_recorded_once_at_its_step(local: Run) -> None:
     assert re.findall(r"step (\d+)/12  evaluation loss \d", local.console) == ["6", "12"]
 
 
-@pytest.fixture(scope="module")
+@real_fixture
 def offline(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run in offline mode that evaluates two data sets."""
     changes = {
@@ -195,7 +197,7 @@ def test_a_node_without_git_trains_and_records_all_the_same(local: Run) -> None:
 # --- a resume, and a tracker that is killed
 
 
-@pytest.fixture(scope="module")
+@real_fixture
 def online(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A run with a service, stopped after its first logged step and resumed to its end; `remote` is
     {run id: what the service has}.
@@ -227,6 +229,7 @@ def test_online_the_service_gets_every_point_and_the_end(online: SimpleNamespace
     assert place.search(online.done.console)
 
 
+@pytest.mark.real
 def test_a_killed_tracker_is_replaced_and_no_point_is_lost(tmp_path: Path) -> None:
     config = write_config(tmp_path, **{**SETTINGS, "logging_steps": 1, "max_steps": 20})
     with Run(tmp_path, config, ranks=1, faults=SLOW) as live:
@@ -301,3 +304,117 @@ def test_a_line_in_a_terminal_does_not_stand_behind_the_bar(monkeypatch) -> None
 def test_a_terminal_shows_a_live_bar(local: Run) -> None:
     says(local.console, r"\r.*loss \d+\.\d+  lr .*\d+/12")
     assert "finished at step 12 of 12" in local.console
+
+
+# --- without ranks: what is recorded of a metrics.jsonl, and a tracker that is not SwanLab's
+
+LINES = [
+    {"event": "begin", "step": 0, "total_steps": 12, "time": 0.0},
+    {"step": 5, "loss": 7.0, "learning_rate": 1e-3, "time": 1.0},
+    {"step": 6, "eval_loss": 4.5, "time": 2.0},
+    {"step": 6, "eval_my_set_loss": 4.0, "time": 3.0},
+]
+
+
+class Record:
+    """What stands for SwanLab's run: `points` is all that is logged."""
+
+    def __init__(self):
+        self.points: list[tuple[int, dict]] = []
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        self.points.append((step, numbers))
+
+
+def follow(folder: Path, order: str) -> tuple[Record, dict | None]:
+    """The record of LINES and the end, where stdin holds this `order`."""
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    (folder / "orders").write_text(order)
+    record = Record()
+    with open(folder / "orders", "rb", buffering=0) as orders:
+        end = follow_to_the_end(record, Follower(folder / "metrics.jsonl", 0), orders)
+    return record, end
+
+
+def test_every_number_is_recorded_at_its_step_under_train_or_eval(tmp_path: Path) -> None:
+    record, end = follow(tmp_path, '{"state": "success"}\n')
+    assert record.points == [
+        (5, {"train/loss": 7.0, "train/learning_rate": 1e-3}),
+        (6, {"eval/loss": 4.5}),
+        (6, {"eval/my_set_loss": 4.0}),
+    ]
+    assert end == {"state": "success"}
+
+
+def test_a_launcher_that_died_has_told_no_end(tmp_path: Path) -> None:
+    record, end = follow(tmp_path, "")
+    assert end is None and len(record.points) == 3
+
+
+@pytest.fixture
+def tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict]]:
+    """tracked(mode, answer): a launch whose trackers answer so, to its end; what each was told."""
+    (tmp_path / "logs").mkdir()
+    real = subprocess.Popen
+
+    def launch(mode: str, **answers: dict) -> list[dict]:
+        told = tmp_path / "told"
+        code = f"""
+import json, sys
+init = json.loads(input())
+open({str(told)!r}, "a").write(json.dumps(init) + "\\n")
+print(json.dumps({answers!r}[init["mode"]]), flush=True)
+input()
+"""
+        told.write_text("")
+
+        def start(command: list[str], **options: object) -> subprocess.Popen:
+            return real([sys.executable, "-c", code], **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(subprocess, "Popen", start)
+            tracker = TrackerProcess(
+                RunDirectory(tmp_path), dict(os.environ), {"mode": mode, "name": "first"}
+            )
+            tracker.begin()
+            tracker.finish("finished", "")
+        return [json.loads(line) for line in told.read_text().splitlines()]
+
+    return launch
+
+
+PLACE = {"place": "/swanlog/run-1", "dashboard": "swanlab watch /swanlog"}
+
+
+def test_a_launch_without_the_service_goes_on_locally_and_says_how_to_sync(
+    tracked: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    refused = {"problem": "no such key"}
+    first, second = tracked("online", online=refused, local=PLACE)
+    assert (first["mode"], second["mode"]) == ("online", "local")
+    text = capsys.readouterr().out
+    says(text, r"SwanLab cannot be reached \(no such key\), but the run is recorded locally\.")
+    says(text, rf"swanlab sync /swanlog/run-1 -i {first['id']}$")
+
+
+def test_a_tracker_that_never_begins_is_given_up_after_three_starts(
+    tracked: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    assert len(tracked("local", local={"problem": "broken"})) == 3
+    says(
+        capsys.readouterr().out,
+        r"SwanLab does not record this run \(broken\); see .*swanlab\.log",
+    )
+
+
+@pytest.mark.parametrize(
+    ("mode", "names"),
+    [
+        pytest.param("local", ["first", "first (resume 1)"], id="local-has-a-record-each"),
+        pytest.param("online", ["first", "first"], id="online-continues-its-experiment"),
+    ],
+)
+def test_a_resumed_launch_has_the_same_id(tracked: Callable, mode: str, names: list) -> None:
+    [first], [second] = (tracked(mode, **{mode: PLACE}) for _ in range(2))
+    assert [first["name"], second["name"]] == names
+    assert first["id"] == second["id"]
