@@ -19,6 +19,7 @@ from tools.refresh_requirements import (
     second_part,
     with_second_part,
 )
+from tools.three_pythons import downloads
 
 REFRESH = "python tests/tools/refresh_requirements.py"
 TEXTS = {name: (ROOT / name).read_text() for name in FILES}
@@ -165,3 +166,15 @@ def test_the_refresh_says_what_changed():
         "  d 1 -> (none)",
         "  e (none) -> 1",
     ]
+
+
+def test_a_package_that_pip_reads_in_several_versions_is_named():
+    once = """\
+Collecting gradio==5.50.0 (from -r requirements.txt (line 53))
+  Downloading gradio-5.50.0-py3-none-any.whl.metadata (16 kB)
+  Downloading gradio-5.50.0-py3-none-any.whl (63.5 MB)
+  Downloading pwinput-1.0.3.tar.gz (500 kB)
+"""
+    again = "  Downloading gradio-5.49.1-py3-none-any.whl (63.0 MB)\n"
+    assert downloads(once) == (64, "")
+    assert downloads(once + again)[1] == "downloaded more than once: gradio"

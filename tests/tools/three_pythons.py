@@ -104,7 +104,9 @@ def run(command: str, env: dict[str, str]) -> tuple[float, int, str]:
 def downloads(output: str) -> tuple[float, str]:
     """MB that pip read for the packages, and a problem where one was read in several versions."""
     found = re.findall(
-        r"^  Downloading (\S+?)-(\d\S*) \(([\d.]+) (kB|MB|GB|bytes)\)", output, re.MULTILINE
+        r"^ +Downloading (\S+?)-(\d\S*)(?<!metadata) \(([\d.]+) (kB|MB|GB|bytes)\)",
+        output,
+        re.MULTILINE,
     )
     sizes = {"bytes": 1e-6, "kB": 1e-3, "MB": 1, "GB": 1e3}
     read = sum(float(size) * sizes[unit] for _, _, size, unit in found)
