@@ -401,12 +401,10 @@ def main(argv: list[str] | None = None) -> int:
     open_standard_streams()
     try:
         options, env = parse_arguments(argv), dict(os.environ)
-        if not (options.previewer or options.tracker or UNDER_TORCHRUN in env):
+        if not (options.tracker or UNDER_TORCHRUN in env):
             return check_and_launch(options, env)
         if UNDER_TORCHRUN in env:
             return run_rank(Run(options.config.parent), env)
-        if options.previewer:
-            return run_preview(Run(options.previewer), int(options.preview))
         return run_tracker(Run(options.tracker))
     except LaunchError as error:
         for problem in error.args:
@@ -468,8 +466,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", nargs="?", const="")
     for name in ("--dry-run", "--rehearse", "--json", "--force"):
         parser.add_argument(name, action="store_true")
-    for name in ("--previewer", "--tracker"):  # a process that the launcher has started
-        parser.add_argument(name, type=Path)
+    parser.add_argument("--tracker", type=Path)  # a process that the launcher has started
     options = parser.parse_intermixed_args(argv)
     if options.json and not (options.dry_run or options.rehearse):
         raise LaunchError("--json goes with --dry-run or --rehearse")
@@ -3226,15 +3223,13 @@ def rehearsal_of(plan: Plan) -> dict:
 
 
 def preview(found: Preflight, count: str, env: Environment) -> int:
-    """Show samples and figures of the data, in a process of its own; returns its exit code."""
+    """Show samples and figures of the data, here; returns the exit code."""
     with TemporaryDirectory() as folder:
         run = Run(Path(folder))
         run.logs.mkdir()
         run.config_file.write_text(launchable_config(found.config, found.plan.devices))
-        command = [sys.executable, str(SCRIPT), "--previewer", folder, "--preview", count]
-        rank_env = build_rank_environment(found, run, env)
-        follow = partial(die_with_parent, os.getpid())
-        return subprocess.run(command, env=rank_env, preexec_fn=follow).returncode
+        os.environ |= build_rank_environment(found, run, env)
+        return run_preview(run, int(count))
 
 
 def launch(found: Preflight, env: Environment) -> int:

@@ -3,25 +3,24 @@
 The figures are exact, on files with known lengths and known faults.
 """
 
-import contextlib
 import csv
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pyarrow
 import pyarrow.parquet
 import pytest
 from tokenizers import Tokenizer
 
-from helpers import HELPERS, ROOT
+from helpers import HELPERS
 from helpers import config as configs
 from helpers.config import CONFIGS, TINY_MODEL, write_json
-from helpers.launcher import Run, environment_of, run, train, until
+from helpers.launcher import Run, run, train, until
 from helpers.real import real_fixture
 from train_qwen3_ft import (
     Run as RunDirectory,
@@ -587,26 +586,14 @@ def test_a_preview_needs_neither_gpus_nor_weights(shown):
     assert "data        50 of 50 rows" in shown.console
 
 
-def test_a_preview_dies_with_its_launcher(tmp_path, clean_env, write_config):
-    pid_file, sleeper = tmp_path / "pid", tmp_path / "sleeper.py"
-    code = (
-        f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(99)"
-    )
-    sleeper.write_text(code)
-    code = (
-        "import sys, pathlib, train_qwen3_ft as launcher\n"
-        f"launcher.SCRIPT = pathlib.Path({str(sleeper)!r})\n"
-        f"launcher.main([{str(write_config())!r}, '--preview', '1'])\n"
-    )
-    env = {**clean_env, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, "-c", code], env=env) as launcher:
-        pid = int(until(lambda: pid_file.exists() and pid_file.read_text(), "the preview"))
-        launcher.kill()
-    try:
-        until(lambda: not environment_of(pid), "the preview's end", seconds=10)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+@pytest.mark.real
+def test_a_preview_that_is_killed_leaves_nothing_behind(tmp_path):
+    config = CONFIGS / "demo_cpu.yaml"
+    with Run(tmp_path, "--preview", "1", config, ranks=None, cwd=tmp_path) as alive:
+        begun = psutil.Process(alive.process.pid)
+        until(lambda: begun.memory_info().rss > 300 << 20, "its imports")
+        alive.process.kill()
+        assert alive.left_after() == []
 
 
 def test_a_preview_in_a_terminal_shows_what_is_learned_in_colour(shown):
