@@ -56,8 +56,8 @@ chapter reads top-down: what calls stands above what it calls, each check with i
                supervision (stop, hang watch); console; SwanLab's process; why a run
                failed; summary
     RANK       one process per device, started by torchrun: training arguments, the callback
-               (stop, commit, metrics, divergence); the proofs; the data as the model sees it;
-               resume on another number of ranks
+               (stop, commit, metrics, divergence); the proofs; resume on another number of
+               ranks; the data as the model sees it
     TRACKER    one process per launch: metrics.jsonl -> SwanLab
     SHARED     the run directory, checkpoints, files and processes
 """
@@ -122,6 +122,9 @@ LAUNCHER_VARIABLE = "QWEN3_FT_LAUNCHER"
 UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID"  # torchrun sets it for its processes
 NODE_VARIABLES = ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")  # what each of NNODES nodes needs
 RENDEZVOUS_SECONDS = 900  # how long nodes wait for one another
+MANIFEST = "manifest.json"  # in a checkpoint, written last
+ACCUMULATION = "gradient_accumulation_steps"
+OUT_OF_MEMORY = "a GPU is out of memory"
 
 Environment = dict[str, str]  # the environment variables of a process
 
@@ -553,6 +556,9 @@ def preflight(options: argparse.Namespace, env: Environment, run: Run | None) ->
     """
     problems, config = Problems(), chosen_config(options, run)
     require_packages("torch", "transformers", "llamafactory")  # nothing can be checked without
+    problems += check_webhooks(config)
+    problems += check_access(config)
+    problems += check_output(config)
     config = check_keys(config, problems)
     before_devices = len(problems)
     devices, gpus = inspect_devices(config, env, problems)
@@ -573,9 +579,6 @@ def preflight(options: argparse.Namespace, env: Environment, run: Run | None) ->
     eval_data = inspect_data(config, "eval_dataset", problems)
     plan = make_plan(config, devices, gpus, zero, model, data, eval_data, ranks)
     problems += check_rules(config, plan)
-    problems += check_webhooks(config)
-    problems += check_access(config)
-    problems += check_output(config)
     if has_devices:
         problems += check_plan(plan, config, run)
     if run and node_rank(env) == 0 and run.is_running():
@@ -765,6 +768,46 @@ def find_input(path: str | Path) -> Path:
 def without(values: dict, *keys: str) -> dict:
     """A copy of a dict without some keys."""
     return {key: value for key, value in values.items() if key not in keys}
+
+
+def check_webhooks(config: Config) -> Iterator[str]:
+    """Addresses that could not be posted to at the end."""
+    if not config.secrets.get("notify", "http://").startswith(("http://", "https://")):
+        yield f"{config.where('notify')}: expected a URL that begins with https://"
+    for key in config.secrets:
+        if key.startswith("swanlab_lark"):
+            yield (
+                f"{config.where(key)}: the launcher sends no Lark message; use notify: URL, or "
+                "a notification plugin of SwanLab"
+            )
+
+
+def check_access(config: Config) -> Iterator[str]:
+    """Paths that lead through a folder of another user."""
+    for key in PATHS:
+        path = str(config.values.get(key))
+        try:
+            os.stat(path)
+        except PermissionError:
+            yield f"{config.where(key)}: {path}: permission denied; use a path of yours"
+        except OSError:
+            pass  # what must exist is checked with its subject
+
+
+def check_output(config: Config) -> Iterator[str]:
+    """output_dir must be a folder that can be written, or one that can be made."""
+    folder = Path(config.values.get("output_dir", "."))
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.exists():
+        problem = "is a link that leads nowhere"
+    elif not folder.is_dir():
+        problem = "is a file"
+    elif not os.access(folder, os.W_OK):
+        problem = "cannot be written"
+    else:
+        return
+    yield f"{config.where('output_dir')}: {folder} {problem}; choose a folder of yours"
 
 
 # --- keys ---------------------------------------------------------------------------------------
@@ -967,6 +1010,7 @@ def inspect_devices(
         devices = replace(devices, reason=f"{devices.reason}; {note}")
     chosen = [gpu for device in devices.ids for gpu in gpus or () if gpu.is_named(device)]
     problems += check_cuda(config, devices, chosen)
+    problems += check_busy(devices, chosen)
     return devices, chosen
 
 
@@ -1187,6 +1231,17 @@ def torch_for_cuda_12(gpus: list[Gpu]) -> str:
     cuda = "cu128" if is_blackwell else "cu126"
     builds = (f"{name}=={installed_version(name).split('+')[0]}+{cuda}" for name in OF_TORCH)
     return f"pip install {' '.join(builds)} --index-url https://download.pytorch.org/whl/{cuda}"
+
+
+def check_busy(devices: Devices, gpus: list[Gpu]) -> Iterator[str]:
+    """GPUs that others use."""
+    for gpu in gpus:
+        if gpu.used and gpu.used > 1 << 30:
+            users = f" by {', '.join(gpu.users)}" if gpu.users else ""
+            yield Forceable(
+                f"{devices.where}: GPU {gpu.index} is busy: {format_bytes(gpu.used)} in "
+                f"use{users}; choose another, or wait"
+            )
 
 
 def torch_cuda() -> str | None:
@@ -1855,7 +1910,6 @@ def fingerprints(data: list[tuple]) -> dict[str, str]:
 # --- plan ---------------------------------------------------------------------------------------
 
 
-ACCUMULATION = "gradient_accumulation_steps"
 PROCESS_CGROUPS, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 # Bytes per parameter of the optimizer's moments; a paged optimizer may move them to the host, but
@@ -2227,48 +2281,8 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def check_webhooks(config: Config) -> Iterator[str]:
-    """Addresses that could not be posted to at the end."""
-    if not config.secrets.get("notify", "http://").startswith(("http://", "https://")):
-        yield f"{config.where('notify')}: expected a URL that begins with https://"
-    for key in config.secrets:
-        if key.startswith("swanlab_lark"):
-            yield (
-                f"{config.where(key)}: the launcher sends no Lark message; use notify: URL, or "
-                "a notification plugin of SwanLab"
-            )
-
-
-def check_access(config: Config) -> Iterator[str]:
-    """Paths that lead through a folder of another user."""
-    for key in PATHS:
-        path = str(config.values.get(key))
-        try:
-            os.stat(path)
-        except PermissionError:
-            yield f"{config.where(key)}: {path}: permission denied; use a path of yours"
-        except OSError:
-            pass  # what must exist is checked with its subject
-
-
-def check_output(config: Config) -> Iterator[str]:
-    """output_dir must be a folder that can be written, or one that can be made."""
-    folder = Path(config.values.get("output_dir", "."))
-    while not os.path.lexists(folder):
-        folder = folder.parent
-    if not folder.exists():
-        problem = "is a link that leads nowhere"
-    elif not folder.is_dir():
-        problem = "is a file"
-    elif not os.access(folder, os.W_OK):
-        problem = "cannot be written"
-    else:
-        return
-    yield f"{config.where('output_dir')}: {folder} {problem}; choose a folder of yours"
-
-
 def check_plan(plan: Plan, config: Config, run: Run | None) -> Iterator[str]:
-    """What would not fit: device memory, host memory, disk; and GPUs that others use.
+    """What would not fit: device memory, host memory, disk.
 
     The user may know better than an estimate: all of it can be forced.
     """
@@ -2284,13 +2298,6 @@ def check_plan(plan: Plan, config: Config, run: Run | None) -> Iterator[str]:
             f"has {format_bytes(host_bytes())}; use more GPUs without offload, or a smaller model"
         )
     yield from check_disk(plan, config, run)
-    for gpu in plan.gpus:
-        if gpu.used and gpu.used > 1 << 30:
-            users = f" by {', '.join(gpu.users)}" if gpu.users else ""
-            yield Forceable(
-                f"{plan.devices.where}: GPU {gpu.index} is busy: {format_bytes(gpu.used)} in "
-                f"use{users}; choose another, or wait"
-            )
 
 
 def check_disk(plan: Plan, config: Config, run: Run | None) -> Iterator[str]:
@@ -2439,17 +2446,17 @@ def differing_settings(v: Values) -> str:
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0,
     }
-    given |= flat(v.zero.settings)
+    given |= by_path(v.zero.settings)
     names = [key for key in wanted if given.get(key, "auto") not in ("auto", wanted[key])]
     return ", ".join(names)
 
 
-def flat(settings: dict, prefix: str = "") -> dict:
+def by_path(settings: dict, prefix: str = "") -> dict:
     """Nested settings by their path, `bf16.enabled`; without those that are null."""
     found = {}
     for key, value in settings.items():
         if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}.")
+            found |= by_path(value, f"{prefix}{key}.")
         elif value is not None:
             found[prefix + key] = value
     return found
@@ -4121,7 +4128,6 @@ def describe_run(found: Preflight, run: Run) -> dict:
 # --- why a run failed ---------------------------------------------------------------------------
 
 RANK_START = "--- this rank starts"  # in its log, which holds all starts of the run
-OUT_OF_MEMORY = "a GPU is out of memory"
 NO_MEMORY = (
     r"CUDA out of memory|OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED"
     r"|(?:CUDA error|Cuda failure)[^\n]*out of memory"
@@ -4875,7 +4881,7 @@ def seed_length_groups(seed: int, state) -> None:
 
 def use_learning_rate(rate: float, scheduler) -> None:
     """Resume with the configuration's learning rate and steps, not with the checkpoint's."""
-    scheduler = inner(scheduler, "scheduler")
+    scheduler = innermost(scheduler, "scheduler")
     rates = scheduler.base_lrs if hasattr(scheduler, "lr_lambdas") else ()
     if len(set(rates)) == 1:
         scheduler.base_lrs = [rate] * len(rates)
@@ -4937,7 +4943,7 @@ def gather(own: object) -> list:
     return gathered
 
 
-# --- proofs
+# --- proofs -------------------------------------------------------------------------------------
 #
 # A list of rules is never complete. So before the first step the ranks compare what they are about
 # to do with what was asked, themselves with one another, and what they have loaded with what was
@@ -4966,7 +4972,7 @@ MASTERS = {
 }
 
 
-def inner(wrapper, name: str):
+def innermost(wrapper, name: str):
     """What is inside of all wrappers that hold it under `name`."""
     while hasattr(wrapper, name):
         wrapper = getattr(wrapper, name)
@@ -4980,7 +4986,7 @@ def local_state(trainer) -> dict:
     weights, their fp32 masters and Adam's moments. Over all ranks they are the same however the
     tensors are cut; a part in another place shows in the last one.
     """
-    optimizer = inner(trainer.optimizer, "optimizer")
+    optimizer = innermost(trainer.optimizer, "optimizer")
     steps = {int(own["step"]) for own in optimizer.state.values() if "step" in own}
     sums = {}
     try:
@@ -4992,7 +4998,7 @@ def local_state(trainer) -> dict:
         "step": trainer.state.global_step,
         "epoch": trainer.state.epoch,
         "optimizer steps": sorted(steps),
-        "scheduler step": inner(trainer.lr_scheduler, "scheduler").last_epoch,
+        "scheduler step": innermost(trainer.lr_scheduler, "scheduler").last_epoch,
         "learning rates": [float(group["lr"]) for group in optimizer.param_groups],
         "sums": sums,
     }
@@ -5215,7 +5221,7 @@ def optimizer_settings(trainer, values: Values, run: Run) -> Iterator[tuple]:
         yield "max_grad_norm", values.max_grad_norm, clips
     if any(values[key] for key in OWN_OPTIMIZERS):
         return
-    name = type(inner(trainer.optimizer, "optimizer")).__name__
+    name = type(innermost(trainer.optimizer, "optimizer")).__name__
     if values.optim.startswith("adamw") and "adam" not in name.lower():
         yield "optim", values.optim, name
     groups = trainer.optimizer.param_groups
@@ -5233,7 +5239,7 @@ def schedule_settings(trainer, values: Values, run: Run) -> Iterator[tuple]:
     from transformers import get_scheduler
 
     total, args = trainer.state.max_steps, trainer.args
-    scheduler = inner(trainer.lr_scheduler, "scheduler")
+    scheduler = innermost(trainer.lr_scheduler, "scheduler")
     if not (total and hasattr(scheduler, "lr_lambdas")):
         return
     if not any(values[key] for key in OWN_OPTIMIZERS):
@@ -5298,6 +5304,136 @@ def peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# --- resume on another number of ranks ----------------------------------------------------------
+#
+# ZeRO cuts vectors into equal parts, one for each rank. Under ZeRO-3 every parameter is a vector,
+# and the parts of many parameters lie one behind the other in a rank's flat groups; under ZeRO-1
+# and 2 all parameters of a flat group are one vector. Every rank reads its part of each vector out
+# of the old ranks' files, which are mapped into memory: nothing is computed or written.
+
+
+def reshard_on_load() -> None:
+    """Let DeepSpeed load a checkpoint that another number of ranks has saved."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    load_module = DeepSpeedEngine.load_module_state_dict
+
+    def load_trained(engine, checkpoint, **options):
+        """Leave out frozen parameters, cut for the old ranks: they are still the base model's."""
+        load_module(engine, checkpoint | {"frozen_param_fragments": None}, **options)
+
+    def first_file(engine, *path):
+        """Rank 0's file beside the optimizer's will do for every rank."""
+        return [engine._get_ckpt_name(*path, "00", "0")]
+
+    DeepSpeedEngine.load_module_state_dict = load_trained
+    DeepSpeedEngine._get_all_ckpt_names = first_file
+    DeepSpeedEngine._load_zero_checkpoint = load_resharded
+
+
+# What ZeRO-1 and 2, and what ZeRO-3, call the fp32 weights and the optimizer's state.
+ZERO_KEYS = (
+    ("single_partition_of_fp32_groups", "base_optimizer_state"),
+    ("fp32_flat_groups", "optimizer_state_dict"),
+)
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
+
+
+@dataclass(frozen=True)
+class Vector:
+    """Where every rank has its part of a vector: in a flat group, from `start` on."""
+
+    group: int
+    start: int
+    part: int  # elements in a part; the last parts end with padding
+    size: int  # elements of the whole, without padding
+
+
+def load_resharded(engine, *folder: str, load_optimizer_states: bool = True) -> bool:
+    """Load other ranks' shards in DeepSpeed's place. Raises ValueError where it is not exact."""
+    import torch
+
+    optimizer, rank = engine.optimizer, engine.global_rank
+    stage = engine.zero_optimization_stage()
+    weights, state = ZERO_KEYS[stage == 3]
+    # Tensors are read when they are used.
+    read = partial(torch.load, map_location="cpu", mmap=True, weights_only=False)
+    names = engine._get_all_zero_checkpoint_names(*folder, engine.bfloat16_enabled())
+    shards = [read(name)["optimizer_state_dict"] for name in names]
+    flats = [flat_groups(shard, stage) for shard in shards]
+    shapes = read(*engine._get_all_ckpt_names(*folder))["param_shapes"]
+    old = find_vectors(shapes, len(shards), stage)
+    new = find_vectors(engine._get_zero_param_shapes(), engine.dp_world_size, stage)
+    check_layout(flats[0], old, engine.zero_round_robin_gradients())
+    own = optimizer.state_dict()
+    for group, size in group_sizes(new).items():
+        moments = {key: own[weights][group].new_zeros(size) for key in MOMENTS}
+        # A tensor `step` that groups share would count once for each of them.
+        own[state]["state"][group] = moments | {"step": copy.deepcopy(flats[0][0]["step"])}
+    for group, saved in zip(
+        own[state]["param_groups"], shards[0][state]["param_groups"], strict=True
+    ):
+        group |= saved | {"params": group["params"]}
+    fresh = flat_groups(own, stage)
+    for saved, part in matching_parts(old, flats, new, fresh, rank):
+        part.copy_(saved)
+    content = shards[0] | {weights: own[weights], state: own[state]}
+    optimizer.load_state_dict({rank: content}, load_from_fp32_weights=True)
+    return True
+
+
+def flat_groups(zero: dict, stage: int) -> list[dict]:
+    """A rank's flat groups, {"fp32": ..., "exp_avg": ..., "exp_avg_sq": ..., "step": 20} each."""
+    weights, state = ZERO_KEYS[stage == 3]
+    moments = zero[state]["state"]
+    return [{"fp32": flat.detach()} | moments[i] for i, flat in enumerate(zero[weights])]
+
+
+def find_vectors(param_shapes: list[dict], ranks: int, stage: int) -> list[Vector]:
+    """The vectors that DeepSpeed cuts, out of {parameter: shape} of each flat group."""
+    found = []
+    for group, shapes in enumerate(param_shapes):
+        sizes, unit, start = [shape.numel() for shape in shapes.values()], 1, 0
+        if stage < 3:
+            sizes, unit = [sum(sizes)], 2
+        for size in sizes:
+            found.append(Vector(group, start, math.ceil(size / (ranks * unit)) * unit, size))
+            start += found[-1].part
+    return found
+
+
+def group_sizes(vectors: list[Vector]) -> dict[int, int]:
+    """Elements of each flat group."""
+    return {vector.group: vector.start + vector.part for vector in vectors}
+
+
+def check_layout(groups: list[dict], old: list[Vector], round_robin: bool) -> None:
+    """Raises ValueError where the old shards are not what find_vectors takes them for."""
+    adam = all(set(group) == {"fp32", "step", *MOMENTS} for group in groups)
+    if not adam or round_robin:
+        raise ValueError("only Adam can be resharded, and without round_robin_gradients")
+    if group_sizes(old) != {i: len(group["exp_avg"]) for i, group in enumerate(groups)}:
+        raise ValueError("ZeRO shards are missing here, or were cut in a way that is not known")
+
+
+def matching_parts(old: list[Vector], flats: list, new: list[Vector], own: list, rank: int):
+    """What this rank has of all vectors, piece by piece: in an old rank's flat group, in its own.
+
+    `flats[rank]` are the flat groups of an old rank. The padding at a vector's end is left out.
+    """
+    for source, target in zip(old, new, strict=True):
+        begin = rank * target.part
+        end = min(begin + target.part, target.size)
+        for key in ("fp32", *MOMENTS):
+            here = target.start
+            for index, groups in enumerate(flats):
+                first = index * source.part
+                part = groups[source.group][key][source.start : source.start + source.part]
+                saved = part[max(begin - first, 0) : max(end - first, 0)]
+                yield saved, own[target.group][key][here : here + len(saved)]
+                here += len(saved)
 
 
 # --- the data as the model sees it --------------------------------------------------------------
@@ -5602,136 +5738,6 @@ def mark_learned(ids: list[int], labels: list[int], tokenizer, marks: tuple[str,
     return text
 
 
-# --- resume on another number of ranks
-#
-# ZeRO cuts vectors into equal parts, one for each rank. Under ZeRO-3 every parameter is a vector,
-# and the parts of many parameters lie one behind the other in a rank's flat groups; under ZeRO-1
-# and 2 all parameters of a flat group are one vector. Every rank reads its part of each vector out
-# of the old ranks' files, which are mapped into memory: nothing is computed or written.
-
-
-def reshard_on_load() -> None:
-    """Let DeepSpeed load a checkpoint that another number of ranks has saved."""
-    from deepspeed.runtime.engine import DeepSpeedEngine
-
-    load_module = DeepSpeedEngine.load_module_state_dict
-
-    def load_trained(engine, checkpoint, **options):
-        """Leave out frozen parameters, cut for the old ranks: they are still the base model's."""
-        load_module(engine, checkpoint | {"frozen_param_fragments": None}, **options)
-
-    def first_file(engine, *path):
-        """Rank 0's file beside the optimizer's will do for every rank."""
-        return [engine._get_ckpt_name(*path, "00", "0")]
-
-    DeepSpeedEngine.load_module_state_dict = load_trained
-    DeepSpeedEngine._get_all_ckpt_names = first_file
-    DeepSpeedEngine._load_zero_checkpoint = load_resharded
-
-
-# What ZeRO-1 and 2, and what ZeRO-3, call the fp32 weights and the optimizer's state.
-ZERO_KEYS = (
-    ("single_partition_of_fp32_groups", "base_optimizer_state"),
-    ("fp32_flat_groups", "optimizer_state_dict"),
-)
-MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
-
-
-@dataclass(frozen=True)
-class Vector:
-    """Where every rank has its part of a vector: in a flat group, from `start` on."""
-
-    group: int
-    start: int
-    part: int  # elements in a part; the last parts end with padding
-    size: int  # elements of the whole, without padding
-
-
-def load_resharded(engine, *folder: str, load_optimizer_states: bool = True) -> bool:
-    """Load other ranks' shards in DeepSpeed's place. Raises ValueError where it is not exact."""
-    import torch
-
-    optimizer, rank = engine.optimizer, engine.global_rank
-    stage = engine.zero_optimization_stage()
-    weights, state = ZERO_KEYS[stage == 3]
-    # Tensors are read when they are used.
-    read = partial(torch.load, map_location="cpu", mmap=True, weights_only=False)
-    names = engine._get_all_zero_checkpoint_names(*folder, engine.bfloat16_enabled())
-    shards = [read(name)["optimizer_state_dict"] for name in names]
-    flats = [flat_groups(shard, stage) for shard in shards]
-    shapes = read(*engine._get_all_ckpt_names(*folder))["param_shapes"]
-    old = find_vectors(shapes, len(shards), stage)
-    new = find_vectors(engine._get_zero_param_shapes(), engine.dp_world_size, stage)
-    check_layout(flats[0], old, engine.zero_round_robin_gradients())
-    own = optimizer.state_dict()
-    for group, size in group_sizes(new).items():
-        moments = {key: own[weights][group].new_zeros(size) for key in MOMENTS}
-        # A tensor `step` that groups share would count once for each of them.
-        own[state]["state"][group] = moments | {"step": copy.deepcopy(flats[0][0]["step"])}
-    for group, saved in zip(
-        own[state]["param_groups"], shards[0][state]["param_groups"], strict=True
-    ):
-        group |= saved | {"params": group["params"]}
-    fresh = flat_groups(own, stage)
-    for saved, part in matching_parts(old, flats, new, fresh, rank):
-        part.copy_(saved)
-    content = shards[0] | {weights: own[weights], state: own[state]}
-    optimizer.load_state_dict({rank: content}, load_from_fp32_weights=True)
-    return True
-
-
-def flat_groups(zero: dict, stage: int) -> list[dict]:
-    """A rank's flat groups, {"fp32": ..., "exp_avg": ..., "exp_avg_sq": ..., "step": 20} each."""
-    weights, state = ZERO_KEYS[stage == 3]
-    moments = zero[state]["state"]
-    return [{"fp32": flat.detach()} | moments[i] for i, flat in enumerate(zero[weights])]
-
-
-def find_vectors(param_shapes: list[dict], ranks: int, stage: int) -> list[Vector]:
-    """The vectors that DeepSpeed cuts, out of {parameter: shape} of each flat group."""
-    found = []
-    for group, shapes in enumerate(param_shapes):
-        sizes, unit, start = [shape.numel() for shape in shapes.values()], 1, 0
-        if stage < 3:
-            sizes, unit = [sum(sizes)], 2
-        for size in sizes:
-            found.append(Vector(group, start, math.ceil(size / (ranks * unit)) * unit, size))
-            start += found[-1].part
-    return found
-
-
-def group_sizes(vectors: list[Vector]) -> dict[int, int]:
-    """Elements of each flat group."""
-    return {vector.group: vector.start + vector.part for vector in vectors}
-
-
-def check_layout(groups: list[dict], old: list[Vector], round_robin: bool) -> None:
-    """Raises ValueError where the old shards are not what find_vectors takes them for."""
-    adam = all(set(group) == {"fp32", "step", *MOMENTS} for group in groups)
-    if not adam or round_robin:
-        raise ValueError("only Adam can be resharded, and without round_robin_gradients")
-    if group_sizes(old) != {i: len(group["exp_avg"]) for i, group in enumerate(groups)}:
-        raise ValueError("ZeRO shards are missing here, or were cut in a way that is not known")
-
-
-def matching_parts(old: list[Vector], flats: list, new: list[Vector], own: list, rank: int):
-    """What this rank has of all vectors, piece by piece: in an old rank's flat group, in its own.
-
-    `flats[rank]` are the flat groups of an old rank. The padding at a vector's end is left out.
-    """
-    for source, target in zip(old, new, strict=True):
-        begin = rank * target.part
-        end = min(begin + target.part, target.size)
-        for key in ("fp32", *MOMENTS):
-            here = target.start
-            for index, groups in enumerate(flats):
-                first = index * source.part
-                part = groups[source.group][key][source.start : source.start + source.part]
-                saved = part[max(begin - first, 0) : max(end - first, 0)]
-                yield saved, own[target.group][key][here : here + len(saved)]
-                here += len(saved)
-
-
 # ================================================================================================
 # TRACKER
 # ================================================================================================
@@ -5808,9 +5814,6 @@ def tracked_name(name: str) -> str:
 # ================================================================================================
 # SHARED
 # ================================================================================================
-
-
-MANIFEST = "manifest.json"
 
 
 class Run:
