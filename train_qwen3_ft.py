@@ -692,11 +692,17 @@ class ConfigLoader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        """Refuses a key that is given twice; a number stays text where NAMES has its key."""
-        node, first = super().compose_mapping_node(anchor), {}
+        """A mapping in which no key is given twice and names are text."""
+        node = super().compose_mapping_node(anchor)
         for key, value in node.value:
             if key.value in NAMES and value.tag.endswith((":int", ":float")):
                 value.tag = "tag:yaml.org,2002:str"
+        return self.refuse_duplicates(node)
+
+    def refuse_duplicates(self, node: yaml.MappingNode) -> yaml.MappingNode:
+        """The node; raises MarkedYAMLError where a key is given twice."""
+        first = {}
+        for key, _ in node.value:
             old = first.setdefault(str(key.value), key)
             if old is not key and key.value != "<<":
                 line = old.start_mark.line + 1
@@ -967,7 +973,7 @@ def cast(value: object, wanted: Field) -> object:
         if choice in wanted.choices:
             return choice
     elif not kinds or (type(value).__name__ in kinds and not isinstance(value, float)):
-        return value
+        return value  # of floats the number below must be finite
     elif "bool" in kinds and word in booleans:
         return booleans[word]
     elif type(value) in (str, int, float):
@@ -3306,11 +3312,12 @@ def wait_for_run(config: Config) -> Run:
 
 
 def wait_for(what: str) -> Iterator[float]:
-    """The seconds waited so far, five times per second; after 10 s a line says for `what`."""
-    begun = time.time()
-    told = not what
+    """The seconds waited so far, five times per second; after 10 s a line says for `what`, if it
+    has a name.
+    """
+    begun, told = time.monotonic(), not what
     while True:
-        waited = time.time() - begun
+        waited = time.monotonic() - begun
         if waited > 10 and not told:
             told = True
             say(f"waiting for {what}, up to {RENDEZVOUS_SECONDS // 60} minutes")
@@ -3571,9 +3578,11 @@ class Supervisor:
                 say(cause)
                 self.kill()
             time.sleep(0.2)
-        for waited in wait_for(""):  # a rank that still writes would disturb the next start
-            if waited > 60 or not any(process_state(rank) for rank in self.ranks):
-                break
+        deadline = (
+            time.monotonic() + 60
+        )  # a rank that still writes would disturb the next start
+        while any(map(process_state, self.ranks)) and time.monotonic() < deadline:
+            time.sleep(0.2)
         self.follow()
         if cause:
             return "hung", cause
@@ -4097,15 +4106,15 @@ class TrackerProcess:
         self.end = json.dumps(endings.get(state, {"state": "crashed", "error": cause[-300:]}))
         if self.process:
             self.write(self.end)
-        limit = self.END if self.place else self.READY + self.END
-        for waited in wait_for(""):
-            self.watch()
-            if self.process is None or self.process.poll() == 0:
-                break
-            if waited > limit:
+        deadline = time.monotonic() + (self.END if self.place else self.READY + self.END)
+        self.watch()
+        while self.process and self.process.poll() != 0:
+            if time.monotonic() > deadline:
                 self.process.kill()
                 self.process = None
-                self.say_local("SwanLab did not take the whole run in time")
+                return self.say_local("SwanLab did not take the whole run in time")
+            time.sleep(0.2)
+            self.watch()
 
     def say_local(self, problem: str) -> None:
         """Say how to bring a local record to the service."""
@@ -4185,7 +4194,8 @@ def describe_failure(run: Run, log: Path, position: int) -> str:
     """
     messages, evidence = read_from(log, position), ""
     errors = sorted(run.logs.glob("rank*.error"), key=modified)
-    # But for torchrun's own SIGTERM. Another rank's error is then a consequence of it, even where
+    # Two lines of torchrun's report: `rank      : 1 (local_rank: 1)`, `exitcode  : -9 (pid: 77)`;
+    # -15 is torchrun's own SIGTERM. Another rank's error is then a consequence of it, even where
     # torchrun saw it first.
     killed = re.search(r"rank +: (\d+) [^\n]*\n *exitcode +: -(?!15 )(\d+) ", messages)
     if killed and not (errors and came_first(errors[0], run.logs / f"rank{killed[1]}.log")):
@@ -4504,12 +4514,12 @@ def follow_parent() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
-    def wait() -> None:
+    def end_with_parents_sigterm() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
             pass
         os._exit(128 + signal.SIGTERM)
 
-    threading.Thread(target=wait, daemon=True).start()
+    threading.Thread(target=end_with_parents_sigterm, daemon=True).start()
 
 
 def train(run: Run, env: Environment) -> None:
@@ -4527,6 +4537,7 @@ def train(run: Run, env: Environment) -> None:
 
     checkpoint = agree_on_checkpoint(run, env)
     args = build_training_args(config, run, checkpoint)
+    # The launcher knows RankCallback, too, and imports no transformers, which has its base.
     callback_class = type("RankCallback", (RankCallback, TrainerCallback), {})
     callback = callback_class(run, config, Asked(args, checkpoint, handover))
     hold_trainer(callback)
@@ -5521,7 +5532,7 @@ def measured(processor):
                     batch["lost"][row] = lost_part(batch["labels"][row], ends)
             return batch
 
-    processor.__class__ = Measured
+    processor.__class__ = Measured  # keeps what LLaMA-Factory gave this one
     return processor
 
 
