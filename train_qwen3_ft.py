@@ -5783,10 +5783,9 @@ def run_tracker(run: Run) -> int:
     place = {"place": str(record.dir), "dashboard": dashboard.get(init["mode"]) or record.url}
     say(json.dumps(place), answers)
     end = follow_to_the_end(record, metrics, orders)
-    if end is None:
-        signal.alarm(6)  # in an outage finish() has no end
-        end = {"state": "crashed", "error": "the launcher died"}
-    record.finish(**end)
+    # In an outage finish() has no end, and the launcher that would kill this process may be killed.
+    signal.alarm(6 if end is None else TrackerProcess.END + 5)
+    record.finish(**end or {"state": "crashed", "error": "the launcher died"})
     os._exit(0)
 
 

@@ -221,18 +221,21 @@ COMPUTES = "import os, time\nif os.fork(): time.sleep(60)\nwhile True: pass"
     [(WRITES, False), (COMPUTES, False), ("import time; time.sleep(60)", True)],
     ids=["a download", "tokenizing children", "nothing"],
 )
-def test_a_start_that_reads_writes_or_computes_is_no_hang(tmp_path: Path, code, is_stuck):
-    """For longer than 6 x hang_timeout, which is a second here."""
-    run_dir = RunDirectory(tmp_path)
+def test_a_start_that_reads_writes_or_computes_is_no_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, is_stuck: bool
+):
+    """Not even after 6 x hang_timeout, by a clock that makes 10 minutes of a third of a second."""
+    run_dir, clock = RunDirectory(tmp_path), iter(range(0, 10**6, 601))
     run_dir.logs.mkdir()
     (run_dir.logs / "rank0.progress").write_text("0 starting", encoding="utf-8")
+    monkeypatch.setattr("train_qwen3_ft.time", SimpleNamespace(monotonic=lambda: next(clock)))
     command = [sys.executable, "-c", code.format(tmp_path / "file")]
     with subprocess.Popen(command, start_new_session=True) as process:
         try:
-            watch, begun, found = HangWatch(run_dir, 1), time.monotonic(), False
-            while time.monotonic() - begun < 12 and not found:
-                found = watch.is_stuck([psutil.Process(process.pid)])
-                time.sleep(0.05)
+            watch, found = HangWatch(run_dir, 600), False
+            for _ in range(12):
+                time.sleep(0.3)
+                found |= watch.is_stuck([psutil.Process(process.pid)])
         finally:
             os.killpg(process.pid, signal.SIGKILL)
     assert found is is_stuck

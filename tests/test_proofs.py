@@ -253,7 +253,7 @@ def test_a_checkpoint_that_holds_other_numbers_is_refused_before_a_step(saved: R
     assert {path: path.read_bytes() for path in (copy / "checkpoint-8").rglob("*.pt")} == before
 
 
-@pytest.mark.parametrize("saved", ["ZeRO-3"], indirect=True)
+@pytest.mark.parametrize("saved", ["ZeRO-3", "ZeRO-2"], indirect=True)
 def test_shards_that_are_swapped_are_refused_and_with_force_only_said(saved: Run) -> None:
     copy = tampered(saved, "swapped", CHANGES["two ranks' shards swapped"][0])
     done = run(saved.folder, "--resume", copy, "max_steps=9")

@@ -22,8 +22,8 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 
-def build_model():
-    """A Qwen3 of 34 M parameters with random weights."""
+def build_model(width: int):
+    """A Qwen3 with random weights; 34 M parameters with a width of 512."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -31,8 +31,8 @@ def build_model():
     return Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=8192,
-            hidden_size=512,
-            intermediate_size=1536,
+            hidden_size=width,
+            intermediate_size=3 * width,
             num_hidden_layers=8,
             num_attention_heads=8,
             num_key_value_heads=4,
@@ -69,7 +69,7 @@ def save(model, optimizer, folder: Path) -> None:
         os.fsync(file.fileno())
 
 
-def work(steps: int, tokens: int) -> None:
+def work(steps: int, tokens: int, width: int) -> None:
     """One rank: trains and times; rank 0 prints the medians."""
     import torch
     from torch import distributed
@@ -78,7 +78,7 @@ def work(steps: int, tokens: int) -> None:
 
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
-    model = torch.nn.parallel.DistributedDataParallel(build_model())
+    model = torch.nn.parallel.DistributedDataParallel(build_model(width))
     optimizer = torch.optim.AdamW(model.parameters())
     batch = torch.randint(0, 8192, (1, tokens))
     folder, loss_watch = Path(tempfile.mkdtemp()), LossWatch()
@@ -136,9 +136,10 @@ def main() -> int:
     )
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--tokens", type=int, default=64, help="per rank and step")
+    parser.add_argument("--width", type=int, default=512, help="hidden size of the model")
     options = parser.parse_args()
     if "LOCAL_RANK" in os.environ:
-        work(options.steps, options.tokens)
+        work(options.steps, options.tokens, options.width)
         return 0
     with tempfile.NamedTemporaryFile() as result:
         env = {
