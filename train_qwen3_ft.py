@@ -4974,6 +4974,11 @@ STEP_KEYS = """
 OWN_OPTIMIZERS = """
     use_galore use_apollo use_badam use_adam_mini use_muon loraplus_lr_ratio
 """.split()
+# What LLaMA-Factory and transformers set as they like, and what teaches the model nothing else.
+UNCOMPARED = """
+    report_to do_eval remove_unused_columns generation_max_length generation_num_beams
+    dataloader_pin_memory
+""".split()
 ROUNDING = 1e-12  # of sums in float64, relative to the sum of all sizes
 # What ZeRO calls its ranks' parts of the fp32 weights.
 MASTERS = {
@@ -5186,8 +5191,10 @@ def wrong_settings(trainer, asked: Asked, run: Run) -> Iterator[str]:
 def key_settings(trainer, values: Values, run: Run) -> Iterator[tuple]:
     """(key, what was asked for, what would be used) of the keys that the trainer has itself."""
     for key, value in values.items():
-        if key != "report_to" and hasattr(trainer.args, key) and not isinstance(value, dict):
-            yield key, value, getattr(trainer.args, key)
+        done = getattr(trainer.args, key, value)
+        is_number = {type(value), type(done)} <= {int, float}
+        if key not in UNCOMPARED and (isinstance(done, type(value)) or is_number):
+            yield key, value, done
 
 
 def batch_settings(trainer, values: Values, run: Run) -> Iterator[tuple]:
