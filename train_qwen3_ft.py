@@ -13,7 +13,8 @@ Usage: python train_qwen3_ft.py [CONFIG.yaml] [key=value ...] [option ...]
     --rehearse          a few steps of the run on its devices, measured, then removed
     --resume [RUN_DIR]  continue RUN_DIR, or the newest unfinished run under output_dir
     --json              with --dry-run or --rehearse: the same as one JSON object
-    --force             start anyway: an estimate, a busy GPU or an untested version stops nothing
+    --force             start anyway: an estimate, a busy GPU or an untested version stops nothing,
+                        and what the run proves of itself is only said
 
 CONFIG is a LLaMA-Factory training YAML. The launcher adds keys of its own: cuda_visible_devices
 (GPU ids as nvidia-smi shows them; CUDA_VISIBLE_DEVICES in the environment wins),
