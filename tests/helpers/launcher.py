@@ -276,9 +276,9 @@ class Run:
         forked = [pid for pid in self.pids() if worker and parent_of(pid) == worker]
         return [pid for pid in forked if command_of(pid) == command_of(worker)]
 
-    def left_after(self, seconds: float = 10) -> list[str]:
+    def left_after(self, seconds: float = 60) -> list[str]:
         """The processes of this run that still live `seconds` from now; returns as soon as there
-        are none.
+        are none, a second later on a free node.
         """
         deadline = time.monotonic() + seconds
         while (pids := self.pids()) and time.monotonic() < deadline:
