@@ -5142,7 +5142,7 @@ def rank_facts(trainer, asked: Asked, config: Config) -> dict:
         **{f"{key} in config.yaml": value for key, value in config.values.items()},
         **asked.handover["data"],
         "the tokenized samples": samples_digest(trainer.train_dataset),
-        "python": sys.version.split()[0],
+        "python": sys.version_info[:2],
         **{name: installed_version(name) for name in PROVEN_PACKAGES},
     }
 
