@@ -98,9 +98,7 @@ def test_the_summary_of_a_run_holds_the_same_figures(rehearsed: Run, real: Run):
 
 
 def test_the_end_of_a_run_compares_with_plan_and_rehearsal(real: Run):
-    assert real.see(
-        r"^memory +[\d.]+ [MG]iB of .* at the peak \(rank \d\), the plan said .*, the rehearsal "
-    )
+    assert real.see(r"^memory +[\d.]+ [MG]iB of .* at the peak \(rank \d\), the rehearsal ")
     assert real.see(r"^time .* per step, .* in the rehearsal$")
     assert real.see(r"^checkpoint +[\d.]+ MiB in .* \([\d.e-]+ GB/s\)$")
 

@@ -104,18 +104,26 @@ def test_a_finished_run_has_nothing_to_resume(printed, run):
     assert "\nresume " not in text
 
 
+MEASURED = {
+    "step_seconds": 0.5,
+    "checkpoint_seconds": 2.0,
+    "checkpoint_bytes": 4 << 30,
+    "peak_memory": 3 << 30,
+    "peak_rank": 1,
+    "input_wait": 0.02,
+}
+
+
+def test_on_a_cpu_the_peak_is_not_compared_with_a_plan_that_knows_no_python(printed):
+    plan = {"device_memory": 8 << 30, "planned_memory": 2 << 20, "resident": True}
+    text = printed("failed", rehearsal=None, **MEASURED, **plan)
+    says(text, r"^memory +3\.0 GiB of 8\.0 GiB at the peak \(rank 1\)$")
+
+
 def test_what_was_measured_is_compared_with_the_plan_and_the_rehearsal(printed):
-    measured = {
-        "step_seconds": 0.5,
-        "checkpoint_seconds": 2.0,
-        "checkpoint_bytes": 4 << 30,
-        "peak_memory": 3 << 30,
-        "peak_rank": 1,
-        "input_wait": 0.02,
-    }
     plan = {"device_memory": 8 << 30, "planned_memory": 2 << 30, "resident": False}
     rehearsal = {"peak_memory": 1 << 30, "step_seconds": 0.4}
-    text = printed("failed", rehearsal=rehearsal, **measured, **plan)
+    text = printed("failed", rehearsal=rehearsal, **MEASURED, **plan)
     says(text, r"^memory +3\.0 GiB of 8\.0 GiB at the peak \(rank 1\), the plan said 2\.0 GiB")
     says(text, r"^memory .*, the rehearsal 1\.0 GiB$")
     says(text, r"^time .*, 900 tokens/s, 0\.5 s per step, 0\.4 s in the rehearsal$")
