@@ -171,9 +171,11 @@ def test_a_rank_that_is_not_like_the_others_is_named_with_what_differs() -> None
 
 @real_fixture(params=KINDS)
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A finished run of 8 steps on two ranks, with checkpoint-4 and checkpoint-8."""
-    folder = tmp_path_factory.mktemp(request.param)
-    return train(folder, write_config(folder, **EIGHT_STEPS, **KINDS[request.param]))
+    """A finished run of 8 steps with checkpoint-4 and checkpoint-8; under ZeRO on two ranks."""
+    folder, kind = tmp_path_factory.mktemp(request.param), KINDS[request.param]
+    ranks = 2 if "ZeRO" in request.param else 1
+    changes = {**EIGHT_STEPS, "gradient_accumulation_steps": None, "global_batch_size": 2}
+    return train(folder, write_config(folder, **changes, **kind), ranks=ranks)
 
 
 def tampered(saved: Run, name: str, change: str) -> Path:
@@ -213,39 +215,37 @@ result = None
 
 
 CHANGES = {
-    "a moment set to zero": (
-        "states[-1][0]['exp_avg_sq'].zero_()",
-        r"of exp_avg_sq [\d.e+-]+ saved, [\d.e+-]+ loaded",
-    ),
-    "the scheduler's step": (
-        "scheduler['last_epoch'] -= 1",
-        "scheduler step 8 saved, 7 loaded",
-    ),
-    "the optimizer's step": (
-        "[state[0].__setitem__('step', torch.tensor(5.0)) for state in states]",
-        r"optimizer steps \[8\] saved, \[5(, 8)?\] loaded",
+    "two ranks' shards swapped": (
+        "files.reverse()",
+        r"places of exp_avg [\d.e+-]+ saved, [\d.e+-]+ loaded",
     ),
     "one master changed": (
         "masters[-1][0].data[5] += 1e-2",
         r"sum of masters [\d.e+-]+ saved, [\d.e+-]+ loaded",
     ),
-    "two ranks' shards swapped": (
-        "files.reverse()",
-        r"places of masters [\d.e+-]+ saved, [\d.e+-]+ loaded",
+    "a moment set to zero": (
+        "states[-1][0]['exp_avg_sq'].zero_()",
+        r"of exp_avg_sq [\d.e+-]+ saved, [\d.e+-]+ loaded",
+    ),
+    "the optimizer's step": (
+        "[state[0].__setitem__('step', torch.tensor(5.0)) for state in states]",
+        r"optimizer steps \[8\] saved, \[5(, 8)?\] loaded",
+    ),
+    "the scheduler's step": (
+        "scheduler['last_epoch'] -= 1",
+        "scheduler step 8 saved, 7 loaded",
     ),
 }
 
 
 def test_a_checkpoint_that_holds_other_numbers_is_refused_before_a_step(saved: Run) -> None:
-    """All changes at once: each is named. The tool tests/tools/tamper.py tries them one by one."""
-    is_zero = "none" not in saved.folder.name
-    names = [
-        name for name in CHANGES if "swapped" not in name and (is_zero or "master" not in name)
-    ]
-    change = "\n".join(CHANGES[name][0] for name in names)
-    copy = tampered(saved, "changed", change)
+    """All changes at once: each is named. tests/tools/tamper.py tries them one by one."""
+    is_cut = "ZeRO" in saved.folder.name
+    names = list(CHANGES) if is_cut else list(CHANGES)[2:]
+    copy = tampered(saved, "changed", "\n".join(CHANGES[name][0] for name in names))
     before = {path: path.read_bytes() for path in (copy / "checkpoint-8").rglob("*.pt")}
-    done = run(saved.folder, "--resume", copy, "max_steps=12")
+    ranks = 2 if is_cut else 1
+    done = run(saved.folder, "--resume", copy, "max_steps=12", ranks=ranks)
     cause = is_refused(done)
     for name in names:
         assert re.search(CHANGES[name][1], cause), (name, cause)
@@ -253,26 +253,24 @@ def test_a_checkpoint_that_holds_other_numbers_is_refused_before_a_step(saved: R
     assert {path: path.read_bytes() for path in (copy / "checkpoint-8").rglob("*.pt")} == before
 
 
-@pytest.mark.parametrize("saved", ["ZeRO-3", "ZeRO-2"], indirect=True)
-def test_shards_that_are_swapped_are_refused_and_with_force_only_said(saved: Run) -> None:
-    copy = tampered(saved, "swapped", CHANGES["two ranks' shards swapped"][0])
-    done = run(saved.folder, "--resume", copy, "max_steps=9")
-    assert re.search(CHANGES["two ranks' shards swapped"][1], is_refused(done))
-    forced = run(saved.folder, "--resume", copy, "max_steps=9", "--force")
+@pytest.mark.parametrize("saved", ["none"], indirect=True)
+def test_with_force_a_checkpoint_that_holds_other_numbers_is_only_named(saved: Run) -> None:
+    copy = tampered(saved, "forced", CHANGES["a moment set to zero"][0])
+    forced = run(saved.folder, "--resume", copy, "max_steps=9", "--force", ranks=1)
     assert forced.process.returncode == 0, forced.console
     assert "checkpoint-8 is not loaded as it was saved" in forced.console
 
 
-@pytest.mark.parametrize("saved", ["ZeRO-3"], indirect=True)
+@pytest.mark.parametrize("saved", ["none"], indirect=True)
 def test_a_longer_run_starts_at_the_rate_of_its_own_schedule(saved: Run) -> None:
     """The old schedule ended at a rate of 0."""
     copy = saved.run_dir.parent / "longer"
     shutil.copytree(saved.run_dir, copy)
-    done = train(saved.folder, "--resume", copy, "max_steps=12")
+    done = train(saved.folder, "--resume", copy, "max_steps=9", ranks=1)
     rates = {
         line["step"]: line["learning_rate"] for line in metrics(done.run_dir) if "loss" in line
     }
-    assert rates[9] == pytest.approx(3e-3 * (12 - 8) / 12, rel=1e-6)
+    assert rates[9] == pytest.approx(3e-3 * (9 - 8) / 9, rel=1e-6)
 
 
 # --- what is done is what was asked
@@ -297,11 +295,11 @@ def test_masters_that_stage_0_does_not_save_end_a_resume(tmp_path: Path) -> None
     changes = {**EIGHT_STEPS, "lr_scheduler_type": "constant"}
     config = write_config(tmp_path, deepspeed=settings, **changes)
     command = without_rule("stage 0")
-    done = train(tmp_path, config, command=command)
+    done = train(tmp_path, config, command=command, ranks=1)
     for folder in done.run_dir.glob("checkpoint-*"):  # as it was before manifests knew
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         write_json(folder / "manifest.json", {**manifest, "problem": ""})
-    resumed = run(tmp_path, "--resume", done.run_dir, "max_steps=12", command=command)
+    resumed = run(tmp_path, "--resume", done.run_dir, "max_steps=12", command=command, ranks=1)
     assert re.search(r"of masters [\d.e+-]+ saved, [\d.e+-]+ loaded", is_refused(resumed))
 
 
@@ -387,12 +385,12 @@ def test_out_of_memory_in_an_evaluation_halves_the_evaluation_batch(tmp_path: Pa
         save_steps=4,
         eval_strategy="steps",
         eval_steps=4,
-        per_device_eval_batch_size=8,
+        per_device_eval_batch_size=4,
     )
     fault = {"point": "out of memory in evaluation", "samples": 2}
     done = run(tmp_path, config, ranks=1, faults=[fault])
     assert done.process.returncode == 0, done.console
     asked = re.findall(r"starting again with (\S+), the same samples", done.console)
-    assert asked == ["per_device_eval_batch_size=4", "per_device_eval_batch_size=2"]
+    assert asked == ["per_device_eval_batch_size=2"]
     assert "in an evaluation: use a smaller per_device_eval_batch_size" in done.console
     assert weights(done.run_dir)
