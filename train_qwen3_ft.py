@@ -5835,7 +5835,31 @@ def tracked_name(name: str) -> str:
 
 
 class Run:
-    """A run directory: its files, and what they say."""
+    """A run directory: its files, and what they say.
+
+    Written by            file                      read by
+    launcher              config.yaml, plan.json    ranks, a resume, other nodes
+    launcher, or you      STOP                      ranks, at the end of each step; launcher
+    you                   SAVE                      ranks, at the end of each step
+    rank 0                metrics.jsonl             launcher (console, summary), tracker
+    rank 0                data.json, Modelfile      launcher, ranks (settings); people
+    each rank             logs/rank<R>.progress     launcher (hang watch, bar): `12 training`
+    each rank             logs/rank<R>.log, .error  launcher, where the run failed; people
+    launcher              logs/torchrun.log, lock   launcher; people
+    launcher              logs/swanlab.json         launcher of a resume: id, launches, dashboard
+    tracker               logs/swanlab.log          people
+    all ranks             checkpoint-N/             ranks of a resume
+    rank 0                checkpoint-N/manifest.json, written last: launcher, ranks of a resume
+    launcher              summary.json, training_loss.png: a resume (its state); people
+    LLaMA-Factory         trainer_log.jsonl, the model and its card
+
+    Lines of metrics.jsonl, each with time (s), step (the last one done) and tokens (so far):
+    {..., "event": "begin", "total_steps": 12}                   at each start of the ranks
+    {..., "loss": 7.28, "grad_norm": 1.9, "learning_rate": 0.003, "epoch": 0.08}  and what else
+                                                                 the trainer logs, eval_loss too
+    {..., "event": "note", "text": "checkpoint-4 is saved, ..."} for the console
+    {..., "event": "end", "state": "finished", "cause": "", "figures": {"step_seconds": 0.5, ...}}
+    """
 
     def __init__(self, path: Path):
         self.path, self.logs = path, path / "logs"
