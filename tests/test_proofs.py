@@ -152,6 +152,29 @@ result.append(weights_are_finite(local_state(trainer)))
     assert (count, before, after) == (72, True, False)
 
 
+@pytest.mark.real
+def test_an_optimizer_whose_state_cannot_be_proven_says_so_in_the_log() -> None:
+    code = """
+import contextlib, io, tempfile, torch
+from types import SimpleNamespace
+from train_qwen3_ft import local_state
+store = tempfile.mkstemp()[1]
+torch.distributed.init_process_group("gloo", init_method=f"file://{store}x", rank=0, world_size=1)
+model = torch.nn.Linear(8, 8)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+trainer = SimpleNamespace(
+    model=model, optimizer=optimizer, deepspeed=None, args=SimpleNamespace(process_index=0),
+    state=SimpleNamespace(global_step=1, epoch=1.0),
+    lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0),
+)
+with contextlib.redirect_stdout(io.StringIO()) as log:
+    state = local_state(trainer)
+result = [sorted(state["sums"]), log.getvalue()]
+"""
+    names, log = ask_python(code, None)
+    assert names == ["weights"] and "cannot be proven for SGD: KeyError('exp_avg')" in log
+
+
 def test_a_rank_that_is_not_like_the_others_is_named_with_what_differs() -> None:
     here = {
         "step": 4,
