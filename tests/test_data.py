@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from helpers import HELPERS
 from helpers import config as configs
 from helpers.config import CONFIGS, TINY_MODEL, write_json
-from helpers.launcher import Run, run, train, until
+from helpers.launcher import Run, ask_python, run, train, until
 from helpers.real import real_fixture
 from train_qwen3_ft import (
     Run as RunDirectory,
@@ -621,3 +621,35 @@ def test_a_preview_without_the_tokenizer_says_why(tmp_path):
     assert done.process.returncode == 2
     assert "error: " in done.console and "Failed to load tokenizer" not in done.console
     assert "Qwen/Qwen3-14B" in done.console or "cached" in done.console, done.console
+
+
+@pytest.mark.real
+def test_figures_are_those_of_rank_0_and_their_padding_that_of_100_000_samples():
+    """Four million lengths take half a minute to sort, in every rank."""
+    code = """
+import os
+from types import SimpleNamespace
+import train_qwen3_ft as launcher
+from datasets import Dataset
+from llamafactory.data import loader
+
+rows = Dataset.from_dict({"input_ids": [[1]], "measured": [[1]], "lost": [0]})
+loader._get_preprocessed_dataset = lambda *args, is_eval: rows
+told, sizes = [], []
+launcher.measure_data(launcher.Values(), lambda *args: told.append(args))
+os.environ["RANK"] = "1"
+options = SimpleNamespace(streaming=False)
+left = loader._get_preprocessed_dataset(rows, options, None, "sft", None, None, is_eval=False)
+
+count = 250_000
+lengths = Dataset.from_dict({"measured": [[5]] * count, "lost": [0] * count})
+launcher.drawn_tokens = lambda lengths, *args: sizes.append(len(lengths)) or 5 * len(lengths)
+figures = launcher.data_figures(
+    lengths, count, SimpleNamespace(cutoff_len=8, packing=False),
+    SimpleNamespace(train_sampling_strategy="group_by_length"), launcher.Values(),
+)
+result = [told, left.column_names, sizes, figures["tokens"]["all"], figures["padding"]]
+"""
+    told, columns, sizes, tokens, padding = ask_python(code, None)
+    assert (told, columns) == ([], ["input_ids"])
+    assert max(sizes) <= 100_000 and (tokens, padding) == (1_250_000, 0)
