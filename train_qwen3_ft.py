@@ -3449,9 +3449,13 @@ def tracker_environment(plan: Plan, run: Run) -> Environment:
 
 
 def extensions_folder() -> Path:
-    """Where DeepSpeed's compiled operators go: a folder for each host, torch and Python."""
-    python = f"py{sys.version_info.major}{sys.version_info.minor}"
-    name = f"{socket.gethostname()}-torch-{installed_version('torch')}-{python}"
+    """Where DeepSpeed's compiled operators go: a folder for each host, torch and environment.
+
+    Two environments would compile it anew in turn, each for its own headers, and wait for each
+    other's lock.
+    """
+    where = hashlib.sha256(f"{sys.prefix} {sys.version}".encode()).hexdigest()[:8]
+    name = f"{socket.gethostname()}-torch-{installed_version('torch')}-{where}"
     return user_cache() / "torch_extensions" / name
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -97,6 +98,15 @@ def host_folder(monkeypatch: pytest.MonkeyPatch, host: str) -> Path:
 def test_each_host_has_its_own_folder_of_compiled_operators(plan_of, write_config):
     folder = plan_of(write_config())["environment"]["TORCH_EXTENSIONS_DIR"]
     assert socket.gethostname() in Path(folder).name
+
+
+def test_each_virtual_environment_has_its_own_folder_of_compiled_operators(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Else two of them compile it anew in turn, and wait for each other's lock."""
+    here = extensions_folder()
+    monkeypatch.setattr(sys, "prefix", "/another/venv")
+    assert extensions_folder() != here and extensions_folder().parent == here.parent
 
 
 def test_what_can_be_made_again_goes_to_the_cache_of_the_user(
