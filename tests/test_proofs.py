@@ -277,21 +277,18 @@ def test_a_checkpoint_that_holds_other_numbers_is_refused_before_a_step(saved: R
 
 
 @pytest.mark.parametrize("saved", ["none"], indirect=True)
-def test_with_force_a_checkpoint_that_holds_other_numbers_is_only_named(saved: Run) -> None:
+def test_with_force_other_numbers_are_only_named_and_the_run_goes_on_at_its_own_rate(
+    saved: Run,
+) -> None:
+    """The schedule of 8 steps had ended at a rate of 0; that of 9 has one step left."""
     copy = tampered(saved, "forced", CHANGES["a moment set to zero"][0])
     forced = run(saved.folder, "--resume", copy, "max_steps=9", "--force", ranks=1)
     assert forced.process.returncode == 0, forced.console
     assert "checkpoint-8 is not loaded as it was saved" in forced.console
-
-
-@pytest.mark.parametrize("saved", ["none"], indirect=True)
-def test_a_longer_run_starts_at_the_rate_of_its_own_schedule(saved: Run) -> None:
-    """The old schedule ended at a rate of 0."""
-    copy = saved.run_dir.parent / "longer"
-    shutil.copytree(saved.run_dir, copy)
-    done = train(saved.folder, "--resume", copy, "max_steps=9", ranks=1)
     rates = {
-        line["step"]: line["learning_rate"] for line in metrics(done.run_dir) if "loss" in line
+        line["step"]: line["learning_rate"]
+        for line in metrics(forced.run_dir)
+        if "loss" in line
     }
     assert rates[9] == pytest.approx(3e-3 * (9 - 8) / 9, rel=1e-6)
 
@@ -326,34 +323,33 @@ def test_masters_that_stage_0_does_not_save_end_a_resume(tmp_path: Path) -> None
     assert re.search(r"of masters [\d.e+-]+ saved, [\d.e+-]+ loaded", is_refused(resumed))
 
 
-@pytest.mark.real
-def test_ranks_of_another_version_end_the_run(tmp_path: Path) -> None:
-    fault = {"point": "other version", "rank": 1, "package": "llamafactory", "version": "0.9.4"}
-    cause = is_refused(run(tmp_path, write_config(tmp_path), faults=[fault]))
-    assert "llamafactory is 0.9.4 on rank 1, 0.9.5 on rank 0" in cause
+STALE = {"point": "stale folder", "rank": 1, "hidden": "checkpoint-8"}
 
 
 @pytest.mark.parametrize("saved", ["none"], indirect=True)
 def test_a_rank_that_does_not_see_the_newest_checkpoint_resumes_from_rank_0s(
     saved: Run,
 ) -> None:
-    """Alone it would take checkpoint-4, and without rank 0's choice the ranks notice it."""
-    fault = {"point": "stale folder", "rank": 1, "hidden": "checkpoint-8"}
+    copy = saved.run_dir.parent / "told"
+    shutil.copytree(saved.run_dir, copy)
+    train(saved.folder, "--resume", copy, "max_steps=9", faults=[STALE])
+    begun = [line for line in copy.joinpath("metrics.jsonl").open() if '"begin"' in line]
+    assert json.loads(begun[-1])["step"] == 8
+
+
+@pytest.mark.parametrize("saved", ["none"], indirect=True)
+def test_ranks_of_another_checkpoint_and_another_version_end_the_run(saved: Run) -> None:
+    """Without torchrun's store, through which rank 0 tells its choice."""
+    copy = saved.run_dir.parent / "untold"
+    shutil.copytree(saved.run_dir, copy)
+    version = {"package": "llamafactory", "version": "0.9.4"}
+    faults = [STALE, {"point": "other version", "rank": 1, "name": "version", **version}]
     own = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    for name, env in (("told", {}), ("untold", own)):
-        copy = saved.run_dir.parent / name
-        shutil.copytree(saved.run_dir, copy)
-        done = run(saved.folder, "--resume", copy, "max_steps=9", faults=[fault], env=env)
-        if name == "told":
-            assert done.process.returncode == 0, done.console
-            begun = [
-                line for line in copy.joinpath("metrics.jsonl").open() if '"begin"' in line
-            ]
-            assert json.loads(begun[-1])["step"] == 8
-        else:
-            assert "checkpoint is checkpoint-4 on rank 1, checkpoint-8 on rank 0" in is_refused(
-                done
-            )
+    cause = is_refused(
+        run(saved.folder, "--resume", copy, "max_steps=9", faults=faults, env=own)
+    )
+    assert "checkpoint is checkpoint-4 on rank 1, checkpoint-8 on rank 0" in cause
+    assert "llamafactory is 0.9.4 on rank 1, 0.9.5 on rank 0" in cause
 
 
 # --- SAVE, and starts without a checkpoint
