@@ -557,10 +557,10 @@ def preflight(options: argparse.Namespace, env: Environment, run: Run | None) ->
     """
     problems, config = Problems(), chosen_config(options, run)
     require_packages("torch", "transformers", "llamafactory")  # nothing can be checked without
+    config = check_keys(config, problems)
     problems += check_webhooks(config)
     problems += check_access(config)
     problems += check_output(config)
-    config = check_keys(config, problems)
     before_devices = len(problems)
     devices, gpus = inspect_devices(config, env, problems)
     nodes = problems.attempt(read_count, env, "NNODES", 1) or 1
