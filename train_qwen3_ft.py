@@ -54,7 +54,8 @@ chapter reads top-down: what calls stands above what it calls, each check with i
     LAUNCHER   main; command line; preflight; configuration; keys (also the launcher's own);
                devices and nodes; packages; model and DeepSpeed; data; plan; rules between keys;
                resume; the plan for people and as data; SwanLab's settings; rehearsal; launch;
-               supervision (stop, hang watch); console; SwanLab's process; why a run
+               supervision (stop, hang watch); console; children beside the ranks;
+               why a run
                failed; summary
     RANK       one process per device, started by torchrun: training arguments, the callback
                (stop, commit, metrics, divergence); the proofs; resume on another number of
@@ -2845,9 +2846,8 @@ def dry_run(found: Preflight, as_json: bool, env: Environment) -> None:
 
 def print_plan(found: Preflight, run: Run, env: Environment) -> None:
     """Print the plan, one screen."""
-    plan, swanlab = found.plan, str(setup_experiment_tracking(found.config, run, env))
-    backends = tracking_backends(found.config.values)
-    names = [swanlab if name == "swanlab" else name for name in backends]
+    plan, chosen = found.plan, chosen_tracking(found.config, run, env)
+    names = [str(chosen.get(name, name)) for name in tracking_backends(found.config.values)]
     print_lines(
         {
             **plan_lines(plan),
@@ -3068,27 +3068,32 @@ def plan_as_data(found: Preflight, run: Run, env: Environment) -> dict:
 # --- SwanLab's settings -------------------------------------------------------------------------
 
 
+def chosen_tracking(config: Config, run: Run, env: Environment) -> dict[str, Tracking]:
+    """How the trackers of report_to that have a process of their own record the run, by name."""
+    names = [name for name in tracking_backends(config.values) if name in TRACKERS]
+    return {name: TRACKERS[name][0](config, run, env) for name in names}
+
+
 @dataclass(frozen=True)
 class Tracking:
-    """How SwanLab records the run: its mode, why, and what is passed to swanlab.init."""
+    """How a tracker records the run: its mode, why, and what it is given to begin with."""
 
+    title: str
     mode: str
     reason: str
     init: dict
 
     def __str__(self) -> str:
-        return f"SwanLab {self.mode} ({self.reason}), {self.init['log_dir']}"
+        return f"{self.title} {self.mode} ({self.reason}), {self.init['log_dir']}"
 
 
-def setup_experiment_tracking(config: Config, run: Run, env: Environment) -> Tracking | None:
-    """Choose SwanLab's mode and settings; None where the run does not report to it. Starts nothing.
+def setup_experiment_tracking(config: Config, run: Run, env: Environment) -> Tracking:
+    """Choose SwanLab's mode and settings. Starts nothing.
 
     The mode is SWANLAB_MODE, else `swanlab_mode`, else online where a key is found, local where
     not.
     """
     values = config.values
-    if "swanlab" not in tracking_backends(values):
-        return None
     key = find_swanlab_key(config, env)
     if env.get("SWANLAB_MODE"):
         mode, reason = env["SWANLAB_MODE"], "from SWANLAB_MODE"
@@ -3108,7 +3113,7 @@ def setup_experiment_tracking(config: Config, run: Run, env: Environment) -> Tra
         "name": values.swanlab_run_name or run.path.name,
         "log_dir": folder or str(run.path.parent / "swanlog"),
     }
-    return Tracking(mode, reason, init)
+    return Tracking("SwanLab", mode, reason, init)
 
 
 def find_swanlab_key(config: Config, env: Environment) -> str:
@@ -3497,11 +3502,7 @@ class Supervisor:
         self.plan, self.devices = found.plan, found.plan.devices
         self.stop = StopRequest(run, self.kill)
         self.metrics, self.console = Follower(run.metrics_file), Console()
-        tracking = setup_experiment_tracking(found.config, run, env)
-        self.tracker = None
-        if self.leads and tracking and tracking.mode != "disabled":
-            init = tracking.init | {"mode": tracking.mode, "config": describe_run(found, run)}
-            self.tracker = TrackerProcess(run, env, init)
+        self.children = tracker_processes(found, run, env) if self.leads else []
 
     def supervise(self) -> int:
         """Run torchrun, and again as long as it fails after progress; returns the exit code."""
@@ -3632,17 +3633,17 @@ class Supervisor:
         return True
 
     def follow(self) -> None:
-        """Show what rank 0 has logged since the last time, and let the tracker follow."""
+        """Show what rank 0 has logged since the last time, and watch the children beside it."""
         if not self.leads:
             return
         self.console.show_data(self.run)
         for line in self.metrics.new_lines():
             self.console.show(line)
-            if self.tracker:
-                self.tracker.begin()  # not before: its imports would slow down those of the ranks
+            for child in self.children:
+                child.begin()  # not before: its imports would slow down those of the ranks
         self.console.advance(self.run)
-        if self.tracker:
-            self.tracker.watch()
+        for child in self.children:
+            child.watch()
 
     def kill(self) -> None:
         """Kill torchrun; the ranks die with it."""
@@ -3652,8 +3653,8 @@ class Supervisor:
     def close(self, state: str, cause: str) -> None:
         """End the records and leave the summary; a full disk has no room for it."""
         self.console.close()
-        if self.tracker:
-            self.tracker.finish(state, cause)
+        for child in self.children:
+            child.finish(state, cause)
         if not (state == "finished" or self.run.is_rehearsal):
             with contextlib.suppress(Exception):  # a full disk; the summary matters more
                 draw_curve(self.run)
@@ -4005,24 +4006,38 @@ def data_lines(figures: dict, run: Run) -> dict[str, str]:
     return lines
 
 
-# --- SwanLab's process --------------------------------------------------------------------------
+# --- children beside the ranks ------------------------------------------------------------------
+
+
+def tracker_processes(found: Preflight, run: Run, env: Environment) -> list[TrackerProcess]:
+    """The trackers that the run needs."""
+    return [
+        TrackerProcess(name, tracking, run, env, describe_run(found, run))
+        for name, tracking in chosen_tracking(found.config, run, env).items()
+        if tracking.mode != "disabled"
+    ]
 
 
 class TrackerProcess:
-    """The tracker, seen from the launcher: started, watched, and started again where it dies.
+    """A tracker, seen from the launcher; what it says of itself it writes to logs/<name>.json.
 
-    It has READY seconds to begin; where it does not, or dies, another one records this launch
-    from its beginning, locally. finish() waits END seconds at most for a tracker that has
-    begun.
+    A child beside the ranks has three methods: begin() at the first line of metrics.jsonl, watch()
+    five times per second, finish() when the run has ended. Where a tracker dies, or has not begun
+    after READY seconds, another one records this launch from its beginning, locally. finish() waits
+    END seconds at most for a tracker that has begun.
     """
 
     READY, END, STARTS = 25, 25, 3
 
-    def __init__(self, run: Run, env: Environment, init: dict):
-        self.run, self.env, self.online = run, env, init["mode"] == "online"
-        self.init = init | {"position": file_size(run.metrics_file)}
-        self.process, self.begun, self.starts = None, 0.0, 0
-        self.place = self.end = self.problem = ""
+    def __init__(self, name: str, tracking: Tracking, run: Run, env: Environment, config: dict):
+        self.name, self.title, self.run, self.env = name, tracking.title, run, env
+        self.online, position = tracking.mode == "online", file_size(run.metrics_file)
+        own = {"tracker": name, "mode": tracking.mode, "config": config, "position": position}
+        self.init = tracking.init | own
+        self.process, self.starts, self.begun = None, 0, 0.0
+        self.problem = self.end = (
+            ""  # why it was started again, until that is said; the last order
+        )
 
     def begin(self) -> None:
         """Start the process, once; the record is one experiment however often the run restarts.
@@ -4032,60 +4047,55 @@ class TrackerProcess:
         """
         if self.starts:
             return
-        known = self.run.read("logs/swanlab.json")
-        launches = known.get("launches", 0)
-        self.init["id"] = known.get("id", os.urandom(8).hex())
-        self.run.update_swanlab_state(id=self.init["id"], launches=launches + 1)
-        if launches and not self.online:
-            self.init["name"] += f" (resume {launches})"
+        known = self.run.read(f"logs/{self.name}.json")
+        resumes = known.get("launches", 0)
+        self.init |= {"id": known.get("id", os.urandom(8).hex()), "launches": resumes + 1}
+        if resumes and not self.online:
+            self.init["name"] += f" (resume {resumes})"
         self.start()
 
     def start(self) -> None:
         """Start a tracker, which reads its settings from stdin."""
-        self.starts, self.begun, self.place = self.starts + 1, time.monotonic(), ""
-        with open(self.run.logs / "swanlab.log", "ab") as log:
+        self.starts, self.begun = self.starts + 1, time.monotonic()
+        with open(self.run.logs / f"{self.name}.log", "ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-u", str(SCRIPT), "--tracker", str(self.run.path)],
                 env=self.env,
                 stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+                stdout=log,
                 stderr=log,
                 text=True,
             )
-        self.write(json.dumps(self.init))
+        self.order(json.dumps(self.init))
         if self.end:
-            self.write(self.end)
+            self.order(self.end)
 
-    def write(self, line: str) -> None:
+    def order(self, line: str) -> None:
         """Hand the tracker a line; one that has just died is noticed by watch()."""
         with contextlib.suppress(OSError):
             self.process.stdin.write(line + "\n")
             self.process.stdin.flush()
 
+    def state(self) -> dict:
+        """What this very process has written: `problem`, or where it records; {} before."""
+        state = self.run.read(f"logs/{self.name}.json")
+        return state if state.get("pid") == self.process.pid else {}
+
     def watch(self) -> None:
         """Notice that the tracker has begun, that it does not, or that it has died."""
-        if self.process is None:
+        if not self.process:
             return
-        if self.place:
-            if self.process.poll() not in (None, 0):
-                self.start_again("its process ended")
-        elif select.select([self.process.stdout], [], [], 0)[0]:
-            answer = json.loads(self.process.stdout.readline() or "{}")
-            if "place" in answer:
-                self.confirm(**answer)
-            else:
-                self.start_again(answer.get("problem", "its process ended"))
-        elif time.monotonic() - self.begun > self.READY:
+        state = self.state()
+        if self.process.poll():
+            self.start_again(state.get("problem", "its process ended"))
+        elif state and self.problem:
+            text = f"{self.title}'s process ended ({self.problem}); it was started again"
+            if self.online:
+                text = f"{self.title} cannot be reached ({self.problem}), {state['later']}"
+            say(text)
+            self.problem = ""
+        elif not state and time.monotonic() - self.begun > self.READY:
             self.start_again(f"no answer in {self.READY} s")
-
-    def confirm(self, place: str, dashboard: str) -> None:
-        """The tracker records in the folder `place`; tell why, where it is not the first to try."""
-        self.place = place
-        self.run.update_swanlab_state(dashboard=dashboard)
-        if self.problem and self.online:
-            self.say_local(f"SwanLab cannot be reached ({self.problem})")
-        elif self.problem:
-            say(f"SwanLab's process ended ({self.problem}); it was started again")
 
     def start_again(self, problem: str) -> None:
         """Replace a tracker that does not answer or has died; by a local one if it was online."""
@@ -4098,33 +4108,25 @@ class TrackerProcess:
             self.start()
         else:
             self.process = None
-            say(
-                f"SwanLab does not record this run ({problem}); see {self.run.logs}/swanlab.log"
-            )
+            log = self.run.logs / f"{self.name}.log"
+            say(f"{self.title} does not record this run ({problem}); see {log}")
 
     def finish(self, state: str, cause: str) -> None:
-        """End the record as success, aborted or crashed, and wait for it, with a limit."""
-        endings = {
-            "finished": {"state": "success"},
-            "stopped": {"state": "aborted", "error": "stopped by the user"},
-        }
-        self.end = json.dumps(endings.get(state, {"state": "crashed", "error": cause[-300:]}))
-        if self.process:
-            self.write(self.end)
-        deadline = time.monotonic() + (self.END if self.place else self.READY + self.END)
+        """Tell the tracker how the run ended, and wait for it, with a limit."""
+        if not self.process:
+            return
+        self.end = json.dumps({"state": state, "cause": cause[-300:]})
+        self.order(self.end)
+        deadline = time.monotonic() + (self.END if self.state() else self.READY + self.END)
         self.watch()
         while self.process and self.process.poll() != 0:
             if time.monotonic() > deadline:
                 self.process.kill()
-                self.process = None
-                return self.say_local("SwanLab did not take the whole run in time")
+                later = self.state().get("later", "and has not begun")
+                return say(f"{self.title} did not take the whole run in time, {later}")
             time.sleep(0.2)
             self.watch()
-
-    def say_local(self, problem: str) -> None:
-        """Say how to bring a local record to the service."""
-        command = f"swanlab sync {shlex.quote(self.place)} -i {self.init['id']}"
-        say(f"{problem}, but the run is recorded locally. Later: {command}")
+        self.watch()  # one that was started again and has ended by now
 
 
 def describe_run(found: Preflight, run: Run) -> dict:
@@ -4638,7 +4640,7 @@ def build_training_args(config: Config, run: Run, checkpoint: Path | None) -> di
         "output_dir": str(run.path),
         "run_name": run.path.name,
     }
-    names = [name for name in tracking_backends(values) if name != "swanlab"]
+    names = [name for name in tracking_backends(values) if name not in TRACKERS]
     args["report_to"] = names or ["none"]
     if values.streaming:  # accelerate's default joins rank 0's batches, which differ in length
         args.setdefault("accelerator_config", {"dispatch_batches": False})
@@ -5767,61 +5769,45 @@ def mark_learned(ids: list[int], labels: list[int], tokenizer, marks: tuple[str,
 
 
 def run_tracker(run: Run) -> int:
-    """Follow metrics.jsonl and record it with SwanLab. Does not return.
+    """Follow metrics.jsonl and record it with a tracker. Does not return.
 
-    The first line of stdin is what swanlab.init gets, with the `position` in metrics.jsonl
-    where this launch begins; the next one says how the run ended. Where stdin ends without it
-    the launcher has died, and the record ends as crashed. Answers on stdout with the place of
-    the record, or with the problem.
+    The first line of stdin is what opens the record, with the `position` in metrics.jsonl where
+    this launch begins; the next one says how the run ended. Where stdin ends without it the
+    launcher has died, and the record ends as crashed.
     """
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what SwanLab prints goes to the log
     orders = open(0, "rb", buffering=0, closefd=False)  # unbuffered, so that select() sees all
     init = json.loads(orders.readline())
-    metrics = Follower(run.metrics_file, init.pop("position"))
+    name, position, launches = (init.pop(key) for key in ("tracker", "position", "launches"))
+    metrics, state = Follower(run.metrics_file, position), {"pid": os.getpid()}
     ignore_stop_signals()  # they are for the launcher
     signal.alarm(30)  # without a network, init waits for longer than a dead launcher may
     try:
+        _, open_record = TRACKERS[name]
         record = open_record(init)
+        state |= record.place | {"id": init["id"], "launches": launches}
     except BaseException as error:  # whatever it is, training continues
-        problem = f"{type(error).__name__}: {error}"[:300]
-        say(json.dumps({"problem": problem}), answers)
+        traceback.print_exc()
+        state["problem"] = f"{type(error).__name__}: {error}"[:300]
+    write_atomically(run.logs / f"{name}.json", json.dumps(state))
+    if "problem" in state:
         os._exit(1)
     signal.alarm(0)
-    dashboard = {
-        "local": f"swanlab watch {record.dir.parent}",
-        "offline": f"swanlab sync {record.dir}",
-    }
-    place = {"place": str(record.dir), "dashboard": dashboard.get(init["mode"]) or record.url}
-    say(json.dumps(place), answers)
     end = follow_to_the_end(record, metrics, orders)
     # In an outage finish() has no end, and the launcher that would kill this process may be killed.
-    signal.alarm(6 if end is None else TrackerProcess.END + 5)
-    record.finish(**end or {"state": "crashed", "error": "the launcher died"})
+    signal.alarm(TrackerProcess.END + 5 if end else 6)
+    record.finish(**end or {"state": "failed", "cause": "the launcher died"})
     os._exit(0)
 
 
-def open_record(init: dict):
-    """Begin SwanLab's record of this run."""
-    import swanlab
-
-    probe = {"git": False, "runtime": False, "requirements": False, "swanlab": False}
-    quiet = swanlab.Settings(interactive=False, terminal={"proxy_type": "none"}, probe=probe)
-    return swanlab.init(**init, resume="allow", settings=quiet)
-
-
 def follow_to_the_end(record, metrics: Follower, orders) -> dict | None:
-    """Record all numbers until stdin tells the end; None: the launcher has died.
-
-    A step that a restart repeats SwanLab leaves out by itself.
-    """
+    """Record all numbers until stdin tells the end; None: the launcher has died."""
     while True:
         ended = bool(select.select([orders], [], [], 0.5)[0])
         for line in metrics.new_lines():  # after the end nothing is added any more
             if "event" not in line:
                 numbers = without(line, "time", "step").items()
                 named = {tracked_name(name): float(value) for name, value in numbers}
-                record.log(named, step=line["step"])
+                record.log(named, line["step"])
         if ended:
             return json.loads(orders.readline() or "null")
 
@@ -5831,6 +5817,47 @@ def tracked_name(name: str) -> str:
     if name.startswith("eval_"):
         return name.replace("_", "/", 1)
     return f"train/{name}"
+
+
+class SwanLabRecord:
+    """SwanLab's record of this run; `place` is where to see it, and how to bring a local one to the
+    service.
+    """
+
+    def __init__(self, init: dict):
+        import swanlab
+
+        probe = {"git": False, "runtime": False, "requirements": False, "swanlab": False}
+        quiet = swanlab.Settings(
+            interactive=False, terminal={"proxy_type": "none"}, probe=probe
+        )
+        self.record = swanlab.init(**init, resume="allow", settings=quiet)
+        folder = self.record.dir
+        dashboard = {
+            "local": f"swanlab watch {folder.parent}",
+            "offline": f"swanlab sync {folder}",
+        }
+        sync = f"swanlab sync {shlex.quote(str(folder))} -i {init['id']}"
+        self.place = {
+            "dashboard": dashboard.get(init["mode"]) or self.record.url,
+            "later": f"but the run is recorded locally. Later: {sync}",
+        }
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        """Record numbers at a step; one that a restart repeats SwanLab leaves out by itself."""
+        self.record.log(numbers, step=step)
+
+    def finish(self, state: str, cause: str) -> None:
+        """End the record as success, aborted or crashed."""
+        endings = {
+            "finished": {"state": "success"},
+            "stopped": {"state": "aborted", "error": "stopped by the user"},
+        }
+        self.record.finish(**endings.get(state, {"state": "crashed", "error": cause}))
+
+
+# report_to's name of each tracker that has a process: what chooses its settings, and its record.
+TRACKERS = {"swanlab": (setup_experiment_tracking, SwanLabRecord)}
 
 
 # ================================================================================================
@@ -5850,7 +5877,7 @@ class Run:
     each rank             logs/rank<R>.progress     launcher (hang watch, bar): `12 training`
     each rank             logs/rank<R>.log, .error  launcher, where the run failed; people
     launcher              logs/torchrun.log, lock   launcher; people
-    launcher              logs/swanlab.json         launcher of a resume: id, launches, dashboard
+    tracker               logs/swanlab.json         launcher: has it begun; a resume: id, launches
     tracker               logs/swanlab.log          people
     all ranks             checkpoint-N/             ranks of a resume
     rank 0                checkpoint-N/manifest.json, written last: launcher, ranks of a resume
@@ -5946,12 +5973,6 @@ class Run:
     def newest_checkpoint(self) -> Path | None:
         """The newest checkpoint that can be resumed from; None: there is none."""
         return next((path for path in self.checkpoints() if not checkpoint_problem(path)), None)
-
-    def update_swanlab_state(self, **more: object) -> None:
-        """Add to what is known of the run's SwanLab record: id, launches, dashboard."""
-        state = json.dumps(self.read("logs/swanlab.json") | more)
-        with contextlib.suppress(OSError):  # a full disk
-            write_atomically(self.logs / "swanlab.json", state)
 
 
 class Follower:

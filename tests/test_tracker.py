@@ -19,7 +19,7 @@ from helpers.launcher import Run, command_of, losses, metrics, run, says, until
 from helpers.real import real_fixture
 from helpers.swanlab_records import dashboard_points, read_dashboard, read_record, records
 from helpers.swanlab_service import SwanLabService
-from train_qwen3_ft import Console, Follower, TrackerProcess, follow_to_the_end, say
+from train_qwen3_ft import Console, Follower, TrackerProcess, Tracking, follow_to_the_end, say
 from train_qwen3_ft import Run as RunDirectory
 
 SETTINGS = {
@@ -360,10 +360,16 @@ def tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., li
     def launch(mode: str, **answers: dict) -> list[dict]:
         told = tmp_path / "told"
         code = f"""
-import json, sys
+import json, os, sys
 init = json.loads(input())
 open({str(told)!r}, "a").write(json.dumps(init) + "\\n")
-print(json.dumps({answers!r}[init["mode"]]), flush=True)
+state = {answers!r}[init["mode"]] | {{"pid": os.getpid()}}
+state |= {{"id": init["id"], "launches": init["launches"]}}
+with open({str(tmp_path / "draft")!r}, "w") as file:
+    json.dump(state, file)
+os.replace({str(tmp_path / "draft")!r}, {str(tmp_path / "logs" / "swanlab.json")!r})
+if "problem" in state:
+    sys.exit(1)
 input()
 """
         told.write_text("")
@@ -373,9 +379,9 @@ input()
 
         with monkeypatch.context() as patch:
             patch.setattr(subprocess, "Popen", start)
-            tracker = TrackerProcess(
-                RunDirectory(tmp_path), dict(os.environ), {"mode": mode, "name": "first"}
-            )
+            tracking = Tracking("SwanLab", mode, "asked for", {"name": "first"})
+            env = dict(os.environ)
+            tracker = TrackerProcess("swanlab", tracking, RunDirectory(tmp_path), env, {})
             tracker.begin()
             tracker.finish("finished", "")
         return [json.loads(line) for line in told.read_text().splitlines()]
@@ -383,7 +389,7 @@ input()
     return launch
 
 
-PLACE = {"place": "/swanlog/run-1", "dashboard": "swanlab watch /swanlog"}
+PLACE = {"dashboard": "swanlab watch /swanlog", "later": "but later: swanlab sync run-1"}
 
 
 def test_a_launch_without_the_service_goes_on_locally_and_says_how_to_sync(
@@ -392,9 +398,9 @@ def test_a_launch_without_the_service_goes_on_locally_and_says_how_to_sync(
     refused = {"problem": "no such key"}
     first, second = tracked("online", online=refused, local=PLACE)
     assert (first["mode"], second["mode"]) == ("online", "local")
+    assert first["id"] == second["id"]
     text = capsys.readouterr().out
-    says(text, r"SwanLab cannot be reached \(no such key\), but the run is recorded locally\.")
-    says(text, rf"swanlab sync /swanlog/run-1 -i {first['id']}$")
+    says(text, r"SwanLab cannot be reached \(no such key\), but later: swanlab sync run-1$")
 
 
 def test_a_tracker_that_never_begins_is_given_up_after_three_starts(
