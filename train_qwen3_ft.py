@@ -101,7 +101,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, TextIO
+from typing import IO, NamedTuple, TextIO
 
 try:
     import yaml
@@ -234,10 +234,6 @@ class Config:
     overridden: frozenset[str] = frozenset()
     refused: frozenset[str] = frozenset()
 
-    def __post_init__(self):
-        given = {key: value for key, value in self.values.items() if value is not None}
-        object.__setattr__(self, "values", Values(given))
-
     def place(self, key: str) -> str:
         """Where `key` was given: `file.yaml:12` or `command line`; the file where it was not."""
         if key in self.overridden:
@@ -250,7 +246,9 @@ class Config:
 
     def update(self, **values: object) -> Config:
         """A copy with other values; None takes a key out."""
-        return replace(self, values={**self.values, **values})
+        changed = self.values | values
+        given = {key: value for key, value in changed.items() if value is not None}
+        return replace(self, values=Values(given))
 
 
 @dataclass(frozen=True)
@@ -477,20 +475,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         raise LaunchError("--json goes with --dry-run or --rehearse")
     if options.rehearse and (options.dry_run or options.preview or options.resume is not None):
         raise LaunchError("--rehearse begins a run of its own; leave out the other option")
-    split_words(options)
-    return options
+    return argparse.Namespace(**vars(options) | sorted_words(options))
 
 
-def split_words(options: argparse.Namespace) -> None:
-    """Set `config` and `overrides` from the words of the command line."""
-    words, run_dir = options.words, options.resume
-    if options.preview and not options.preview.isdecimal():
-        words = [options.preview, *words]  # --preview CONFIG.yaml: no N was given
-        options.preview = "2"
+def sorted_words(options: argparse.Namespace) -> dict:
+    """`config`, `overrides`, `preview` and `resume`: what follows one of these two options may not
+    be meant for it.
+    """
+    words, samples, run_dir = options.words, options.preview, options.resume
+    if samples and not samples.isdecimal():
+        words, samples = [samples, *words], "2"  # --preview CONFIG.yaml: no N was given
     if run_dir and (OVERRIDE.match(run_dir) or os.path.isfile(run_dir)):
-        words = [run_dir, *words]  # --resume CONFIG.yaml key=value: no RUN_DIR was given
-        options.resume = run_dir = ""
-    options.overrides = dict(word.split("=", 1) for word in words if OVERRIDE.match(word))
+        words, run_dir = [run_dir, *words], ""  # --resume CONFIG.yaml key=value: no RUN_DIR
     paths = [word for word in words if not OVERRIDE.match(word)]
     if len(paths) > 1:
         hint = "; write key=value without spaces" if "=" in paths else ""
@@ -501,7 +497,12 @@ def split_words(options: argparse.Namespace) -> None:
             f"--resume {run_dir} uses that run's own config.yaml; leave out {paths[0]}, and "
             "write changes as key=value"
         )
-    options.config = Path(*paths) if paths else DEFAULT_CONFIG
+    return {
+        "config": Path(*paths) if paths else DEFAULT_CONFIG,
+        "overrides": dict(word.split("=", 1) for word in words if OVERRIDE.match(word)),
+        "preview": samples,
+        "resume": run_dir,
+    }
 
 
 def hide_values(text: str) -> str:
@@ -562,11 +563,11 @@ def preflight(options: argparse.Namespace, env: Environment, run: Run | None) ->
     problems += check_webhooks(config)
     problems += check_access(config)
     problems += check_output(config)
-    before_devices = len(problems)
-    devices, gpus = inspect_devices(config, env, problems)
-    nodes = problems.attempt(read_count, env, "NNODES", 1) or 1
-    problems += check_nodes(config, nodes, env)
-    has_devices = all(isinstance(found, Forceable) for found in problems[before_devices:])
+    of_devices = Problems()
+    devices, gpus = inspect_devices(config, env, of_devices)
+    nodes = of_devices.attempt(read_count, env, "NNODES", 1) or 1
+    of_devices += check_nodes(config, nodes, env)
+    problems += of_devices
     ranks = max(devices.processes, 1) * nodes
     config = problems.attempt(derive_accumulation, config, ranks) or config
     where = config.where("deepspeed")
@@ -581,14 +582,14 @@ def preflight(options: argparse.Namespace, env: Environment, run: Run | None) ->
     eval_data = inspect_data(config, "eval_dataset", problems)
     plan = make_plan(config, devices, gpus, zero, model, data, eval_data, ranks)
     problems += check_rules(config, plan)
-    if has_devices:
+    if all(isinstance(problem, Forceable) for problem in of_devices):
         problems += check_plan(plan, config, run)
     if run and node_rank(env) == 0 and run.is_running():
-        problems.attempt(run.lock)
+        problems.attempt(run.lock)  # which says who runs it
     elif run:
         problems += check_resume(config, plan, run)
     else:
-        problems.attempt(new_run, config)
+        problems.attempt(new_run, config)  # which reads run_name
     return Preflight(config, plan, problems, run, options.force)
 
 
@@ -619,11 +620,13 @@ NOT_PREVIEWED = (
 
 def preview_config(config: Config) -> Config:
     """What a preview needs of a configuration: data, template and tokenizer, on the CPU."""
-    values = without(config.values, *NOT_PREVIEWED)
-    values |= {"use_cpu": True, "train_from_scratch": True, "report_to": "none"}  # no weights
-    if not values.get("streaming"):
-        values["max_samples"] = min(values.get("max_samples") or PREVIEW_ROWS, PREVIEW_ROWS)
-    return replace(config, values=values)
+    changes = dict.fromkeys(NOT_PREVIEWED)
+    changes |= {"use_cpu": True, "train_from_scratch": True, "report_to": "none"}  # no weights
+    if not config.values.streaming:
+        changes["max_samples"] = at_most(
+            PREVIEW_ROWS, config.values.max_samples or PREVIEW_ROWS
+        )
+    return config.update(**changes)
 
 
 # --- configuration ------------------------------------------------------------------------------
@@ -671,7 +674,7 @@ def load_config(path: Path, overrides: dict[str, str]) -> Config:
         values[key] = text if is_name else value
     values = {key: value for key, value in values.items() if value is not None}
     secrets = {key: str(value) for key, value in values.items() if SECRET_KEY.search(key)}
-    values = resolve_paths(without(values, *secrets))
+    values = Values(resolve_paths(without(values, *secrets)))
     return Config(str(path), values, lines, secrets, frozenset(overrides))
 
 
@@ -940,7 +943,7 @@ RANGES = (
 
 def check_keys(config: Config, problems: Problems) -> Config:
     """The configuration with every value cast to its type; a wrong one is reported and left out."""
-    fields, values, refused = known_fields(), {}, set()
+    fields, values, refused = known_fields(), Values(), set()
     for key in [*config.values, *config.secrets]:
         try:
             if key not in fields:
@@ -3488,6 +3491,15 @@ def clear_stale_locks(folder: Path) -> None:
 # --- supervision --------------------------------------------------------------------------------
 
 
+class Ending(NamedTuple):
+    """How training ended: finished, stopped, diverged, hung, failed, or refused (the data teaches
+    nothing); and why, where that is known.
+    """
+
+    state: str
+    cause: str = ""
+
+
 class Supervisor:
     """One launch: torchrun on this node, watched and restarted until the run has ended.
 
@@ -3552,8 +3564,8 @@ class Supervisor:
         say(f"starting again with {words}, the same samples per step")
         return True
 
-    def read_end(self) -> tuple[str, str]:
-        """How the ranks say that training ended, and why."""
+    def read_end(self) -> Ending:
+        """How the ranks say that training ended."""
         end = [{}, *self.run.read_metrics()][-1]
         state = end.get("state", "finished")
         cause = end.get("cause", "")
@@ -3561,17 +3573,14 @@ class Supervisor:
             cause = f"diverged at step {end['step']}: {cause}"
         # Of a rehearsal node 0 has removed everything by then, perhaps.
         if state == "finished" and not (self.run.is_rehearsal or has_weights(self.run.path)):
-            return "failed", f"training ended, but {self.run.path} has no model weights"
-        return state, cause
+            return Ending("failed", f"training ended, but {self.run.path} has no model weights")
+        return Ending(state, cause)
 
-    def run_torchrun(self) -> tuple[str, str]:
-        """One torchrun from start to end; returns how it ended, and why where that is known.
-
-        It is finished, stopped, diverged, hung, failed, or refused: the data teaches nothing.
-        """
+    def run_torchrun(self) -> Ending:
+        """One torchrun from start to end."""
         self.start_torchrun()
         if not self.wait_for_ranks():
-            return "stopped", ""
+            return Ending("stopped")
         cause = ""
         hang_watch = HangWatch(self.run, self.config.values.hang_timeout)
         while self.process.poll() is None:
@@ -3584,20 +3593,19 @@ class Supervisor:
                 say(cause)
                 self.kill()
             time.sleep(0.2)
-        deadline = (
-            time.monotonic() + 60
-        )  # a rank that still writes would disturb the next start
+        deadline = time.monotonic() + 60
+        # A rank that still writes would disturb the next start.
         while any(map(process_state, self.ranks)) and time.monotonic() < deadline:
             time.sleep(0.2)
         self.follow()
         if cause:
-            return "hung", cause
+            return Ending("hung", cause)
         if self.run.is_rehearsal and self.stop.is_requested():
-            return "stopped", ""
+            return Ending("stopped")
         problem = self.run.read("data.json").get("problem")
         if problem:
-            return "refused", problem
-        return ("failed", "") if self.process.returncode else self.read_end()
+            return Ending("refused", problem)
+        return Ending("failed") if self.process.returncode else self.read_end()
 
     def start_torchrun(self) -> None:
         """Start torchrun in a session of its own."""
@@ -4556,8 +4564,8 @@ def train(run: Run, env: Environment) -> None:
         rehearse_data(callback)
     with contextlib.suppress(Stopped):
         run_exp(args | handover["secrets"], [callback])
-    state, cause = callback.ending or ("finished", "")
-    callback.write(event="end", state=state, cause=cause, figures=callback.figures)
+    ending = callback.ending or Ending("finished")
+    callback.write(event="end", **ending._asdict(), figures=callback.figures)
     if "wandb" in tracking_backends(config.values):
         finish_wandb()
 
@@ -4695,7 +4703,7 @@ class RankCallback:
         self.run, self.config, self.asked = run, config, asked
         self.trainer, self.state, self.saved = None, None, None
         self.loss_watch = LossWatch()
-        self.ending: tuple[str, str] | None = None  # state and cause, where it ends early
+        self.ending: Ending | None = None  # where it ends early
         # In seconds; a step with its wait for data, without saving and evaluating.
         self.waits, self.steps, self.saves, self.evaluations = [], [], [], []
         self.lapped, self.figures = 0.0, {}
@@ -4712,7 +4720,7 @@ class RankCallback:
         state.compute_steps(args, state.max_steps)
         self.prove(loaded)
         if self.agree(args) == STOP:
-            self.ending = ("stopped", "")
+            self.ending = Ending("stopped")
             raise Stopped
         seed_length_groups(args.seed, state)
         self.write(event="begin", total_steps=state.max_steps)
@@ -4735,7 +4743,7 @@ class RankCallback:
             state = join_states([rank["state"] for rank in ranks])
             problems += resume_differences(self.run, asked.checkpoint, state)
         if problems and not asked.handover["force"]:
-            self.ending = ("failed", "; ".join(problems))
+            self.ending = Ending("failed", "; ".join(problems))
             raise Stopped
         for text in problems:
             self.write(event="note", text=text)
@@ -4767,7 +4775,7 @@ class RankCallback:
             control.should_save |= asked > NOTHING
             if asked == STOP:
                 # Save at once, so that it can be resumed, whatever the configuration saves.
-                self.ending = ("stopped", "")
+                self.ending = Ending("stopped")
                 control.should_training_stop = True
                 control.should_evaluate = args.save_only_model = False
         self.steps.append(self.waits[-1] + self.lap())
@@ -4864,7 +4872,7 @@ class RankCallback:
             # Every rank logs the same numbers, so all of them stop at this step.
             problem = self.loss_watch.problem(state.global_step, numbers, args.fp16, warm)
             if problem:
-                self.ending = ("diverged", problem)
+                self.ending = Ending("diverged", problem)
                 control.should_training_stop = True
                 control.should_save = control.should_evaluate = False
         self.write(**numbers)

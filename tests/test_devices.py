@@ -14,6 +14,7 @@ from train_qwen3_ft import (
     Config,
     Devices,
     LaunchError,
+    Values,
     build_torchrun_command,
     launchable_config,
     node_rank,
@@ -41,7 +42,7 @@ def choose(
 ) -> tuple[str, ...]:
     """resolve_devices(...).ids, for pure questions."""
     values = keys if asked is None else {"cuda_visible_devices": asked, **keys}
-    return resolve_devices(Config("c.yaml", values), env or {}, gpus).ids
+    return resolve_devices(Config("c.yaml", Values(values)), env or {}, gpus).ids
 
 
 # --- Who wins
@@ -491,7 +492,7 @@ def test_command_is_torchrun_on_the_script_with_the_run_s_config(plan_on):
 
 
 def test_command_uses_a_free_port_unless_one_is_set(tmp_path):
-    devices = resolve_devices(Config("c.yaml", {"use_cpu": True}), {}, [])
+    devices = resolve_devices(Config("c.yaml", Values(use_cpu=True)), {}, [])
     assert "127.0.0.1:0" in build_torchrun_command(devices, tmp_path / "config.yaml", {})
     assert "127.0.0.1:29555" in build_torchrun_command(
         devices, tmp_path / "config.yaml", {"MASTER_PORT": "29555"}
@@ -501,7 +502,7 @@ def test_command_uses_a_free_port_unless_one_is_set(tmp_path):
 def test_command_leaves_the_environment_it_was_given_alone(tmp_path):
     env = {"CUDA_VISIBLE_DEVICES": "0"}
     build_torchrun_command(
-        resolve_devices(Config("c.yaml", {}), env, None), tmp_path / "config.yaml", env
+        resolve_devices(Config("c.yaml", Values()), env, None), tmp_path / "config.yaml", env
     )
     assert env == {"CUDA_VISIBLE_DEVICES": "0"}
 
@@ -605,7 +606,7 @@ def test_a_lost_gpu_is_named_where_it_is_asked_for(plan_on):
 @pytest.mark.parametrize("asked", [None, "3,2,1,0"], ids=["all", "chosen"])
 def test_the_configuration_of_a_run_holds_the_gpus_only_where_it_chose_them(asked):
     keys = {} if asked is None else {"cuda_visible_devices": asked}
-    config = Config("c.yaml", {"stage": "sft", **keys}).update(run_name="first")
+    config = Config("c.yaml", Values(stage="sft", **keys)).update(run_name="first")
     text = launchable_config(config, Devices(("0", "1"), "", 2))
     assert yaml.safe_load(text).get("cuda_visible_devices") == asked
     assert "\n#   CUDA_VISIBLE_DEVICES=0,1 python " in text

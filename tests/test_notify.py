@@ -190,7 +190,7 @@ def test_the_address_of_a_webhook_is_in_no_file_of_a_run(finished, failed, stopp
 
 def notify(capfd: pytest.CaptureFixture, summary: dict = SUMMARY, **secrets: str) -> str:
     """What sending the notifications shows."""
-    launcher.notify(launcher.Config("c.yaml", {}, secrets=secrets), summary)
+    launcher.notify(launcher.Config("c.yaml", launcher.Values(), secrets=secrets), summary)
     shown = capfd.readouterr()
     return shown.out + shown.err
 
