@@ -1192,7 +1192,7 @@ def test_dry_run_shows_a_command_that_can_be_pasted(here, write_config):
     line = says(here(write_config(), "--dry-run").stdout, r"^command +(.*)")[1]
     says(
         line,
-        r"FORCE_TORCHRUN=1 .*torch\.distributed\.run --nproc-per-node 1 .*\.py \S+/config\.yaml$",
+        r"FORCE_TORCHRUN=1 .*torch\.distributed\.run.* --nproc-per-node 1 .*\.py \S+/config\.yaml$",
     )
 
 
