@@ -439,7 +439,7 @@ def main(argv: list[str] | None = None) -> int:
         if UNDER_TORCHRUN in env:
             return run_rank(Run(options.config.parent), env)
         if options.tokenize:
-            return run_preview(Run(options.tokenize), None)
+            return run_tokenizer(Run(options.tokenize), options.preview)
         return run_tracker(Run(options.tracker))
     except LaunchError as error:
         for problem in error.args:
@@ -549,7 +549,14 @@ def check_and_launch(options: argparse.Namespace, env: Environment) -> int:
     if not found:
         return 0
     if options.preview:
-        return preview(found, options.preview, env)
+        return tokenize(found, options.preview, env)
+    if found.plan.provisional and node_rank(env) == 0:
+        say("tokenizing first: the micro-batch goes by the lengths of the samples", sys.stderr)
+        if tokenize(found, "", env):
+            return 2
+        found = preflight_or_stop(options, env)
+        # The ranks take what is in the cache since now.
+        found = replace(found, config=found.config.update(overwrite_cache=None))
     if options.rehearse:
         return rehearse(found, options.json, env)
     return launch(found, env)
@@ -570,28 +577,16 @@ def preflight_or_stop(options: argparse.Namespace, env: Environment) -> Prefligh
             )
             return None
         found = preflight(options, env, run)
-        only_looks = options.dry_run or options.preview or node_rank(env)
-        if found.plan.provisional and not only_looks:
-            refuse_problems(found, options)
-            tokenize_first(found, options.json, env)
-            found = preflight(options, env, run)
-            # The ranks take what is in the cache since now.
-            found = replace(found, config=found.config.update(overwrite_cache=None))
     except OSError as error:
         raise LaunchError(describe_os_error(error)) from None
     if options.dry_run:
         dry_run(found, options.json, env)
-    refuse_problems(found, options)
-    return None if options.dry_run else found
-
-
-def refuse_problems(found: Preflight, options: argparse.Namespace) -> None:
-    """Raises LaunchError with all problems that --force does not start anyway."""
     stopping = found.problems
     if options.force or options.preview:
         stopping = [problem for problem in stopping if not isinstance(problem, Forceable)]
     if stopping:
         raise LaunchError(*stopping)
+    return None if options.dry_run else found
 
 
 def preflight(options: argparse.Namespace, env: Environment, run: Run | None) -> Preflight:
@@ -602,17 +597,15 @@ def preflight(options: argparse.Namespace, env: Environment, run: Run | None) ->
     problems, config = Problems(), chosen_config(options, run)
     require_packages("torch", "transformers", "llamafactory")  # nothing can be checked without
     config = check_keys(config, problems)
-    problems += check_webhooks(config)
-    problems += check_access(config)
-    problems += check_output(config)
+    for check in (check_webhooks, check_access, check_output):
+        problems += check(config)
     before_devices = len(problems)
     devices, gpus = inspect_devices(config, env, problems)
     nodes = problems.attempt(read_count, env, "NNODES", 1) or 1
     problems += check_nodes(config, nodes, env)
     has_devices = all(isinstance(found, Forceable) for found in problems[before_devices:])
     ranks = max(devices.processes, 1) * nodes
-    config, is_auto, is_open = open_split(config, run, ranks)
-    config = problems.attempt(derive_accumulation, config, ranks) or config
+    config, is_auto, is_open = open_split(config, run, ranks, problems)
     where = config.where("deepspeed")
     zero = problems.attempt(read_deepspeed, config.values, where=where) or Zero()
     if zero.used:
@@ -638,18 +631,19 @@ def preflight(options: argparse.Namespace, env: Environment, run: Run | None) ->
     return Preflight(config, plan, problems, run, options.force)
 
 
-def open_split(config: Config, run: Run | None, ranks: int) -> tuple[Config, bool, bool]:
-    """The configuration with one sample at a time where the launcher is to choose how many; whether
-    it does in this run, and whether now. A resume on as many ranks goes on as it was.
+def open_split(
+    config: Config, run: Run | None, ranks: int, problems: Problems
+) -> tuple[Config, bool, bool]:
+    """The configuration with its accumulation; whether the launcher chooses the split of a step in
+    this run, and whether now, where it is one sample at a time until then. A resume on as many
+    ranks goes on as it was.
     """
     key, recorded = "per_device_train_batch_size", run.read("plan.json") if run else {}
     is_open = config.values[key] == "auto"
     is_auto = is_open or (recorded.get("auto", False) and key not in config.overridden)
-    if is_auto and recorded.get("world_size", ranks) != ranks:
-        is_open = True
-    if is_open:
-        config = config.update(per_device_train_batch_size=1)
-    return config, is_auto, is_open
+    if is_open or (is_auto and recorded["world_size"] != ranks):
+        is_open, config = True, config.update(per_device_train_batch_size=1)
+    return problems.attempt(derive_accumulation, config, ranks) or config, is_auto, is_open
 
 
 def chosen_config(options: argparse.Namespace, run: Run | None) -> Config:
@@ -906,14 +900,9 @@ class Field:
 
     def __str__(self) -> str:
         kinds = [text for kind, text in KINDS.items() if kind in self.kinds]
-        if self.choices and not self.takes_number:
+        if self.choices and "int" not in self.kinds:
             return "one of " + ", ".join(self.choices)
         return " or ".join([*kinds, *self.choices])
-
-    @property
-    def takes_number(self) -> bool:
-        """Whether it takes a whole number beside its words."""
-        return "int" in self.kinds
 
 
 # SwanLab's modes of today; LLaMA-Factory's enumeration has two of them.
@@ -1044,8 +1033,8 @@ def cast(value: object, wanted: Field) -> object:
     choice = "no" if value is False else value
     if choice in wanted.choices:
         return choice
-    if wanted.choices and not wanted.takes_number:
-        pass
+    if wanted.choices and "int" not in kinds:
+        pass  # it must be one of them
     elif not kinds or (type(value).__name__ in kinds and not isinstance(value, float)):
         return value  # of floats the number below must be finite
     elif "bool" in kinds and word in booleans:
@@ -2065,43 +2054,6 @@ for file in folder.rglob("data-*.arrow"):
 found = {"lengths": sorted(count.items())}
 print(json.dumps(found | ({"evaluated": evaluated} if evaluated else {})))
 """
-
-
-def tokenize_first(found: Preflight, as_json: bool, env: Environment) -> None:
-    """Tokenize the data of a run that is still to be planned, on the CPU, in a process of its own;
-    the ranks find it in the cache of datasets. Raises LaunchError.
-    """
-    console = sys.stderr if as_json else sys.stdout
-    say("tokenizing first: the micro-batch goes by the lengths of the samples", console)
-    with TemporaryDirectory() as folder:
-        config = found.config
-        config = replace(config, values=without_model(config.values))
-        run = preview_run(replace(found, config=config), Path(folder), env)
-        done = subprocess.run(
-            [sys.executable, "-P", str(SCRIPT), "--tokenize", folder],
-            env=build_rank_environment(found, run, env) | {"CUDA_VISIBLE_DEVICES": ""},
-            stdout=sys.stderr,
-            preexec_fn=partial(die_with_parent, os.getpid()),
-        )
-        if done.returncode:
-            raise LaunchError
-        keep_figures(run, found.config)
-
-
-def preview_run(found: Preflight, folder: Path, env: Environment) -> Run:
-    """A run directory in which the data is tokenized only."""
-    run = Run(folder)
-    run.logs.mkdir()
-    write_run_files(found, run, env)
-    return run
-
-
-def keep_figures(run: Run, config: Config) -> None:
-    """Leave the figures of the data where the next plan finds them, though their run goes."""
-    figures, folder = run.read(DATA_FILE), Path(config.values.output_dir)
-    if figures:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / DATA_FILE, json.dumps(figures))
 
 
 # --- plan ---------------------------------------------------------------------------------------
@@ -3586,14 +3538,33 @@ def rehearsal_of(plan: Plan, but: Iterable[str] = ()) -> dict:
 # --- launch: run directory, torchrun's command and environment ----------------------------------
 
 
-def preview(found: Preflight, count: str, env: Environment) -> int:
-    """Show samples and figures of the data, here; returns the exit code."""
+def tokenize(found: Preflight, count: str, env: Environment) -> int:
+    """Tokenize the data as the run would, in a process of its own without GPUs, and leave what
+    it measures for the next plan; returns the exit code. A preview shows `count` samples.
+
+    The ranks find it in the cache of datasets.
+    """
     with TemporaryDirectory() as folder:
-        run = preview_run(found, Path(folder), env)
-        os.environ |= build_rank_environment(found, run, env)
-        code = run_preview(run, int(count))
-        keep_figures(run, found.config)
-        return code
+        run, config = Run(Path(folder)), found.config
+        found = replace(found, config=replace(config, values=without_model(config.values)))
+        run.logs.mkdir()
+        write_run_files(found, run, env)
+        done = subprocess.run(
+            [sys.executable, "-P", str(SCRIPT), "--tokenize", folder, "--preview", count],
+            env=build_rank_environment(found, run, env) | {"CUDA_VISIBLE_DEVICES": ""},
+            stdout=1 if count else 2,
+            preexec_fn=partial(die_with_parent, os.getpid()),
+        )
+        keep_figures(run, config)
+        return done.returncode
+
+
+def keep_figures(run: Run, config: Config) -> None:
+    """Leave the figures of the data where the next plan finds them, though their run goes."""
+    figures, folder = run.read(DATA_FILE), Path(config.values.output_dir)
+    if figures:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / DATA_FILE, json.dumps(figures))
 
 
 def launch(found: Preflight, env: Environment) -> int:
@@ -6089,9 +6060,9 @@ def rehearse_data(callback: RankCallback) -> None:
     Trainer._get_dataloader = longest_first
 
 
-def run_preview(run: Run, count: int | None) -> int:
-    """Tokenize as a run would, without a model, write data.json, and show `count` samples and the
-    figures of each data set, or None of it; returns the exit code.
+def run_tokenizer(run: Run, count: str) -> int:
+    """Tokenize as a run would, without a model, write data.json and, where there is a `count`, show
+    so many samples and the figures of each data set; returns the exit code.
     """
     console = os.fdopen(os.dup(1), "w", buffering=1)
     send_output_to(run.logs / "rank0.log")
@@ -6107,8 +6078,10 @@ def run_preview(run: Run, count: int | None) -> int:
         if config.values.get("overwrite_cache"):
             config = config.update(overwrite_cache=None)
             overwrite_cache()
-        show = partial(show_samples, run, count, console)
-        measure_data(config.values, partial(record_data, run) if count is None else show)
+        tell = partial(record_data, run)
+        if count:
+            tell = partial(show_samples, run, int(count), console)
+        measure_data(config.values, tell)
         model_args, data_args, args, method, _ = get_train_args(
             build_training_args(config, run, None)
         )

@@ -19,6 +19,7 @@ from train_qwen3_ft import (
     Devices,
     Gpu,
     Plan,
+    Problems,
     Run,
     Values,
     Zero,
@@ -399,7 +400,7 @@ def test_a_resume_chooses_again_only_on_another_number_of_ranks(
     tmp_path: Path, recorded: dict, given: tuple, is_open: bool
 ):
     config = Config("config.yaml", Values({KEY: 8}), overridden=frozenset(given))
-    found, _, now_open = open_split(config, run_of(tmp_path, **recorded), 2)
+    found, _, now_open = open_split(config, run_of(tmp_path, **recorded), 2, Problems())
     assert now_open is is_open
     assert found.values[KEY] == (1 if is_open else 8)
 
