@@ -383,6 +383,11 @@ class Plan:
         return self.micro * self.values.gradient_accumulation_steps
 
     @property
+    def sequences(self) -> int:
+        """Sequences of a sample: preferences are pairs."""
+        return 2 if self.values.stage in ("dpo", "rm") else 1
+
+    @property
     def global_batch(self) -> int:
         """Samples per optimizer step over all ranks."""
         return self.per_rank * self.world_size
@@ -2006,7 +2011,8 @@ def data_key(plan: Plan) -> str:
     values, rows = plan.values, plan.rows
     most = values.max_samples if None in sum(rows, []) else None
     tokenizer = file_size(Path(values.model_name_or_path or "", "tokenizer.json"))
-    parts = [rows, most, plan.data, tokenizer, *(values[key] for key in TOKENIZED)]
+    code = installed_version("llamafactory")
+    parts = [rows, most, plan.data, tokenizer, code, *(values[key] for key in TOKENIZED)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -2275,8 +2281,7 @@ def estimate_phases(plan: Plan) -> dict[str, dict[str, int]]:
     train_logit, eval_logit = LOGIT_BYTES[kind_of_loss(values)]
     if values.enable_liger_kernel and values.stage in ("pt", "sft"):
         train_logit = 0
-    sequences = 2 if values.stage in ("dpo", "rm") else 1
-    batch = sequences * values.per_device_train_batch_size
+    batch = plan.sequences * plan.micro
     tokens = batch * plan.longest
     kept, working = (tokens * size for size in activations_per_token(plan, batch > 1))
     phases = {
@@ -2286,7 +2291,7 @@ def estimate_phases(plan: Plan) -> dict[str, dict[str, int]]:
     }
     if values.eval_strategy != "no" or values.do_eval:
         longest = plan.figures.get("evaluated", values.cutoff_len)
-        tokens = sequences * values.per_device_eval_batch_size * longest
+        tokens = plan.sequences * values.per_device_eval_batch_size * longest
         phases["evaluation"] = {
             "activations": 4 * tokens * shape["hidden_size"],
             "logits": tokens * shape["vocab_size"] * eval_logit,
@@ -2516,13 +2521,13 @@ def split_step(plan: Plan, size: int, *words: str, **more: object) -> tuple[str,
 
 
 def choose_split(plan: Plan) -> Plan:
-    """The plan with the micro-batch that does the step with the least work, or with the one that a
-    rehearsal has kept.
+    """The plan with the micro-batch that does the step with the least work, or with the fastest one
+    of a rehearsal with auto.
     """
     known = plan.figures or packs(plan.values) or plan.values.streaming
-    best, kept = splits(plan)[0], rehearsal_of(plan, SPLIT)
-    if kept:
-        _, best = split_step(plan, kept["configuration"]["per_device_train_batch_size"])
+    kept = rehearsal_of(plan, SPLIT)
+    size = kept.get("auto") and kept["configuration"]["per_device_train_batch_size"]
+    best = min(splits(plan), key=lambda other: other.micro != size)  # the first without any
     return replace(best, provisional=not known)
 
 
@@ -2552,7 +2557,8 @@ def step_work(plan: Plan) -> float:
     micro-batch.
     """
     accumulation = plan.values.gradient_accumulation_steps
-    return accumulation * gather_cost(plan) + plan.per_rank * padded_length(plan)
+    tokens = plan.sequences * plan.per_rank * padded_length(plan)
+    return accumulation * gather_cost(plan) + tokens
 
 
 def gather_cost(plan: Plan) -> int:
@@ -2561,18 +2567,20 @@ def gather_cost(plan: Plan) -> int:
     ZeRO-3 gathers all weights for forward and again for backward, and reduces all gradients: 6
     bytes per parameter in 16 bit (Rajbhandari et al. 2020, section 7.2), where a token takes 6
     operations per parameter, so that the size of the model cancels out. At NVLink's 200 GB/s and
-    300 TFLOP/s that is some 1,100 tokens, ten times as many over PCIe or between nodes. Ranks on
-    the CPU of one node, which share its memory, are as near as over NVLink
-    (tests/benchmarks/batch_split.py). Else only the starts of kernels are left.
+    300 TFLOP/s that is some 1,100 tokens, ten times as many over PCIe, between nodes and from the
+    host. A CPU computes so slowly that 300 were measured (tests/benchmarks/README.md). Else the
+    starts of kernels are left.
     """
-    moved = plan.zero.offload_parameters  # over PCIe
-    if plan.zero.stage < 3 or (plan.world_size == 1 and not moved):
+    from_host, gpus = plan.zero.offload_parameters, plan.gpus
+    if plan.zero.stage < 3 or (plan.world_size == 1 and not from_host):
         return 150
-    indices = {gpu.index for gpu in plan.gpus}
-    linked = all(indices <= {gpu.index} | gpu.linked for gpu in plan.gpus)
-    is_here = plan.world_size == plan.devices.processes
-    near = linked and is_here and len(plan.gpus) == len(plan.devices.ids)
-    return 1_100 if near and not moved else 11_000
+    if not plan.devices.ids:
+        return 300
+    indices = {gpu.index for gpu in gpus}
+    linked = len(gpus) == plan.world_size and all(
+        indices <= {gpu.index} | gpu.linked for gpu in gpus
+    )
+    return 1_100 if linked and not from_host else 11_000
 
 
 def padded_length(plan: Plan) -> float:
@@ -3428,21 +3436,26 @@ def rehearse(found: Preflight, as_json: bool, env: Environment) -> int:
     plans = [found.plan]
     if found.plan.auto and read_count(env, "NNODES", 1) == 1:
         plans = splits(found.plan)[:CANDIDATES]
-    tried = []
+    tried, said = [], []
     for plan in plans:
-        tried.append(rehearse_split(found, plan, as_json, env))
-        if tried[-1][0] > 1:  # it was stopped
+        code, figures = rehearse_split(found, plan, as_json, env)
+        pace = figures.get("step_seconds") or 0
+        tried.append((code, pace, plan.micro, plan, figures))
+        said.append(f"{plan.micro} x {plan.values[ACCUMULATION]}: {spoken(pace)}")
+        if code > 1 or node_rank(env):  # it was stopped
             break
+    code, _, _, plan, figures = min(tried)
     if node_rank(env):
-        return tried[0][0]
-    code, figures = min(tried, key=lambda one: (one[0], one[1].get("step_seconds") or 0))
+        return code
     text, output_dir = json.dumps(figures, indent=1), Path(found.plan.values.output_dir)
     if code == 0:
         (output_dir / REHEARSAL_FILE).write_text(text, encoding="utf-8")
     if as_json:
         say(text)
     else:
-        print_lines(rehearsal_lines(found.plan, figures))
+        print_lines(rehearsal_lines(plan, figures))
+        if len(said) > 1:
+            print_lines({"tried": f"{', '.join(said)} per step; the fastest is kept"})
     return code
 
 
@@ -3573,9 +3586,11 @@ def launch(found: Preflight, env: Environment) -> int:
     leads = node_rank(env) == 0
     if run is None:
         run = create_run(found.config) if leads else wait_for_run(found.config)
-    if not leads:  # its micro-batch may be another
-        config = derive_accumulation(load_config(run.config_file, {}), found.plan.world_size)
-        found = replace(found, config=replace(found.config, values=config.values))
+        if not leads:  # node 0 may have chosen another split
+            config = derive_accumulation(
+                load_config(run.config_file, {}), found.plan.world_size
+            )
+            found = replace(found, config=replace(found.config, values=config.values))
     with run.lock() if leads else contextlib.nullcontext():
         command = build_torchrun_command(found.plan.devices, run.config_file, env)
         rank_env = build_rank_environment(found, run, env)
@@ -4621,6 +4636,7 @@ def compare(plan: Plan, run: Run) -> dict:
     rehearsal = {} if run.is_rehearsal else rehearsal_of(plan)
     return {
         "configuration": decisive_values(plan),
+        "auto": plan.auto,
         "device_memory": plan.device_bytes,
         "planned_memory": estimate(plan).needed or None,
         "resident": not plan.devices.ids,  # on a CPU the peak has Python and its libraries too
