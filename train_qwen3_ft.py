@@ -19,8 +19,10 @@ Usage: python train_qwen3_ft.py [CONFIG.yaml] [key=value ...] [option ...]
 CONFIG is a LLaMA-Factory training YAML. The launcher adds keys of its own: cuda_visible_devices
 (GPU ids as nvidia-smi shows them; CUDA_VISIBLE_DEVICES in the environment wins),
 global_batch_size (samples per optimizer step; gradient accumulation follows from the number of
-GPUs), max_restarts (default 3), hang_timeout (seconds, default 600) and notify (a URL that gets
-the summary as JSON when the run ends). The script starts torchrun on itself, one process per GPU.
+GPUs; with per_device_train_batch_size: auto the launcher splits the step, by the lengths of the
+samples, the memory and the links), max_restarts (default 3), hang_timeout (seconds, default 600)
+and notify (a URL that gets the summary as JSON when the run ends). The script starts torchrun on
+itself, one process per GPU.
 
 The preflight checks before anything starts, and reports all problems at once: keys, types and
 choices against the installed LLaMA-Factory; keys that exclude each other; model, data and
@@ -28,7 +30,9 @@ DeepSpeed files; packages; driver and GPUs; memory and disk against an estimate.
 what only a run can show: that a download works, that the data tokenizes (--preview shows it),
 that an unknown architecture fits in memory. --rehearse runs a few steps of the real run, that of
 the longest samples first, and one checkpoint, says what they took, and leaves nothing behind but
-<output_dir>/rehearsal.json, with which the end of the real run compares.
+<output_dir>/rehearsal.json, with which the end of the real run compares, and data.json, by which
+the next plan knows how long the samples are (a preview leaves it, too). With auto it tries three
+splits, and the run takes the fastest.
 
 Everything of a run is in <output_dir>/<YYYYmmdd-HHMMSS> (run_name=NAME replaces the timestamp):
 config.yaml (can be launched again), plan.json, data.json, metrics.jsonl, logs/rank<R>.log,
@@ -52,7 +56,8 @@ chapter reads top-down: what calls stands above what it calls, each check with i
 
     types      what a run is made of: problems, Values, Config, Devices, Model, Plan, Preflight
     LAUNCHER   main; command line; preflight; configuration; keys (also the launcher's own);
-               devices and nodes; packages; model and DeepSpeed; data; plan; rules between keys;
+               devices and nodes; packages; model and DeepSpeed; data, and how long its samples
+               are; plan; the split of a step; rules between keys;
                resume; the plan for people and as data; SwanLab's settings; rehearsal; launch;
                supervision (stop, hang watch); console; SwanLab's process; why a run
                failed; summary
@@ -6237,7 +6242,7 @@ class Run:
     launcher, or you      STOP                      ranks, at the end of each step; launcher
     you                   SAVE                      ranks, at the end of each step
     rank 0                metrics.jsonl             launcher (console, summary), tracker
-    rank 0                data.json, Modelfile      launcher, ranks (settings); people
+    rank 0                data.json, Modelfile      launcher, ranks (settings), later plans; people
     each rank             logs/rank<R>.progress     launcher (hang watch, bar): `12 training`
     each rank             logs/rank<R>.log, .error  launcher, where the run failed; people
     launcher              logs/torchrun.log, lock   launcher; people
