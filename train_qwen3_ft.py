@@ -2631,17 +2631,15 @@ def suggest_split(plan: Plan) -> str:
 
 
 def describe_gain(plan: Plan, other: Plan, more: dict) -> str:
-    """`KEY=VALUE ... is the same step: 8 gathers -> 1, padding 3 % -> 9 %, 61.2 GiB; 3.1 x less
-    work`; with keys of `more`, what they free alone.
+    """`KEY=VALUE ... is the same step, 3.1 x less work (gathers 8 -> 1, 61.2 GiB, padding 3 % ->
+    9 %)`, and what the keys of `more` free alone.
     """
     words, _ = split_step(plan, other.micro, **more)
     name = "gathers" if plan.zero.stage == 3 else "micro-batches"
     counts = " -> ".join(str(one.values[ACCUMULATION]) for one in (plan, other))
     parts = [f"{name} {counts}, {format_bytes(other.needed + beyond_plan(plan))}"]
     if plan.figures:
-        parts.append(
-            "padding " + " -> ".join(f"{padding_share(one):.0%}" for one in (plan, other))
-        )
+        parts.append(f"padding {padding_share(plan)} -> {padding_share(other)}")
     freed = plan.needed - split_step(plan, plan.micro, **more)[1].needed
     if freed > 0:
         parts.append(f"{format_bytes(freed)} freed")
@@ -2649,11 +2647,11 @@ def describe_gain(plan: Plan, other: Plan, more: dict) -> str:
     return f"{words} is the same step, {times:.1f} x less work ({', '.join(parts)})"
 
 
-def padding_share(plan: Plan) -> float:
-    """How much of the tokens of a step is padding."""
+def padding_share(plan: Plan) -> str:
+    """How much of the tokens of a step is padding: `12 %`."""
     total = sum(count for _, count in plan.lengths)
     mean = sum(tokens * count for tokens, count in plan.lengths) / total
-    return 1 - mean / padded_length(plan)
+    return f"{100 - 100 * mean / padded_length(plan):.0f} %"
 
 
 # --- rules between keys -------------------------------------------------------------------------
@@ -3222,7 +3220,7 @@ def describe_choice(plan: Plan) -> str:
     if plan.provisional:
         return " (auto: by cutoff_len, and again once the data is tokenized)"
     blind = splits(replace(plan, figures={}))[0]
-    reason = f"longest sample {plan.longest} tokens, padding {padding_share(plan):.0%}"
+    reason = f"longest sample {plan.longest} tokens, padding {padding_share(plan)}"
     if blind.micro < plan.micro:
         parts = f"{blind.micro} x {blind.values[ACCUMULATION]}"
         reason += f", {plan.micro / blind.micro:.3g} x fewer gathers than {parts}"

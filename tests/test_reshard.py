@@ -61,6 +61,16 @@ def test_one_rank_continues_as_two_with_the_same_losses(whole: Run, on_one: Run)
     assert difference(done, whole) < 1e-5
 
 
+@pytest.mark.parametrize("whole", ["ZeRO-3"], indirect=True)
+def test_two_ranks_continue_with_another_split_of_the_step_and_the_same_losses(
+    whole: Run,
+) -> None:
+    split = fork(whole.run_dir, "split", 8)
+    done = train(whole.folder, "--resume", split, "per_device_train_batch_size=2")
+    assert "2 per device x 2 processes x 1 accumulation = 4 samples per step" in done.console
+    assert difference(done, whole) < 1e-5
+
+
 @pytest.mark.parametrize("whole", ["none"], indirect=True)
 def test_two_ranks_without_deepspeed_resume_to_identical_weights(whole: Run) -> None:
     done = train(whole.folder, "--resume", fork(whole.run_dir, "same", 8))

@@ -297,7 +297,7 @@ def test_the_default_configuration_on_four_gpus_of_80_gb(
     says(
         shown,
         r"^batch +16 per device x 4 GPUs x 1 accumulation = 64 samples per step \(auto: longest "
-        r"sample 120 tokens, padding 4\d%, 8 x fewer gathers than 2 x 8\)$",
+        r"sample 120 tokens, padding 4\d %, 8 x fewer gathers than 2 x 8\)$",
     )
     says(
         shown,
@@ -415,7 +415,7 @@ def test_the_plan_says_what_another_split_and_another_order_would_save(
     measured(*words, lengths=LONG_TAIL, gpus=fake_gpus(4))
     line = says(here(*words, "--dry-run", gpus=fake_gpus(4)).stdout, "^faster .*")[0]
     first, second, *_ = line.split("; then ")
-    says(first, r"is the same step, [\d.]+ x less work \(gathers 8 -> \d, .* padding \d+% -> ")
+    says(first, r"is the same step, [\d.]+ x less work \(gathers 8 -> \d, .* padding \d+ % -> ")
     says(
         second, r"train_sampling_strategy=group_by_length is the same step, [\d.]+ x less work"
     )

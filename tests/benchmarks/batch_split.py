@@ -6,9 +6,10 @@ ZeRO-3 on 2 ranks.
 
 ZeRO-3 gathers all weights for every micro-batch, so fewer and larger micro-batches do the same step
 with less traffic, but pad more where lengths differ. On the demo's data the launcher with
-`per_device_train_batch_size: auto`, the launcher and llamafactory-cli with 2 x 8 take turns: steps
-per second (median), and how far each loss is from llamafactory-cli's. With --long-tail every split
-is run in random order and grouped by length; `auto` names the one that the launcher would choose.
+`per_device_train_batch_size: auto`, the launcher and llamafactory-cli with 2 x 8 take turns, once
+grouped by length and once in random order: steps per second (medians), and how far any loss is from
+that of the launcher with 2 x 8 (llamafactory-cli groups by length from another seed). With
+--long-tail every split is run in both orders; `auto` marks the one that the launcher would choose.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from helpers.config import ZERO3_FILE, make_model, write_json
 SAMPLES = 16  # per rank and step
 PAIR = {"instruction": "objects", "input": "", "output": "SELECT"}
 OURS = ("launcher, auto", "launcher, 2 x 8")
+THEIRS = "llamafactory-cli, 2 x 8"
 KEYS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
@@ -46,34 +48,38 @@ def make(folder: Path, split: tuple[int, int] | None, **changes: object) -> Path
     return make_config(folder, deepspeed=ZERO3_FILE, **sizes, **changes)
 
 
-def side_by_side(scratch: Path, repeats: int) -> None:
-    """The launcher with auto, with 2 x 8, and llamafactory-cli with 2 x 8."""
+def side_by_side(scratch: Path, repeats: int, order: str) -> None:
+    """The launcher with auto, with 2 x 8, and llamafactory-cli with 2 x 8, in this order of samples."""
     rates: dict[str, list[float]] = {}
     starts: dict[str, list[float]] = {}
     losses: dict[str, dict[int, float]] = {}
     for number in range(repeats):
-        for name in (*OURS, "llamafactory-cli, 2 x 8"):
-            folder = scratch / f"{number}-{name.replace(' ', '')}"
+        for name in (*OURS, THEIRS):
+            folder = scratch / order / f"{number}-{name.replace(' ', '')}"
+            folder.mkdir(parents=True)
             split = None if name == OURS[0] else (2, 8)
             # With use_cpu transformers would not initialize DeepSpeed.
-            on_cpu = True if name in OURS else None
-            steps = {"max_steps": 20, "use_cpu": on_cpu}
-            config = make(folder, split, overwrite_output_dir=None, **steps)
-            command = launcher(config) if name in OURS else llamafactory_cli(config)
-            done = run(command, folder)
+            more = {"max_steps": 20, "use_cpu": True if name in OURS else None}
+            more |= {"train_sampling_strategy": order, "overwrite_output_dir": None}
+            config = make(folder, split, **more)
+            done = run(launcher(config) if name in OURS else llamafactory_cli(config), folder)
             rates.setdefault(name, []).append(done.rate(skip=5))
             starts.setdefault(name, []).append(done.first_step())
             losses[name] = done.losses
-            print(f"# {number} {name}: {done.rate(5):.2f} steps/s, {done.first_step():.1f} s")
-    theirs, base = losses[name], statistics.median(rates[name])
-    print("| command | steps/s | times | first step (s) | first loss | last | furthest off |")
-    print("|---|---|---|---|---|---|---|")
+            print(
+                f"# {order} {number} {name}: {done.rate(5):.2f} steps/s, {done.first_step():.1f} s"
+            )
+    print(
+        f"\n{order}: | command | steps/s | times | first step (s) | last loss | furthest off |"
+    )
+    print("|---|---|---|---|---|---|")
+    given, base = losses[OURS[1]], statistics.median(rates[THEIRS])
     for name, own in losses.items():
         rate, start = (statistics.median(seen[name]) for seen in (rates, starts))
-        off = max(abs(own[step] / theirs[step] - 1) for step in theirs)
+        off = max(abs(own[step] / given[step] - 1) for step in given)
         print(
-            f"| {name} | {rate:.2f} | {rate / base:.2f} | {start:.1f} | {own[1]:.6f} "
-            f"| {own[20]:.6f} | {off:.1e} |"
+            f"| {name} | {rate:.2f} | {rate / base:.2f} | {start:.1f} | {own[20]:.6f} | {off:.1e} |",
+            flush=True,
         )
 
 
@@ -138,7 +144,9 @@ def main() -> None:
         if sys.argv[1:] == ["--long-tail"]:
             long_tail(Path(scratch))
         else:
-            side_by_side(Path(scratch), common.read_repeats(__doc__, 3))
+            repeats = common.read_repeats(__doc__, 3)
+            for order in ("group_by_length", "random"):
+                side_by_side(Path(scratch), repeats, order)
     print(describe_machine())
 
 
