@@ -19,8 +19,10 @@ Usage: python train_qwen3_ft.py [CONFIG.yaml] [key=value ...] [option ...]
 CONFIG is a LLaMA-Factory training YAML. The launcher adds keys of its own: cuda_visible_devices
 (GPU ids as nvidia-smi shows them; CUDA_VISIBLE_DEVICES in the environment wins),
 global_batch_size (samples per optimizer step; gradient accumulation follows from the number of
-GPUs), max_restarts (default 3), hang_timeout (seconds, default 600) and notify (a URL that gets
-the summary as JSON when the run ends). The script starts torchrun on itself, one process per GPU.
+GPUs; with per_device_train_batch_size: auto the launcher splits the step, by the lengths of the
+samples, the memory and the links), max_restarts (default 3), hang_timeout (seconds, default 600)
+and notify (a URL that gets the summary as JSON when the run ends). The script starts torchrun on
+itself, one process per GPU.
 
 The preflight checks before anything starts, and reports all problems at once: keys, types and
 choices against the installed LLaMA-Factory; keys that exclude each other; model, data and
@@ -28,7 +30,9 @@ DeepSpeed files; packages; driver and GPUs; memory and disk against an estimate.
 what only a run can show: that a download works, that the data tokenizes (--preview shows it),
 that an unknown architecture fits in memory. --rehearse runs a few steps of the real run, that of
 the longest samples first, and one checkpoint, says what they took, and leaves nothing behind but
-<output_dir>/rehearsal.json, with which the end of the real run compares.
+<output_dir>/rehearsal.json, with which the end of the real run compares, and data.json, by which
+the next plan knows how long the samples are (a preview leaves it, too). With auto it tries three
+splits, and the run takes the fastest.
 
 Everything of a run is in <output_dir>/<YYYYmmdd-HHMMSS> (run_name=NAME replaces the timestamp):
 config.yaml (can be launched again), plan.json, data.json, metrics.jsonl, logs/rank<R>.log,
@@ -52,11 +56,10 @@ chapter reads top-down: what calls stands above what it calls, each check with i
 
     types      what a run is made of: problems, Values, Config, Devices, Model, Plan, Preflight
     LAUNCHER   main; command line; preflight; configuration; keys (also the launcher's own);
-               devices and nodes; packages; model and DeepSpeed; data; plan; rules between keys;
-               resume; the plan for people and as data; SwanLab's settings; rehearsal; launch;
-               supervision (stop, hang watch); console; children beside the ranks;
-               why a run
-               failed; summary
+               devices and nodes; packages; model and DeepSpeed; data, and how long its samples
+               are; plan; the split of a step; rules between keys; resume; the plan for people
+               and as data; SwanLab's settings; rehearsal; launch; supervision (stop, hang
+               watch); console; children beside the ranks; why a run failed; summary
     RANK       one process per device, started by torchrun: training arguments, the callback
                (stop, commit, metrics, divergence); the proofs; resume on another number of
                ranks; the data as the model sees it
@@ -126,7 +129,10 @@ NODE_VARIABLES = ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")  # what each of NNO
 RENDEZVOUS_SECONDS = 900  # how long nodes wait for one another
 MANIFEST = "manifest.json"  # in a checkpoint, written last
 ACCUMULATION = "gradient_accumulation_steps"
+SPLIT = ("per_device_train_batch_size", ACCUMULATION)  # of a step
 OUT_OF_MEMORY = "a GPU is out of memory"
+DATA_FILE = "data.json"  # in a run, and beside the runs from a preview or a rehearsal
+PADDED_TO = 8  # LLaMA-Factory pads a batch to a multiple of it
 
 Environment = dict[str, str]  # the environment variables of a process
 
@@ -271,7 +277,7 @@ class Gpu:
 
     Memory in bytes; `users` are the processes that hold memory on it; `capability` is CUDA's
     compute capability; `driver_cuda` is the CUDA version that the driver supports, 13000 for
-    13.0.
+    13.0; `linked` are the GPUs that it reaches by NVLink.
     """
 
     index: int
@@ -282,6 +288,7 @@ class Gpu:
     users: tuple[str, ...]
     capability: tuple[int, int] | None
     driver_cuda: int | None
+    linked: frozenset[int] = frozenset()
 
     def is_named(self, device: str) -> bool:
         """Whether an id means this GPU: its number, or the beginning of its UUID."""
@@ -355,19 +362,49 @@ class Plan:
     device_bytes: int | None
     disk_free: int
     data: dict[str, str]  # the data files, and by what a change of them is noticed
+    rows: list[list] = field(default_factory=list)  # of the data sets, and those of evaluation
     phase: str = ""  # the one that takes the most memory
     memory: dict[str, int] | None = None  # by part in that phase, on each device
     host_memory: int | None = None
     checkpoint_bytes: int | None = None
     disk_bytes: int | None = None
+    figures: dict = field(default_factory=dict)  # data.json of the same samples, where known
+    auto: bool = False  # whether the launcher chooses the micro-batch
+    provisional: bool = (
+        False  # it has chosen one, but nobody knows yet how long the samples are
+    )
+
+    @property
+    def micro(self) -> int:
+        """Samples that a rank has at once."""
+        return self.values.per_device_train_batch_size
+
+    @property
+    def per_rank(self) -> int:
+        """Samples per optimizer step on each rank."""
+        return self.micro * self.values.gradient_accumulation_steps
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of a sample: preferences are pairs."""
+        return 2 if self.values.stage in ("dpo", "rm") else 1
 
     @property
     def global_batch(self) -> int:
         """Samples per optimizer step over all ranks."""
-        per_rank = (
-            self.values.per_device_train_batch_size * self.values.gradient_accumulation_steps
-        )
-        return per_rank * self.world_size
+        return self.per_rank * self.world_size
+
+    @property
+    def lengths(self) -> list:
+        """[tokens with their padding, how many samples have them], shortest first; all have
+        cutoff_len where that is unknown.
+        """
+        return self.figures.get("lengths") or [[self.values.cutoff_len, 1]]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample."""
+        return self.lengths[-1][0]
 
     @property
     def needed(self) -> int:
@@ -404,10 +441,12 @@ def main(argv: list[str] | None = None) -> int:
     open_standard_streams()
     try:
         options, env = parse_arguments(argv), dict(os.environ)
-        if not (options.tracker or UNDER_TORCHRUN in env):
+        if not (options.tracker or options.tokenize or UNDER_TORCHRUN in env):
             return check_and_launch(options, env)
         if UNDER_TORCHRUN in env:
             return run_rank(Run(options.config.parent), env)
+        if options.tokenize:
+            return run_tokenizer(Run(options.tokenize), options.preview)
         return run_tracker(Run(options.tracker))
     except LaunchError as error:
         for problem in error.args:
@@ -469,7 +508,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", nargs="?", const="")
     for name in ("--dry-run", "--rehearse", "--json", "--force"):
         parser.add_argument(name, action="store_true")
-    parser.add_argument("--tracker", type=Path)  # a process that the launcher has started
+    for name in ("--tracker", "--tokenize"):  # processes that the launcher has started
+        parser.add_argument(name, type=Path)
     options = parser.parse_intermixed_args(argv)
     if options.json and not (options.dry_run or options.rehearse):
         raise LaunchError("--json goes with --dry-run or --rehearse")
@@ -519,7 +559,14 @@ def check_and_launch(options: argparse.Namespace, env: Environment) -> int:
     if not found:
         return 0
     if options.preview:
-        return preview(found, options.preview, env)
+        return tokenize(found, options.preview, env)
+    if found.plan.provisional and node_rank(env) == 0:
+        say("tokenizing first: the micro-batch goes by the lengths of the samples", sys.stderr)
+        if tokenize(found, "", env):
+            return 2
+        found = preflight_or_stop(options, env)
+        # The ranks take what is in the cache since now.
+        found = replace(found, config=found.config.update(overwrite_cache=None))
     if options.rehearse:
         return rehearse(found, options.json, env)
     return launch(found, env)
@@ -560,16 +607,15 @@ def preflight(options: argparse.Namespace, env: Environment, run: Run | None) ->
     problems, config = Problems(), chosen_config(options, run)
     require_packages("torch", "transformers", "llamafactory")  # nothing can be checked without
     config = check_keys(config, problems)
-    problems += check_webhooks(config)
-    problems += check_access(config)
-    problems += check_output(config)
+    for check in (check_webhooks, check_access, check_output):
+        problems += check(config)
     of_devices = Problems()
     devices, gpus = inspect_devices(config, env, of_devices)
     nodes = of_devices.attempt(read_count, env, "NNODES", 1) or 1
     of_devices += check_nodes(config, nodes, env)
     problems += of_devices
     ranks = max(devices.processes, 1) * nodes
-    config = problems.attempt(derive_accumulation, config, ranks) or config
+    config, is_auto, is_open = open_split(config, run, ranks, problems)
     where = config.where("deepspeed")
     zero = problems.attempt(read_deepspeed, config.values, where=where) or Zero()
     if zero.used:
@@ -581,6 +627,8 @@ def preflight(options: argparse.Namespace, env: Environment, run: Run | None) ->
     data = inspect_data(config, "dataset", problems)
     eval_data = inspect_data(config, "eval_dataset", problems)
     plan = make_plan(config, devices, gpus, zero, model, data, eval_data, ranks)
+    plan = replace(choose_split(plan) if is_open else plan, auto=is_auto)
+    config = replace(config, values=plan.values)
     problems += check_rules(config, plan)
     if all(isinstance(problem, Forceable) for problem in of_devices):
         problems += check_plan(plan, config, run)
@@ -591,6 +639,21 @@ def preflight(options: argparse.Namespace, env: Environment, run: Run | None) ->
     else:
         problems.attempt(new_run, config)  # which reads run_name
     return Preflight(config, plan, problems, run, options.force)
+
+
+def open_split(
+    config: Config, run: Run | None, ranks: int, problems: Problems
+) -> tuple[Config, bool, bool]:
+    """The configuration with its accumulation; whether the launcher chooses the split of a step in
+    this run, and whether now, where it is one sample at a time until then. A resume on as many
+    ranks goes on as it was.
+    """
+    key, recorded = "per_device_train_batch_size", run.read("plan.json") if run else {}
+    is_open = config.values[key] == "auto"
+    is_auto = is_open or (recorded.get("auto", False) and key not in config.overridden)
+    if is_open or (is_auto and recorded["world_size"] != ranks):
+        is_open, config = True, config.update(per_device_train_batch_size=1)
+    return problems.attempt(derive_accumulation, config, ranks) or config, is_auto, is_open
 
 
 def chosen_config(options: argparse.Namespace, run: Run | None) -> Config:
@@ -612,21 +675,25 @@ def resumed_config(config: Config, run: Run) -> Config:
 
 PREVIEW_ROWS = 10_000  # a preview tokenizes the first rows of each data set
 # What says how to train, not on which data.
-NOT_PREVIEWED = (
+NOT_TOKENIZED = (
     "deepspeed fsdp fsdp_config bf16 fp16 pure_bf16 flash_attn quantization_bit report_to run_name "
-    "tokenized_path preprocessing_num_workers cuda_visible_devices"
+    "cuda_visible_devices"
 ).split()
 
 
 def preview_config(config: Config) -> Config:
     """What a preview needs of a configuration: data, template and tokenizer, on the CPU."""
-    changes = dict.fromkeys(NOT_PREVIEWED)
-    changes |= {"use_cpu": True, "train_from_scratch": True, "report_to": "none"}  # no weights
+    changes = dict.fromkeys(("tokenized_path", "preprocessing_num_workers"))
     if not config.values.streaming:
-        changes["max_samples"] = at_most(
-            PREVIEW_ROWS, config.values.max_samples or PREVIEW_ROWS
-        )
-    return config.update(**changes)
+        most = config.values.max_samples or PREVIEW_ROWS
+        changes["max_samples"] = min(most, PREVIEW_ROWS)
+    return without_model(config.update(**changes))
+
+
+def without_model(config: Config) -> Config:
+    """What tokenizing needs of a configuration."""
+    on_cpu = {"use_cpu": True, "train_from_scratch": True, "report_to": "none"}
+    return config.update(**dict.fromkeys(NOT_TOKENIZED) | on_cpu)
 
 
 # --- configuration ------------------------------------------------------------------------------
@@ -843,9 +910,10 @@ class Field:
     choices: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        if self.choices:
+        kinds = [text for kind, text in KINDS.items() if kind in self.kinds]
+        if self.choices and "int" not in self.kinds:
             return "one of " + ", ".join(self.choices)
-        return " or ".join(text for kind, text in KINDS.items() if kind in self.kinds)
+        return " or ".join([*kinds, *self.choices])
 
 
 # SwanLab's modes of today; LLaMA-Factory's enumeration has two of them.
@@ -887,7 +955,7 @@ def known_fields() -> dict[str, Field]:
         if key in ("fsdp", "resume_from_checkpoint"):
             annotation += " | bool"
         fields[key] = read_annotation(annotation, choices)
-    return fields | LAUNCHER_FIELDS
+    return fields | LAUNCHER_FIELDS | {"per_device_train_batch_size": Field({"int"}, ("auto",))}
 
 
 def source_of(name: str) -> str:
@@ -974,9 +1042,10 @@ def cast(value: object, wanted: Field) -> object:
     """
     kinds, word, booleans = wanted.kinds, str(value).lower(), ConfigLoader.bool_values
     choice = "no" if value is False else value
-    if wanted.choices:
-        if choice in wanted.choices:
-            return choice
+    if choice in wanted.choices:
+        return choice
+    if wanted.choices and "int" not in kinds:
+        pass  # it must be one of them
     elif not kinds or (type(value).__name__ in kinds and not isinstance(value, float)):
         return value  # of floats the number below must be finite
     elif "bool" in kinds and word in booleans:
@@ -1053,6 +1122,9 @@ def format_bytes(count: float) -> str:
     return f"{count:.2f} TiB"
 
 
+NVLINK = 2  # NVML_P2P_CAPS_INDEX_NVLINK
+
+
 def read_gpu(pynvml, index: int) -> Gpu:
     """What NVML knows of GPU `index`; in containers some of it is unsupported."""
     handle = pynvml.nvmlDeviceGetHandleByIndex(index)
@@ -1060,6 +1132,10 @@ def read_gpu(pynvml, index: int) -> Gpu:
     def ask(name: str, *arguments: object):
         with contextlib.suppress(pynvml.NVMLError, AttributeError):
             return getattr(pynvml, name)(*arguments)
+
+    def is_linked(other: int) -> bool:
+        other = ask("nvmlDeviceGetHandleByIndex", other)
+        return ask("nvmlDeviceGetP2PStatus", handle, other, NVLINK) == 0  # NVML_P2P_STATUS_OK
 
     memory = ask("nvmlDeviceGetMemoryInfo", handle)
     users = tuple(
@@ -1075,6 +1151,7 @@ def read_gpu(pynvml, index: int) -> Gpu:
         users,
         ask("nvmlDeviceGetCudaComputeCapability", handle),
         ask("nvmlSystemGetCudaDriverVersion_v2"),
+        frozenset(other for other in range(pynvml.nvmlDeviceGetCount()) if is_linked(other)),
     )
 
 
@@ -1918,6 +1995,79 @@ def fingerprints(data: list[tuple]) -> dict[str, str]:
     return found
 
 
+# --- how long the samples are -------------------------------------------------------------------
+#
+# data.json tells, of an earlier run, a rehearsal or a preview of the same samples.
+
+# What decides, with the data files, what the samples are.
+TOKENIZED = """
+    model_name_or_path model_revision use_fast_tokenizer split_special_tokens add_tokens
+    add_special_tokens stage template default_system tool_format enable_thinking
+    preserve_thinking train_on_prompt mask_history dataset eval_dataset mix_strategy
+    interleave_probs val_size seed cutoff_len preprocessing_batch_size predict_with_generate
+    image_max_pixels image_min_pixels video_max_pixels video_fps video_maxlen audio_sampling_rate
+""".split()
+
+
+def data_key(plan: Plan) -> str:
+    """By what two plans are known to have the same samples.
+
+    Which rows max_samples leaves is known by their number, where that is.
+    """
+    values, rows = plan.values, plan.rows
+    most = values.max_samples if None in sum(rows, []) else None
+    tokenizer = file_size(Path(values.model_name_or_path or "", "tokenizer.json"))
+    code = installed_version("llamafactory")
+    parts = [rows, most, plan.data, tokenizer, code, *(values[key] for key in TOKENIZED)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def earlier_figures(plan: Plan) -> dict:
+    """What is known of the plan's samples: data.json, its own path under `source`; {} for nothing,
+    and where samples are packed or streamed, since batches are as long as cutoff_len then.
+    """
+    values, tokenized = plan.values, plan.values.tokenized_path
+    if packs(values) or values.streaming:
+        return {}
+    with contextlib.suppress(OSError):
+        if tokenized and any(Path(tokenized).rglob("state.json")):
+            return ask_lengths(tokenized)
+        folder, key = Path(values.output_dir), data_key(plan)
+        files = [*folder.glob(DATA_FILE), *folder.glob(f"*/{DATA_FILE}")]
+        for path in sorted(files, key=os.path.getmtime, reverse=True):
+            figures = read_json_or_empty(path)
+            if figures.get("key") == key:
+                return figures | {"source": str(path)}
+    return {}
+
+
+def ask_lengths(folder: str) -> dict:
+    """The lengths of what tokenized_path holds; in another process, since pyarrow is large."""
+    command = [sys.executable, "-P", "-c", LENGTHS, folder, str(PADDED_TO)]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    return json.loads(answer.stdout) | {"source": folder} if answer.returncode == 0 else {}
+
+
+# As count_lengths; the longest sample of all splits may be one that is evaluated.
+LENGTHS = """
+import collections, json, math, pathlib, sys
+import pyarrow, pyarrow.compute
+
+folder, unit, count, evaluated = pathlib.Path(sys.argv[1]), int(sys.argv[2]), {}, 0
+for file in folder.rglob("data-*.arrow"):
+    table = pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))).read_all()
+    ids = [table.column(name) for name in table.column_names if name.endswith("input_ids")]
+    lengths = zip(*(pyarrow.compute.list_value_length(column).to_pylist() for column in ids))
+    tokens = collections.Counter(math.ceil(max(sizes) / unit) * unit for sizes in lengths)
+    if file.parent.name.startswith("validation"):
+        evaluated = max(evaluated, *tokens)
+    else:
+        count = tokens + collections.Counter(count)
+found = {"lengths": sorted(count.items())}
+print(json.dumps(found | ({"evaluated": evaluated} if evaluated else {})))
+"""
+
+
 # --- plan ---------------------------------------------------------------------------------------
 
 
@@ -2000,12 +2150,12 @@ def make_plan(
         room = min((gpu.total for gpu in gpus if gpu.total), default=None)
     else:
         room = host_bytes() // max(devices.processes, 1)
-    steps = plan_steps([rows for _, rows, _ in data], values, world_size)
+    rows = [[count for _, count, _ in sets] for sets in (data, eval_data)]
+    steps = plan_steps(rows[0], values, world_size)
     files = fingerprints(data + eval_data)
     free = free_bytes(Path(values.output_dir))
-    return estimate(
-        Plan(devices, gpus, world_size, zero, values, steps, model, room, free, files)
-    )
+    plan = Plan(devices, gpus, world_size, zero, values, steps, model, room, free, files, rows)
+    return estimate(replace(plan, figures=earlier_figures(plan)))
 
 
 def plan_steps(rows: list[int | None], values: dict, world_size: int) -> Steps:
@@ -2137,9 +2287,8 @@ def estimate_phases(plan: Plan) -> dict[str, dict[str, int]]:
     train_logit, eval_logit = LOGIT_BYTES[kind_of_loss(values)]
     if values.enable_liger_kernel and values.stage in ("pt", "sft"):
         train_logit = 0
-    sequences = 2 if values.stage in ("dpo", "rm") else 1
-    batch = sequences * values.per_device_train_batch_size
-    tokens = batch * values.cutoff_len
+    batch = plan.sequences * plan.micro
+    tokens = batch * plan.longest
     kept, working = (tokens * size for size in activations_per_token(plan, batch > 1))
     phases = {
         "loss": {"activations": kept, "logits": tokens * shape["vocab_size"] * train_logit},
@@ -2147,7 +2296,8 @@ def estimate_phases(plan: Plan) -> dict[str, dict[str, int]]:
         "optimizer step": {"gradient copies": step_bytes(plan)},
     }
     if values.eval_strategy != "no" or values.do_eval:
-        tokens = sequences * values.per_device_eval_batch_size * values.cutoff_len
+        longest = plan.figures.get("evaluated", values.cutoff_len)
+        tokens = plan.sequences * values.per_device_eval_batch_size * longest
         phases["evaluation"] = {
             "activations": 4 * tokens * shape["hidden_size"],
             "logits": tokens * shape["vocab_size"] * eval_logit,
@@ -2297,7 +2447,12 @@ def check_plan(plan: Plan, config: Config, run: Run | None) -> Iterator[str]:
 
     The user may know better than an estimate: all of it can be forced.
     """
-    if plan.device_bytes and plan.needed > plan.device_bytes:
+    if plan.auto and plan.devices.ids and not (plan.memory and plan.device_bytes):
+        yield (
+            f"{config.where('per_device_train_batch_size')}: auto cannot tell what fits where the "
+            "memory is not known (see the plan); give a number, and let --rehearse try it"
+        )
+    if plan.device_bytes and plan.needed > plan.device_bytes and not plan.provisional:
         kind = "memory" if plan.devices.ids else "host memory"
         yield Forceable(
             f"{kind}: {format_bytes(plan.needed)} is needed on each {plan.unit}, "
@@ -2338,7 +2493,7 @@ def nearest_that_fits(plan: Plan) -> str:
         batches = range(plan.values[key] - 1, 0, -1)
         tries = [split_step(plan, micro, **{key: size}) for size in batches]
         smaller = {key: 1}
-    sizes = [size for size in range(micro, 0, -1) if micro % size == 0]
+    sizes = [size for size in divisors(plan.per_rank) if size <= micro]
     offload = "deepspeed=configs/deepspeed/ds_z3_offload_config.json"
     offloaded = replace(plan, zero=Zero(3, True, True, used=True))
     tries += [split_step(plan, size, **smaller) for size in sizes]
@@ -2352,31 +2507,152 @@ def nearest_that_fits(plan: Plan) -> str:
     return ""
 
 
-def split_step(plan: Plan, size: int, *words: str, **more: int) -> tuple[str, Plan]:
+def divisors(samples: int) -> list[int]:
+    """The micro-batches into which so many samples can be split, the largest first."""
+    return [size for size in range(samples, 0, -1) if samples % size == 0]
+
+
+# --- the split of a step into micro-batches
+#
+# The same samples per step in fewer, larger micro-batches are the same step. What is fewer is
+# fixed work, above all the gathers of ZeRO-3; what is more is padding, where lengths differ.
+
+
+def split_step(plan: Plan, size: int, *words: str, **more: object) -> tuple[str, Plan]:
     """The same step in micro-batches of `size`: `words` and the keys to change; its plan."""
     values = plan.values
-    samples = values.per_device_train_batch_size * values.gradient_accumulation_steps
-    keys = {"per_device_train_batch_size": size, ACCUMULATION: samples // size} | more
+    keys = {"per_device_train_batch_size": size, ACCUMULATION: plan.per_rank // size} | more
     changed = [f"{key}={value}" for key, value in keys.items() if value != values[key]]
     return " ".join([*words, *changed]), estimate(replace(plan, values=Values(values | keys)))
 
 
-def suggest_split(plan: Plan) -> str:
-    """A larger micro-batch with less accumulation that does the same step within memory, or ''.
-
-    Under ZeRO-3 every micro-batch gathers all weights twice, for forward and backward
-    (Rajbhandari et al. 2020, section 7.2). What a rehearsal measured counts before the plan.
+def choose_split(plan: Plan) -> Plan:
+    """The plan with the micro-batch that does the step with the least work, or with the fastest one
+    of a rehearsal with auto.
     """
-    steps = plan.values.gradient_accumulation_steps
-    if plan.zero.stage != 3 or not plan.memory or not plan.device_bytes:
-        return ""
-    beyond = rehearsal_of(plan).get("peak_memory", plan.needed) - plan.needed
-    for factor in range(steps, 1, -1):
-        words, other = split_step(plan, plan.values.per_device_train_batch_size * factor)
-        need = other.needed + beyond
-        if steps % factor == 0 and need <= 0.9 * plan.device_bytes:
-            return f"{words} is the same step with fewer gathers, in {format_bytes(need)}"
-    return ""
+    known = plan.figures or packs(plan.values) or plan.values.streaming
+    kept = rehearsal_of(plan, SPLIT)
+    size = kept.get("auto") and kept["configuration"]["per_device_train_batch_size"]
+    best = min(splits(plan), key=lambda other: other.micro != size)  # the first without any
+    return replace(best, provisional=not known)
+
+
+def splits(plan: Plan, **more: object) -> list[Plan]:
+    """The plan in all micro-batches that fit, that of the least work first; of one sample, where
+    none fits. `more` are keys to change.
+
+    At most 0.9 of a device may be needed, by the plan and what a rehearsal had beyond it.
+    """
+    made = [split_step(plan, size, **more)[1] for size in divisors(plan.per_rank)]
+    room = 0.9 * (plan.device_bytes or math.inf) - beyond_plan(plan)
+    fitting = [other for other in made if other.needed <= room]
+    return sorted(fitting or made[-1:], key=step_work)
+
+
+def beyond_plan(plan: Plan) -> int:
+    """Bytes by which a rehearsal of this configuration, however split, was above the plan."""
+    rehearsal = rehearsal_of(plan, SPLIT)
+    if not rehearsal:
+        return 0
+    _, rehearsed = split_step(plan, rehearsal["configuration"]["per_device_train_batch_size"])
+    return rehearsal["peak_memory"] - rehearsed.needed
+
+
+def step_work(plan: Plan) -> float:
+    """What a step costs each rank, in tokens: its own, with their padding, and gather_cost for each
+    micro-batch.
+    """
+    accumulation = plan.values.gradient_accumulation_steps
+    tokens = plan.sequences * plan.per_rank * padded_length(plan)
+    return accumulation * gather_cost(plan) + tokens
+
+
+def gather_cost(plan: Plan) -> int:
+    """What a micro-batch costs besides its tokens, in tokens.
+
+    ZeRO-3 gathers all weights for forward and again for backward, and reduces all gradients: 6
+    bytes per parameter in 16 bit (Rajbhandari et al. 2020, section 7.2), where a token takes 6
+    operations per parameter, so that the size of the model cancels out. At NVLink's 200 GB/s and
+    300 TFLOP/s that is some 1,100 tokens, ten times as many over PCIe, between nodes and from the
+    host. A CPU computes so slowly that 300 were measured (tests/benchmarks/README.md). Else the
+    starts of kernels are left.
+    """
+    from_host, gpus = plan.zero.offload_parameters, plan.gpus
+    if plan.zero.stage < 3 or (plan.world_size == 1 and not from_host):
+        return 150
+    if not plan.devices.ids:
+        return 300
+    indices = {gpu.index for gpu in gpus}
+    linked = len(gpus) == plan.world_size and all(
+        indices <= {gpu.index} | gpu.linked for gpu in gpus
+    )
+    return 1_100 if linked and not from_host else 11_000
+
+
+def padded_length(plan: Plan) -> float:
+    """Tokens to which a sample is padded, on average.
+
+    In random order that is the expected maximum of a micro-batch, under ZeRO-3 of those of all
+    ranks, which wait for one another. group_by_length sorts 50 steps of a rank, or a quarter of
+    the samples, and cuts micro-batches from them (transformers' get_length_grouped_indices).
+    """
+    total, micro = sum(count for _, count in plan.lengths), plan.micro
+    sorted_steps = max(min(total // (4 * plan.per_rank), 50), 1)
+    batches = sorted_steps * plan.per_rank // micro
+    if plan.zero.stage == 3:
+        micro *= plan.world_size
+    shorter, before, mean = 0, 0.0, 0.0
+    for tokens, count in plan.lengths:
+        shorter += count
+        share = (shorter / total) ** micro
+        if plan.values.train_sampling_strategy == "group_by_length":
+            share = shorter * batches // total / batches
+        mean += tokens * (share - before)
+        before = share
+    return mean
+
+
+CLEARLY = 0.9  # so much of the work, or less, is worth a line
+# What can help besides another split, the last where the logits leave little room.
+FASTER = {"train_sampling_strategy": "group_by_length", "enable_liger_kernel": "true"}
+
+
+def suggest_split(plan: Plan) -> str:
+    """What does the same step with clearly less work, and what it gains; '' for nothing."""
+    found, values, tries = [], plan.values, [{}]
+    if values.stage in ("pt", "sft") and not values.disable_shuffling:
+        tries += [{key: value} for key, value in FASTER.items()]
+    for more in tries if plan.memory and plan.device_bytes else ():
+        other = splits(plan, **more)[0]
+        if step_work(other) < CLEARLY * step_work(plan):
+            found.append(describe_gain(plan, other, more))
+            if not more:
+                plan = other
+    return "; then ".join(found)
+
+
+def describe_gain(plan: Plan, other: Plan, more: dict) -> str:
+    """`KEY=VALUE ... is the same step, 3.1 x less work (gathers 8 -> 1, 61.2 GiB, padding 3 % ->
+    9 %)`, and what the keys of `more` free alone.
+    """
+    words, _ = split_step(plan, other.micro, **more)
+    name = "gathers" if plan.zero.stage == 3 else "micro-batches"
+    counts = " -> ".join(str(one.values[ACCUMULATION]) for one in (plan, other))
+    parts = [f"{name} {counts}, {format_bytes(other.needed + beyond_plan(plan))}"]
+    if plan.figures:
+        parts.append(f"padding {padding_share(plan)} -> {padding_share(other)}")
+    freed = plan.needed - split_step(plan, plan.micro, **more)[1].needed
+    if freed > 0:
+        parts.append(f"{format_bytes(freed)} freed")
+    times = step_work(plan) / step_work(other)
+    return f"{words} is the same step, {times:.1f} x less work ({', '.join(parts)})"
+
+
+def padding_share(plan: Plan) -> str:
+    """How much of the tokens of a step is padding: `12 %`."""
+    total = sum(count for _, count in plan.lengths)
+    mean = sum(tokens * count for tokens, count in plan.lengths) / total
+    return f"{100 - 100 * mean / padded_length(plan):.0f} %"
 
 
 # --- rules between keys -------------------------------------------------------------------------
@@ -2521,6 +2797,11 @@ def read_templates() -> dict[str, str]:
 # stands for the answer. The conditions are those of LLaMA-Factory 0.9.5's hparams/parser.py,
 # transformers 5.5.4's TrainingArguments and Trainer, and accelerate's DeepSpeed.
 RULES = (
+    (
+        "per_device_train_batch_size",
+        lambda v: v.auto and not v.global_batch_size,
+        "auto needs global_batch_size, the samples per optimizer step; set it too",
+    ),
     (
         "tokenized_path",
         incomplete_data,
@@ -2694,7 +2975,13 @@ RULES = (
 
 def check_rules(config: Config, plan: Plan) -> Iterator[str]:
     """Keys that are missing, leave nothing to train on, or exclude each other."""
-    view = Values(plan.values, zero=plan.zero, model=plan.model, global_batch=plan.global_batch)
+    view = Values(
+        plan.values,
+        zero=plan.zero,
+        model=plan.model,
+        global_batch=plan.global_batch,
+        auto=plan.auto,
+    )
     required = {
         "model_name_or_path": "is missing; name a model, such as Qwen/Qwen3-14B",
         "output_dir": "is missing; name the folder that will hold the runs",
@@ -2855,7 +3142,6 @@ def print_plan(found: Preflight, run: Run, env: Environment) -> None:
         {
             **plan_lines(plan),
             "resharded": describe_resharding(found),
-            "padding": padding_advice(earlier_figures(plan), plan.values, plan.global_batch),
             "thinking": thinking_advice(plan),
             "tracking": ", ".join(names) or "none",
             "run": str(run.path),
@@ -2896,37 +3182,6 @@ def thinking_advice(plan: Plan) -> str:
     )
 
 
-def padding_advice(figures: dict, values: Values, global_batch: int) -> str:
-    """What another order would save on data of these figures; '' where little is padding.
-
-    The steps of packed data are a lower bound: packs are not full to the last token.
-    """
-    grouped = values.train_sampling_strategy == "group_by_length"
-    if values.packing or grouped or figures.get("padding", 0) < 0.3:
-        return ""
-    total = figures["tokens"]["all"]
-    now, grouped = (total / (1 - figures[name]) for name in ("padding", "grouped"))
-    steps = math.ceil(figures["kept"] / global_batch)
-    packed = math.ceil(total / figures["cutoff_len"] / global_batch)
-    return (
-        f"{100 * figures['padding']:.0f} % of the tokens were padding; per epoch "
-        f"train_sampling_strategy=group_by_length saves {now - grouped:,.0f} of {now:,.0f}, "
-        f"neat_packing=true {now - total:,.0f} and takes {packed} steps instead of {steps}"
-    )
-
-
-def earlier_figures(plan: Plan) -> dict:
-    """data.json of the newest run under output_dir on the same data; {} where there is none."""
-    with contextlib.suppress(OSError):
-        files = list(Path(plan.values.output_dir).glob("*/data.json"))
-        for path in sorted(files, key=os.path.getmtime, reverse=True):
-            old, figures = Run(path.parent).read("plan.json"), read_json_or_empty(path)
-            same_cut = figures.get("cutoff_len") == plan.values.cutoff_len
-            if same_cut and old.get("data") == plan.data:
-                return figures
-    return {}
-
-
 def print_lines(lines: dict[str, object], stream: TextIO | None = None) -> None:
     """Print `label       text` lines; an empty text is left out."""
     for label, text in lines.items():
@@ -2943,18 +3198,45 @@ def plan_lines(plan: Plan) -> dict[str, str]:
     batch = (
         f"{values.per_device_train_batch_size} per device x "
         f"{plural(plan.world_size, plan.unit)} x {values.gradient_accumulation_steps} "
-        f"accumulation = {plan.global_batch} samples per step"
+        f"accumulation = {plan.global_batch} samples per step{describe_choice(plan)}"
     )
     return {
         "model": plan.model.label + size,
         "method": f"{values.stage}, {values.finetuning_type}, {plan.zero}, {precision(values)}",
         "devices": describe_devices(plan),
         "batch": batch,
+        "longest": describe_longest(plan),
         "steps": describe_steps(plan),
         "schedule": describe_schedule(values),
         **resource_lines(plan),
         "faster": suggest_split(plan),
     }
+
+
+def describe_choice(plan: Plan) -> str:
+    """Why auto has chosen this split; '' where it was given."""
+    if not plan.auto:
+        return ""
+    if plan.provisional:
+        return " (auto: by cutoff_len, and again once the data is tokenized)"
+    blind = splits(replace(plan, figures={}))[0]
+    reason = f"longest sample {plan.longest} tokens, padding {padding_share(plan)}"
+    if blind.micro < plan.micro:
+        parts = f"{blind.micro} x {blind.values[ACCUMULATION]}"
+        reason += f", {plan.micro / blind.micro:.3g} x fewer gathers than {parts}"
+    return f" (auto: {reason})"
+
+
+def describe_longest(plan: Plan) -> str:
+    """How many tokens are planned for a sample, by what, and when auto meets the longest."""
+    if not plan.figures:
+        return f"{plan.longest} tokens are planned for each sample: cutoff_len"
+    text = f"{plan.longest} tokens in a sample, by {plan.figures['source']}"
+    if plan.auto and plan.values.train_sampling_strategy == "group_by_length":
+        text += "; they are in the first step"
+    elif plan.auto:
+        text += "; drawn at random: --rehearse trains on the longest first"
+    return text
 
 
 def describe_devices(plan: Plan) -> str:
@@ -3061,6 +3343,9 @@ def plan_as_data(found: Preflight, run: Run, env: Environment) -> dict:
         "checkpoint_bytes": plan.checkpoint_bytes,
         "disk_bytes": plan.disk_bytes,
         "data": plan.data,
+        "data_key": data_key(plan),
+        "longest_sample": plan.longest,
+        "auto": plan.auto,
         "configuration": decisive_values(plan),
         "problems": found.problems,
         "command": build_torchrun_command(plan.devices, run.config_file, env),
@@ -3140,6 +3425,7 @@ def tracking_project(values: Values) -> str:
 # --- rehearsal ----------------------------------------------------------------------------------
 
 REHEARSAL = ".rehearsal-"  # begins the name of its directory, by which a rank knows it
+CANDIDATES = 3  # splits that a rehearsal with auto tries
 REHEARSED_STEPS = 10  # one of the longest samples, and enough others for a median
 # What would tell others, or judge a model that nobody wants.
 NOT_REHEARSED = """
@@ -3151,26 +3437,54 @@ RUNS_OWN = "run model curve dashboard resume rehearsal steps total_steps checkpo
 
 
 def rehearse(found: Preflight, as_json: bool, env: Environment) -> int:
-    """Run a few steps of the run, and show what they took; returns the exit code."""
-    rehearsal = replace(found, config=rehearsal_config(found.config))
-    run = new_run(rehearsal.config)
+    """Run a few steps of the run, and show what they took; returns the exit code.
+
+    With auto also in the next two splits; the fastest is kept for the run.
+    """
+    plans = [found.plan]
+    if found.plan.auto and read_count(env, "NNODES", 1) == 1:
+        plans = splits(found.plan)[:CANDIDATES]
+    tried, said = [], []
+    for plan in plans:
+        code, figures = rehearse_split(found, plan, as_json, env)
+        pace = figures.get("step_seconds") or 0
+        tried.append((code, pace, plan.micro, plan, figures))
+        said.append(f"{plan.micro} x {plan.values[ACCUMULATION]}: {spoken(pace)}")
+        if code > 1 or node_rank(env):  # it was stopped
+            break
+    code, _, _, plan, figures = min(tried)
     if node_rank(env):
-        return launch(rehearsal, env)
+        return code
+    text, output_dir = json.dumps(figures, indent=1), Path(found.plan.values.output_dir)
+    if code == 0:
+        (output_dir / REHEARSAL_FILE).write_text(text, encoding="utf-8")
+    if as_json:
+        say(text)
+    else:
+        print_lines(rehearsal_lines(plan, figures))
+        if len(said) > 1:
+            print_lines({"tried": f"{', '.join(said)} per step; the fastest is kept"})
+    return code
+
+
+def rehearse_split(
+    found: Preflight, plan: Plan, as_json: bool, env: Environment
+) -> tuple[int, dict]:
+    """Rehearse the run as this plan splits it; returns the exit code and what it took."""
+    config = rehearsal_config(replace(found.config, values=plan.values))
+    rehearsal, run = replace(found, config=config, plan=plan), new_run(config)
+    if node_rank(env):
+        return launch(rehearsal, env), {}
     remove_rehearsals(run.path.parent)
     try:
         with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
             code = launch(rehearsal, env)
-        figures = forecast(found.plan, run.read("summary.json"))
+        figures = forecast(plan, run.read("summary.json"))
+        if code == 0:
+            keep_figures(run, found.config)
     finally:
         remove_rehearsals(run.path.parent)
-    text = json.dumps(figures, indent=1)
-    if code == 0:
-        (run.path.parent / REHEARSAL_FILE).write_text(text, encoding="utf-8")
-    if as_json:
-        say(text)
-    else:
-        print_lines(rehearsal_lines(found.plan, figures))
-    return code
+    return code, figures
 
 
 def rehearsal_config(config: Config) -> Config:
@@ -3235,23 +3549,43 @@ def rehearsal_lines(plan: Plan, figures: dict) -> dict[str, str]:
 REHEARSAL_FILE = "rehearsal.json"  # in output_dir
 
 
-def rehearsal_of(plan: Plan) -> dict:
-    """The rehearsal of this very configuration, from output_dir; {} where there was none."""
+def rehearsal_of(plan: Plan, but: Iterable[str] = ()) -> dict:
+    """The rehearsal of this configuration, `but` for some keys, from output_dir; {} for none."""
     rehearsal = read_json_or_empty(Path(plan.values.output_dir, REHEARSAL_FILE))
-    return rehearsal if rehearsal.get("configuration") == decisive_values(plan) else {}
+    rehearsed = without(rehearsal.get("configuration", {}), *but)
+    return rehearsal if rehearsed == without(decisive_values(plan), *but) else {}
 
 
 # --- launch: run directory, torchrun's command and environment ----------------------------------
 
 
-def preview(found: Preflight, count: str, env: Environment) -> int:
-    """Show samples and figures of the data, here; returns the exit code."""
+def tokenize(found: Preflight, count: str, env: Environment) -> int:
+    """Tokenize the data as the run would, in a process of its own without GPUs, and leave what
+    it measures for the next plan; returns the exit code. A preview shows `count` samples.
+
+    The ranks find it in the cache of datasets.
+    """
     with TemporaryDirectory() as folder:
-        run = Run(Path(folder))
+        run, config = Run(Path(folder)), found.config
+        found = replace(found, config=without_model(config))
         run.logs.mkdir()
-        run.config_file.write_text(launchable_config(found.config, found.plan.devices))
-        os.environ |= build_rank_environment(found, run, env)
-        return run_preview(run, int(count))
+        write_run_files(found, run, env)
+        done = subprocess.run(
+            [sys.executable, "-P", str(SCRIPT), "--tokenize", folder, "--preview", count],
+            env=build_rank_environment(found, run, env) | {"CUDA_VISIBLE_DEVICES": ""},
+            stdout=1 if count else 2,
+            preexec_fn=partial(die_with_parent, os.getpid()),
+        )
+        keep_figures(run, config)
+        return done.returncode
+
+
+def keep_figures(run: Run, config: Config) -> None:
+    """Leave the figures of the data where the next plan finds them, though their run goes."""
+    figures, folder = run.read(DATA_FILE), Path(config.values.output_dir)
+    if figures:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / DATA_FILE, json.dumps(figures))
 
 
 def launch(found: Preflight, env: Environment) -> int:
@@ -3260,6 +3594,11 @@ def launch(found: Preflight, env: Environment) -> int:
     leads = node_rank(env) == 0
     if run is None:
         run = create_run(found.config) if leads else wait_for_run(found.config)
+        if not leads:  # node 0 may have chosen another split
+            config = derive_accumulation(
+                load_config(run.config_file, {}), found.plan.world_size
+            )
+            found = replace(found, config=replace(found.config, values=config.values))
     with run.lock() if leads else contextlib.nullcontext():
         command = build_torchrun_command(found.plan.devices, run.config_file, env)
         rank_env = build_rank_environment(found, run, env)
@@ -3514,7 +3853,7 @@ class Supervisor:
         self.config, self.run, self.command, self.env = found.config, run, command, env
         self.leads, self.started = node_rank(env) == 0, time.time()
         self.log = run.logs / f"torchrun{'' if self.leads else node_rank(env)}.log"
-        self.process, self.ranks, self.halvings = None, [], 0
+        self.process, self.ranks, self.shrunk = None, [], 0
         self.plan, self.devices = found.plan, found.plan.devices
         self.stop = StopRequest(run, self.kill)
         self.metrics, self.console = Follower(run.metrics_file), Console()
@@ -3538,7 +3877,7 @@ class Supervisor:
             good = self.run.newest_checkpoint()
             if self.stop.is_requested() or disk_is_full(self.run.path):
                 break
-            if OUT_OF_MEMORY in cause and self.halve_batch("evaluation_loop" in cause):
+            if OUT_OF_MEMORY in cause and self.shrink_batch("evaluation_loop" in cause):
                 continue
             if restarts == limit or checkpoint_step(good) <= before:
                 break
@@ -3548,19 +3887,23 @@ class Supervisor:
             self.close(state, cause)
         return {"finished": 0, "refused": 2, "stopped": self.stop.exit_code()}.get(state, 1)
 
-    def halve_batch(self, evaluates: bool) -> bool:
-        """After a GPU was out of memory: the same step, or evaluation, in smaller batches."""
+    def shrink_batch(self, evaluates: bool) -> bool:
+        """After a GPU was out of memory: the same step in smaller micro-batches, or half the
+        evaluation batch; the run goes on from its last checkpoint.
+        """
         values = self.config.values
-        key = "per_device_eval_batch_size" if evaluates else "per_device_train_batch_size"
-        size, rest = divmod(values[key], 2)
-        in_deepspeed = self.plan.zero.settings.get("train_micro_batch_size_per_gpu", "auto")
-        is_fixed = rest and not evaluates or in_deepspeed != "auto"
-        if size == 0 or is_fixed or self.halvings == 3:
+        micro, key = values.per_device_train_batch_size, "per_device_eval_batch_size"
+        fixed = self.plan.zero.settings.get("train_micro_batch_size_per_gpu", "auto") != "auto"
+        smaller = [size for size in divisors(micro * values[ACCUMULATION]) if size < micro]
+        if evaluates:
+            fixed, smaller = False, [values[key] // 2]
+        if fixed or not any(smaller) or self.shrunk == 3:
             return False
-        self.halvings += 1
-        changes = {key: size}
+        self.shrunk += 1
+        changes = {key: smaller[0]}
         if not evaluates:
-            changes[ACCUMULATION] = values[ACCUMULATION] * 2
+            accumulation = micro * values[ACCUMULATION] // smaller[0]
+            changes = dict(zip(SPLIT, (smaller[0], accumulation), strict=True))
         self.config = self.config.update(**changes)
         if self.leads:
             write_atomically(self.run.config_file, launchable_config(self.config, self.devices))
@@ -4307,6 +4650,7 @@ def compare(plan: Plan, run: Run) -> dict:
     rehearsal = {} if run.is_rehearsal else rehearsal_of(plan)
     return {
         "configuration": decisive_values(plan),
+        "auto": plan.auto,
         "device_memory": plan.device_bytes,
         "planned_memory": estimate(plan).needed or None,
         "resident": not plan.devices.ids,  # on a CPU the peak has Python and its libraries too
@@ -5496,7 +5840,6 @@ def matching_parts(old: list[Vector], flats: list, new: list[Vector], own: list,
 
 STREAMED_ROWS = 1000  # streamed data is measured by its first rows
 SAMPLED = 100_000  # so many lengths tell how much is padding
-PADDED_TO = 8  # LLaMA-Factory pads a batch to a multiple of it
 IGNORED = -100  # the label of a token that is not learned
 
 
@@ -5588,7 +5931,7 @@ def data_figures(samples, rows: int, data_args, args, values: Values) -> dict:
     """What data.json holds of `rows` rows of which measure_data has made these samples.
 
     Preferences are measured by their chosen answer. `enough`: a cutoff_len that keeps 99.9 % of the
-    samples whole, and how many it would still cut. `grouped`: the padding with group_by_length.
+    samples whole, and how many it would still cut. `lengths`: those of count_lengths.
     """
     import numpy
 
@@ -5617,7 +5960,7 @@ def data_figures(samples, rows: int, data_args, args, values: Values) -> dict:
         "unended": int((lost > 0).sum()),
         "tokens": {"min": least, "median": median, "p99": p99, "max": most, "all": total},
         "padding": 1 - learned / drawn_tokens(some, args, order),
-        "grouped": 1 - learned / drawn_tokens(some, args, "group_by_length"),
+        "lengths": count_lengths(samples.data),
         "enough": [enough, int((whole > enough).sum())],
     }
 
@@ -5643,6 +5986,20 @@ def drawn_tokens(lengths, args, order: str) -> int:
     longest = numpy.maximum.reduceat(lengths[numpy.asarray(drawn)], starts)
     sizes = numpy.diff(starts, append=len(lengths))
     return int((numpy.ceil(longest / PADDED_TO) * PADDED_TO * sizes).sum())
+
+
+def count_lengths(table) -> list[list[int]]:
+    """[tokens with their padding, how many samples have them], shortest first; of the sequences
+    that a sample has, such as a pair, the longest.
+    """
+    import numpy
+    from pyarrow.compute import list_value_length
+
+    ids = [name for name in table.column_names if name.endswith("input_ids")]
+    lengths = [list_value_length(table.column(name)).to_numpy() for name in ids]
+    parts = -(-numpy.maximum.reduce(lengths) // PADDED_TO)
+    tokens, counts = numpy.unique(parts * PADDED_TO, return_counts=True)
+    return numpy.column_stack([tokens, counts]).tolist()
 
 
 def template_difference(template, tokenizer, rows) -> str:
@@ -5692,8 +6049,9 @@ def data_problem(figures: dict, samples, tokenizer, values: Values) -> str:
 
 def record_data(run: Run, figures, samples, template, tokenizer, is_eval) -> None:
     """In a rank: write data.json and the Modelfile for Ollama; end where nothing can be learned."""
-    if os.environ["RANK"] == "0" and not is_eval:
-        write_atomically(run.path / "data.json", json.dumps(figures))
+    if os.environ.get("RANK", "0") == "0":
+        write_figures(run, figures, is_eval)
+    if os.environ.get("RANK", "0") == "0" and not is_eval:
         with contextlib.suppress(Exception):  # a template that Ollama's form cannot hold
             modelfile = template.get_ollama_modelfile(tokenizer)
             if not template.enable_thinking:  # trained prompts end with an empty thought
@@ -5702,6 +6060,15 @@ def record_data(run: Run, figures, samples, template, tokenizer, is_eval) -> Non
             write_atomically(run.path / "Modelfile", modelfile)
     if figures["problem"]:
         raise RuntimeError(figures["problem"])
+
+
+def write_figures(run: Run, figures: dict, is_eval: bool) -> None:
+    """data.json: the figures of the training data, and the tokens of the longest evaluated."""
+    if is_eval:
+        longest, figures = figures["lengths"][-1][0], run.read(DATA_FILE)
+        figures["evaluated"] = max(longest, figures.get("evaluated", 0))
+    figures["key"] = run.read("plan.json").get("data_key")
+    write_atomically(run.path / DATA_FILE, json.dumps(figures))
 
 
 def rehearse_data(callback: RankCallback) -> None:
@@ -5738,19 +6105,28 @@ def rehearse_data(callback: RankCallback) -> None:
     Trainer._get_dataloader = longest_first
 
 
-def run_preview(run: Run, count: int) -> int:
-    """Tokenize as a run would, without a model, and show `count` samples and the figures of each
-    data set; returns the exit code.
+def run_tokenizer(run: Run, count: str) -> int:
+    """Tokenize as a run would, without a model, write data.json and, where there is a `count`, show
+    so many samples and the figures of each data set; returns the exit code.
     """
     console = os.fdopen(os.dup(1), "w", buffering=1)
     send_output_to(run.logs / "rank0.log")
     try:
+        gc.disable()  # see import_trainer
         from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
         from llamafactory.hparams import get_train_args
         from llamafactory.model import load_tokenizer
 
+        gc.enable()
+        gc.freeze()
         config = load_config(run.config_file, {})
-        measure_data(config.values, partial(show_samples, run, count, console))
+        if config.values.get("overwrite_cache"):
+            config = config.update(overwrite_cache=None)
+            overwrite_cache()
+        tell = partial(record_data, run)
+        if count:
+            tell = partial(show_samples, run, int(count), console)
+        measure_data(config.values, tell)
         model_args, data_args, args, method, _ = get_train_args(
             build_training_args(config, run, None)
         )
@@ -5765,9 +6141,24 @@ def run_preview(run: Run, count: int) -> int:
     return 0
 
 
+def overwrite_cache() -> None:
+    """Tokenize anew, though the key of that name, a part of the cache's own key, is taken out: else
+    ranks without it would not find what is cached now.
+    """
+    from datasets import Dataset
+
+    cached = Dataset.map
+
+    def fresh(rows, *args, **options):
+        return cached(rows, *args, **options | {"load_from_cache_file": False})
+
+    Dataset.map = fresh
+
+
 def show_samples(run, count, console, figures, samples, template, tokenizer, is_eval):
     """In a preview: samples as the model sees them, the learned part marked, and the figures."""
     name, marks = "evaluation" if is_eval else "training", ("[[", "]]")
+    write_figures(run, figures, is_eval)
     if console.isatty():
         marks = ("\033[32m", "\033[0m")
     for sample in itertools.islice(samples, count):
@@ -5900,7 +6291,7 @@ class Run:
     launcher, or you      STOP                      ranks, at the end of each step; launcher
     you                   SAVE                      ranks, at the end of each step
     rank 0                metrics.jsonl             launcher (console, summary), tracker
-    rank 0                data.json, Modelfile      launcher, ranks (settings); people
+    rank 0                data.json, Modelfile      launcher, ranks (settings), later plans; people
     each rank             logs/rank<R>.progress     launcher (hang watch, bar): `12 training`
     each rank             logs/rank<R>.log, .error  launcher, where the run failed; people
     launcher              logs/torchrun.log, lock   launcher; people

@@ -43,9 +43,11 @@ def nodes(count: int, address: str = "127.0.0.1", **more: str) -> list[dict[str,
 
 @pytest.fixture(scope="module")
 def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
-    """A run on two nodes, the second started first."""
+    """A run on two nodes, the second started first; node 0 chooses the split of its steps."""
     folder = tmp_path_factory.mktemp("two")
-    config, (first, second) = write_config(folder, report_to="swanlab"), nodes(2)
+    sizes = dict(per_device_train_batch_size="auto", gradient_accumulation_steps=None)
+    config = write_config(folder, report_to="swanlab", global_batch_size=2, **sizes)
+    first, second = nodes(2)
     with Run(folder, config, "run_name=two", ranks=1, env=second) as late:
         early = run(folder, config, "run_name=two", ranks=1, env=first)
         late.wait()
@@ -57,7 +59,7 @@ def test_two_nodes_train_one_run_to_the_weights_of_one_node(
 ):
     first, second = two_nodes
     assert (first.returncode, second.returncode) == (0, 0), first.console + second.console
-    assert "x 2 processes x 1 accumulation = 2 samples per step" in first.console
+    assert "x 2 processes x 1 accumulation = 2 samples per step (auto: " in first.console
     assert losses(first.run_dir) == losses(reference.run_dir)
     assert weights(first.run_dir) == weights(reference.run_dir)
 
@@ -72,7 +74,7 @@ def test_only_the_console_of_node_0_speaks(two_nodes: tuple[Run, Run]):
 
 def test_two_nodes_make_one_run_directory_and_one_swanlab_record(two_nodes: tuple[Run, Run]):
     output = two_nodes[0].run_dir.parent
-    assert sorted(path.name for path in output.iterdir()) == ["swanlog", "two"]
+    assert sorted(path.name for path in output.iterdir()) == ["data.json", "swanlog", "two"]
     assert len(list((output / "swanlog").glob("run-*"))) == 1
 
 

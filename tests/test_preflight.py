@@ -136,7 +136,7 @@ BAD_VALUES = [
     ),
     bad(
         "fraction-for-whole-number",
-        r"per_device_train_batch_size: expected a whole number, got 2\.5",
+        r"per_device_train_batch_size: expected a whole number or auto, got 2\.5",
         per_device_train_batch_size=2.5,
     ),
     bad(

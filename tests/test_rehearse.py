@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,7 +29,8 @@ SLOW = [{"point": "slow", "step": 1}]
 
 def left_in(folder: Path) -> list[str]:
     """What a rehearsal of folder/config.yaml has left, but for what it measured."""
-    return [path.name for path in (folder / "out").glob("*") if path.name != "rehearsal.json"]
+    kept = ("rehearsal.json", "data.json")
+    return [path.name for path in (folder / "out").glob("*") if path.name not in kept]
 
 
 def read_json(path: Path) -> dict:
@@ -48,7 +50,10 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Run:
         eval_steps=5,
         val_size=8,
         save_steps=8,
-        max_samples=32,
+        max_samples=56,
+        per_device_train_batch_size="auto",
+        global_batch_size=4,
+        gradient_accumulation_steps=None,
         notify="http://127.0.0.1:9/nobody-listens",
     )
     (folder / "out" / ".rehearsal-20260101-000000" / "logs").mkdir(parents=True)
@@ -71,7 +76,7 @@ def test_with_json_stdout_is_one_object_and_the_rest_is_on_stderr(rehearsed: Run
 
 def test_it_says_what_the_whole_run_would_take(rehearsed: Run):
     figures = json.loads(rehearsed.console)
-    steps, pace = 12, figures["step_seconds"]  # 24 samples on 2 ranks
+    steps, pace = 12, figures["step_seconds"]  # 48 samples, 4 in a step
     assert figures["counts"] == {"step": 12, "checkpoint": 2, "evaluation": 3}
     expected = figures["start_seconds"] + steps * pace
     expected += 2 * figures["checkpoint_seconds"] + 3 * figures["evaluation_seconds"]
@@ -80,8 +85,18 @@ def test_it_says_what_the_whole_run_would_take(rehearsed: Run):
 
 
 def test_it_leaves_what_it_measured_and_nothing_else(rehearsed: Run):
-    assert os.listdir(rehearsed.folder / "out") == ["rehearsal.json"]
+    assert sorted(os.listdir(rehearsed.folder / "out")) == ["data.json", "rehearsal.json"]
     assert not rehearsed.left_after()
+
+
+def test_with_auto_each_split_is_tried_and_the_fastest_is_kept_for_the_run(
+    rehearsed: Run, real: Run
+):
+    kept = json.loads(rehearsed.console)["configuration"]["per_device_train_batch_size"]
+    tried = re.findall(r"^batch +(\d) per device x 2 processes", rehearsed.errors, re.MULTILINE)
+    assert sorted(tried) == ["1", "2"]
+    assert real.see(rf"^batch +{kept} per device x 2 processes .* 4 samples per step \(auto: ")
+    assert "tokenizing first" in rehearsed.errors and "tokenizing first" not in real.console
 
 
 def test_it_tells_nobody(rehearsed: Run):

@@ -61,6 +61,16 @@ def test_one_rank_continues_as_two_with_the_same_losses(whole: Run, on_one: Run)
     assert difference(done, whole) < 1e-5
 
 
+@pytest.mark.parametrize("whole", ["ZeRO-3"], indirect=True)
+def test_two_ranks_continue_with_another_split_of_the_step_and_the_same_losses(
+    whole: Run,
+) -> None:
+    split = fork(whole.run_dir, "split", 8)
+    done = train(whole.folder, "--resume", split, "per_device_train_batch_size=2")
+    assert "2 per device x 2 processes x 1 accumulation = 4 samples per step" in done.console
+    assert difference(done, whole) < 1e-5
+
+
 @pytest.mark.parametrize("whole", ["none"], indirect=True)
 def test_two_ranks_without_deepspeed_resume_to_identical_weights(whole: Run) -> None:
     done = train(whole.folder, "--resume", fork(whole.run_dir, "same", 8))
@@ -104,32 +114,63 @@ def memory_for(samples: int) -> list[dict]:
     return [{"point": "out of memory", "samples": samples}]
 
 
-@pytest.mark.parametrize("whole", ["none"], indirect=True)
-def test_a_gpu_that_is_out_of_memory_gets_half_the_micro_batch_until_it_fits(
-    whole: Run, tmp_path: Path
+TWELVE = {
+    **ALONE,
+    "save_steps": 1,
+    "global_batch_size": 12,
+    "gradient_accumulation_steps": None,
+}
+
+
+@real_fixture
+def shrunk(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that chooses its micro-batch, on a GPU that has memory for 5 samples at a time."""
+    folder = tmp_path_factory.mktemp("shrunk")
+    config = write_config(
+        folder, **TWELVE, per_device_train_batch_size="auto", overwrite_cache=True
+    )
+    return train(folder, config, ranks=1, faults=memory_for(5))
+
+
+def test_data_of_unknown_lengths_is_tokenized_first_and_only_once(shrunk: Run) -> None:
+    first, _, rest = shrunk.console.partition("\nmodel ")
+    assert first == "tokenizing first: the micro-batch goes by the lengths of the samples"
+    assert "12 per device x 1 process x 1 accumulation = 12 samples per step (auto: " in rest
+    assert "Running tokenizer" not in (shrunk.run_dir / "logs" / "rank0.log").read_text()
+    own, left = (shrunk.run_dir / "data.json", shrunk.run_dir.parent / "data.json")
+    figures = [json.loads(path.read_text()) for path in (own, left)]
+    assert figures[0]["lengths"] == figures[1]["lengths"]
+
+
+def test_a_gpu_that_is_out_of_memory_gets_the_next_smaller_micro_batch_until_it_fits(
+    shrunk: Run, tmp_path: Path
 ) -> None:
-    config = write_config(tmp_path, **ALONE, per_device_train_batch_size=4)
-    done = train(tmp_path, config, ranks=1, faults=memory_for(1))
-    asked = re.findall(r"starting again with per_device_train_batch_size=(\d)", done.console)
-    assert asked == ["2", "1"]
-    assert difference(done, whole) < 1e-5  # which has the same 4 samples per step
-    text = (done.run_dir / "config.yaml").read_text(encoding="utf-8")
-    assert "per_device_train_batch_size: 1" in text and "gradient_accumulation_steps: 4" in text
+    asked = re.findall(r"starting again with per_device_train_batch_size=(\d)", shrunk.console)
+    assert asked == ["6", "4"]
+    four = train(
+        tmp_path, write_config(tmp_path, **TWELVE, per_device_train_batch_size=4), ranks=1
+    )
+    assert losses(shrunk.run_dir) == losses(four.run_dir)
+
+
+def test_the_configuration_of_the_run_has_numbers(shrunk: Run) -> None:
+    text = (shrunk.run_dir / "config.yaml").read_text(encoding="utf-8")
+    assert "per_device_train_batch_size: 4" in text and "global_batch_size: 12" in text
 
 
 @pytest.mark.parametrize(
-    ("halvings", "in_deepspeed", "halves"),
+    ("shrunk", "in_deepspeed", "shrinks"),
     [(2, "auto", True), (3, "auto", False), (0, 16, False)],
     ids=["a third time", "not a fourth time", "not where DeepSpeed's file has it"],
 )
-def test_the_micro_batch_is_halved(
-    tmp_path: Path, halvings: int, in_deepspeed: object, halves: bool
+def test_the_micro_batch_shrinks(
+    tmp_path: Path, shrunk: int, in_deepspeed: object, shrinks: bool
 ) -> None:
     config = load_config(write_config(tmp_path, per_device_train_batch_size=16), {})
     zero = Zero(settings={"train_micro_batch_size_per_gpu": in_deepspeed})
     plan = SimpleNamespace(zero=zero)
-    launch = SimpleNamespace(config=config, plan=plan, halvings=halvings, leads=False)
-    assert Supervisor.halve_batch(launch, evaluates=False) is halves
+    launch = SimpleNamespace(config=config, plan=plan, shrunk=shrunk, leads=False)
+    assert Supervisor.shrink_batch(launch, evaluates=False) is shrinks
 
 
 @pytest.mark.real

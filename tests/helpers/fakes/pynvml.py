@@ -2,7 +2,8 @@
 
 A GPU is {name, total, used, processes, uuid, capability, unsupported}: sizes in GiB, `processes` a list of
 [pid, GiB], `capability` such as [8, 0] (the default is [9, 0]), `unsupported` the names of the calls that answer
-"Not Supported" for it; one that is `lost` has no handle. All but `total` may be left out.
+"Not Supported" for it; one that is `lost` has no handle; `nvlink` are the numbers of the GPUs that it reaches by
+NVLink. All but `total` may be left out.
 
 FAKE_GPUS_DRIVER is a JSON object {cuda, driver, unsupported, missing}: `cuda` is the driver's CUDA version as NVML
 says it (13000, the default, is 13.0), `driver` its own; `unsupported` and `missing` are the names of calls that answer
@@ -117,3 +118,9 @@ def nvmlDeviceGetComputeRunningProcesses(handle):  # noqa: N802
         SimpleNamespace(pid=pid, usedGpuMemory=int(size * GIB))
         for pid, size in handle.get("processes", [])
     ]
+
+
+@call
+def nvmlDeviceGetP2PStatus(handle, other, index):  # noqa: N802
+    has_link = other is not None and handle["index"] in other.get("nvlink", ())
+    return 0 if has_link and index == 2 else 1  # NVML_P2P_STATUS_OK, ..._CHIPSET_NOT_SUPPORTED

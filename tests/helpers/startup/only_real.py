@@ -5,7 +5,7 @@ import sys
 
 LIGHT_TEST = "LIGHT_TEST"  # the name of the test that is running, unless it is real
 # In the command that starts one.
-HEAVY = {"torch.distributed.run", "--previewer", "ask_python"}
+HEAVY = {"torch.distributed.run", "--tokenize", "ask_python"}
 
 
 def refuse_ranks(event: str, args: tuple) -> None:
