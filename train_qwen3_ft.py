@@ -484,7 +484,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     own = options.rehearse, options.score is not None, options.resume is not None
     if sum(own) > 1 or options.rehearse and (options.dry_run or options.preview):
         raise LaunchError(
-            "--rehearse and --score begin a run of their own; leave out the other option"
+            "--rehearse begins a run of its own, as --score does; leave out the other option"
         )
     split_words(options)
     return options
@@ -4436,24 +4436,25 @@ def share_text(total: float, samples: int) -> str:
     return f"{total / samples:.3f}"
 
 
-def summarize_scores(lines: list[dict]) -> dict:
-    """{name: {"first": [step, sum, samples], "best": ..., "last": ...}}; of several data sets by
-    their names, too.
-    """
+def scores_by_step(lines: list[dict]) -> dict[str, dict]:
+    """{name: {step: (sum, samples)}} in the order of steps; of several data sets by their names."""
     found: dict[str, dict] = {}
     for line in lines:
         if line.get("event") == "scores":
             for name, pair in line["counts"].items():
                 steps = found.setdefault(f"{line['name']} {name}".strip(), {})
-                steps[line["at"]] = [line["at"], *pair]
-    return {
-        name: {
-            "first": steps[min(steps)],
-            "best": max(steps.values(), key=lambda score: score[1] / score[2]),
-            "last": steps[max(steps)],
-        }
-        for name, steps in found.items()
-    }
+                steps[line["at"]] = pair
+    return {name: dict(sorted(steps.items())) for name, steps in found.items()}
+
+
+def summarize_scores(lines: list[dict]) -> dict:
+    """{name: {"first": [step, sum, samples], "best": ..., "last": ...}}."""
+    summary = {}
+    for name, pairs in scores_by_step(lines).items():
+        steps = [[step, *pair] for step, pair in pairs.items()]
+        best = max(steps, key=lambda score: score[1] / max(score[2], 1))
+        summary[name] = {"first": steps[0], "best": best, "last": steps[-1]}
+    return summary
 
 
 def score_lines(run: Run, summary: dict) -> dict[str, str]:
@@ -4585,10 +4586,10 @@ def draw_curve(run: Run) -> None:
     axes.plot(*loss, color="C0", alpha=0.3)
     axes.plot(loss[0], smoothed(loss[1]), color="C0", label="training loss, smoothed")
     axes.plot(*series(lines, "eval_loss"), "o-", color="C1", label="evaluation loss")
-    shares = draw_scores(axes, lines)
+    is_scored = draw_scores(axes, lines)
     rates.plot(*series(lines, "learning_rate"), color="C7")
     mark_epochs_and_restarts(axes, lines)
-    if not (loss[0] or shares):
+    if not (loss[0] or is_scored):
         return
     axes.set(ylabel="loss", title=run.path.name)
     rates.set(xlabel="optimizer step", ylabel="learning rate")
@@ -4602,31 +4603,25 @@ def series(lines: list[dict], key: str) -> tuple[list, list]:
 
 
 def smoothed(numbers: list[float]) -> list[float]:
-    """A running mean, of about the last 10 numbers; one that is not finite leaves a gap."""
-    mean, found = None, []
+    """A running mean of a few numbers, up to 20; one that is not finite leaves a gap."""
+    mean, found, share = None, [], max(0.05, min(1, 5 / max(len(numbers), 1)))
     for number in numbers:
         if math.isfinite(number):
-            mean = number if mean is None else 0.9 * mean + 0.1 * number
+            mean = number if mean is None else mean + share * (number - mean)
         found.append(mean if math.isfinite(number) else math.nan)
     return found
 
 
-def draw_scores(axes, lines: list[dict]) -> dict:
-    """Draw the scores on an axis of their own, from 0 to 1; returns them."""
-    shares: dict[str, list] = {}
-    for line in lines:
-        if line.get("event") == "scores":
-            for name, (total, samples) in line["counts"].items():
-                points = shares.setdefault(f"{line['name']} {name}".strip(), [])
-                points.append((line["at"], total / samples))
-    if shares:
+def draw_scores(axes, lines: list[dict]) -> bool:
+    """Draw the scores on an axis of their own, from 0 to 1, where there are any."""
+    scores = scores_by_step(lines)
+    if scores:
         right = axes.twinx()
         right.set(ylabel="score", ylim=(0, 1.02))
-        for number, (name, points) in enumerate(shares.items(), 2):
-            right.plot(
-                *zip(*sorted(points), strict=True), "s--", color=f"C{number}", label=name
-            )
-    return shares
+        for number, (name, steps) in enumerate(scores.items(), 2):
+            shares = [total / max(samples, 1) for total, samples in steps.values()]
+            right.plot([*steps], shares, "s--", color=f"C{number}", label=name)
+    return bool(scores)
 
 
 def mark_epochs_and_restarts(axes, lines: list[dict]) -> None:
@@ -6827,12 +6822,23 @@ class Database:
         rows, tables = self.outcome(reference)
         if self.alike(([], {}), (rows, tables), False):
             return "have an empty result"
-        # SQLite's own way to show what only happens to be in order.
+        ordered = has_order(reference)
+        for other in self.other_orders(reference, ordered):
+            if not self.alike((rows, tables), other, ordered):
+                return "are ambiguous: it depends on the order of rows, or of equal ones"
+        return ""
+
+    def other_orders(self, reference: str, ordered: bool) -> list[tuple]:
+        """Outcomes where rows that nothing orders, and equal ones, come in another order."""
+        found = []
         self.own("PRAGMA reverse_unordered_selects = ON")
-        other = self.outcome(reference)
+        with contextlib.suppress(Exception):  # it may take too long; DISTINCT takes no random()
+            found.append(self.outcome(reference))
+            by = r"(?is)(.*\border\s+by\b.*?)(\blimit\b.*)?$"
+            for _ in range(4 if ordered else 0):
+                found.append(self.outcome(re.sub(by, r"\1, random() \2", reference, count=1)))
         self.own("PRAGMA reverse_unordered_selects = OFF")
-        is_same = self.alike((rows, tables), other, has_order(reference))
-        return "" if is_same else "are ambiguous: it depends on the order of rows"
+        return found
 
 
 def has_order(statement: str) -> bool:

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from helpers.launcher import says
+from helpers.config import write_config as write_base_config
+from helpers.launcher import Run as Started
+from helpers.launcher import metrics, says, train, weights
+from helpers.real import real_fixture
 from train_qwen3_ft import (
     IGNORED,
     Database,
@@ -37,6 +40,9 @@ CREATE TABLE many (n INTEGER);
 WITH RECURSIVE r(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM r WHERE n < 3000)
 INSERT INTO many SELECT n FROM r;
 """
+
+
+AMBIGUOUS = "are ambiguous: it depends on the order of rows, or of equal ones"
 
 
 @pytest.fixture
@@ -159,18 +165,18 @@ UNLIKE = [
 
 
 @pytest.mark.parametrize(
-    ("answer", "reference"), [row[1:] for row in ALIKE], ids=[row[0] for row in ALIKE]
+    ("answer", "wanted"), [row[1:] for row in ALIKE], ids=[row[0] for row in ALIKE]
 )
-def test_an_answer_that_does_the_same_is_right(judge, answer, reference) -> None:
-    row = judge(answer, reference)
+def test_an_answer_that_does_the_same_is_right(judge, answer, wanted) -> None:
+    row = judge(answer, wanted)
     assert (row["execution"], row["error"]) == (1.0, "")
 
 
 @pytest.mark.parametrize(
-    ("answer", "reference"), [row[1:] for row in UNLIKE], ids=[row[0] for row in UNLIKE]
+    ("answer", "wanted"), [row[1:] for row in UNLIKE], ids=[row[0] for row in UNLIKE]
 )
-def test_an_answer_that_does_something_else_is_wrong(judge, answer, reference) -> None:
-    assert judge(answer, reference)["execution"] == 0.0
+def test_an_answer_that_does_something_else_is_wrong(judge, answer, wanted) -> None:
+    assert judge(answer, wanted)["execution"] == 0.0
 
 
 def test_a_write_is_undone(judge) -> None:
@@ -216,11 +222,14 @@ def test_rows_are_compared_as_a_multiset_within_rounding() -> None:
 
 
 @pytest.mark.parametrize(
-    ("reference", "problem"),
+    ("statement", "problem"),
     [
         ("SELECT name FROM cities WHERE id = 9", "have an empty result"),
         ("DELETE FROM cities WHERE id = 9", "have an empty result"),
-        ("SELECT name FROM cities LIMIT 1", "are ambiguous: it depends on the order of rows"),
+        ("SELECT name FROM cities LIMIT 1", AMBIGUOUS),
+        ("SELECT name FROM cities ORDER BY id > 2 LIMIT 1", AMBIGUOUS),
+        ("SELECT name FROM cities ORDER BY id > 2", AMBIGUOUS),
+        ("SELECT DISTINCT name FROM cities ORDER BY name", ""),
         ("SELECT name FROM cities ORDER BY id LIMIT 1", ""),
         ("SELECT COUNT(*) FROM cities WHERE id = 9", ""),
         ("DELETE FROM cities", ""),
@@ -230,9 +239,9 @@ def test_rows_are_compared_as_a_multiset_within_rounding() -> None:
         ),
     ],
 )
-def test_references_that_judge_poorly_are_named(script: Path, reference, problem) -> None:
+def test_references_that_judge_poorly_are_named(script: Path, statement, problem) -> None:
     judge = Judge(Values(score="sql", score_database=str(script)))
-    assert judge.describe(reference, "")[0] == problem
+    assert judge.describe(statement, "")[0] == problem
 
 
 # --- foreign SQL
@@ -518,3 +527,74 @@ def test_a_curve_with_scores_epochs_and_a_restart_is_drawn(tmp_path: Path) -> No
     run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     draw_curve(run)
     assert (run.path / "training_loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --- a real run
+
+SCORED = {
+    "eval_dataset": "code2sql_heldout",
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "score_samples": 5,  # three on one rank and two on the other
+    "metric_for_best_model": "brevity",
+    "load_best_model_at_end": True,
+}
+# Answers become shorter while the loss falls.
+LENGTH = (
+    "def score(answer, reference, prompt):\n    return {'brevity': 1 / (1 + len(answer))}\n"
+)
+
+
+@real_fixture
+def best(tmp_path_factory: pytest.TempPathFactory) -> Started:
+    """The base configuration's run with scores, whose rank 1 is killed in its third evaluation."""
+    folder = tmp_path_factory.mktemp("best")
+    (folder / "length.py").write_text(LENGTH)
+    config = write_base_config(folder, **SCORED, score=str(folder / "length.py"))
+    return train(folder, config, faults=[{"point": "kill in scoring", "step": 3, "rank": 1}])
+
+
+def scored_steps(run_dir: Path, name: str) -> dict[int, float]:
+    """{step: share} of a score."""
+    lines = [line for line in metrics(run_dir) if line.get("event") == "scores"]
+    return {line["at"]: line["counts"][name][0] / line["counts"][name][1] for line in lines}
+
+
+def test_a_rank_that_is_killed_while_it_scores_costs_a_restart(best: Started) -> None:
+    says(best.console, r"^restart 1 of 3: resuming from checkpoint-4$")
+    assert sorted(scored_steps(best.run_dir, "brevity")) == [2, 4, 6, 8, 10, 12]
+
+
+def test_scores_change_no_weight(best: Started, reference) -> None:
+    """Nor do the evaluations, the restart in between, and the choice of the best."""
+    last = "checkpoint-12"
+    assert weights(best.run_dir / last) == weights(reference.run_dir / last)
+
+
+def test_the_model_is_that_of_the_best_score_and_not_of_the_lowest_loss(best: Started) -> None:
+    scores = scored_steps(best.run_dir, "brevity")
+    wanted = max(scores, key=scores.get)
+    lines = metrics(best.run_dir)
+    losses = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+    assert wanted != min(losses, key=losses.get)
+    assert weights(best.run_dir) == weights(best.run_dir / f"checkpoint-{wanted}")
+
+
+def test_each_evaluation_leaves_its_answers(best: Started) -> None:
+    for step in (2, 12):
+        lines = (best.run_dir / "scores" / f"step-{step}.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        assert len(rows) == 5
+        assert all(
+            "Write the SQL of this" in row["prompt"] and row["reference"] for row in rows
+        )
+
+
+def test_a_checkpoint_scored_alone_has_the_scores_of_its_evaluation(
+    best: Started, tmp_path: Path
+) -> None:
+    done = train(tmp_path, "--score", best.run_dir / "checkpoint-12", "run_name=alone")
+    alone = best.run_dir.with_name("alone") / "scores" / "step-0.jsonl"
+    assert alone.read_text() == (best.run_dir / "scores" / "step-12.jsonl").read_text()
+    says(done.console, r"^state +finished$")
+    says(done.console, r"^brevity +0\.\d+ \(step 0\)$")
