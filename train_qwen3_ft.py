@@ -12,6 +12,8 @@ Usage: python train_qwen3_ft.py [CONFIG.yaml] [key=value ...] [option ...]
     --preview [N]       N samples (default 2) as the model will see them, and the data's figures
     --rehearse          a few steps of the run on its devices, measured, then removed
     --resume [RUN_DIR]  continue RUN_DIR, or the newest unfinished run under output_dir
+    --score [MODEL]     score a run, a checkpoint or a model folder (default: the configuration's
+                        own model) on the evaluation data; trains nothing
     --json              with --dry-run or --rehearse: the same as one JSON object
     --force             start anyway: an estimate, a busy GPU or an untested version stops nothing,
                         and what the run proves of itself is only said
@@ -19,8 +21,9 @@ Usage: python train_qwen3_ft.py [CONFIG.yaml] [key=value ...] [option ...]
 CONFIG is a LLaMA-Factory training YAML. The launcher adds keys of its own: cuda_visible_devices
 (GPU ids as nvidia-smi shows them; CUDA_VISIBLE_DEVICES in the environment wins),
 global_batch_size (samples per optimizer step; gradient accumulation follows from the number of
-GPUs), max_restarts (default 3), hang_timeout (seconds, default 600) and notify (a URL that gets
-the summary as JSON when the run ends). The script starts torchrun on itself, one process per GPU.
+GPUs), max_restarts (default 3), hang_timeout (seconds, default 600), notify (a URL that gets
+the summary as JSON when the run ends) and the three of the scores. The script starts torchrun on
+itself, one process per GPU.
 
 The preflight checks before anything starts, and reports all problems at once: keys, types and
 choices against the installed LLaMA-Factory; keys that exclude each other; model, data and
@@ -32,13 +35,18 @@ the longest samples first, and one checkpoint, says what they took, and leaves n
 
 Everything of a run is in <output_dir>/<YYYYmmdd-HHMMSS> (run_name=NAME replaces the timestamp):
 config.yaml (can be launched again), plan.json, data.json, metrics.jsonl, logs/rank<R>.log,
-checkpoint-N/, training_loss.png, summary.json and the model. Beside it, <output_dir>/swanlog has
-the SwanLab records of all runs.
+scores/, checkpoint-N/, training_loss.png, summary.json and the model. Beside it,
+<output_dir>/swanlog has the SwanLab records of all runs.
 
 Ctrl-C, SIGTERM or a file STOP in the run directory: the run saves a checkpoint at the end of
 the step and stops; --resume continues it, on any number of GPUs. A file SAVE: it saves one and
 goes on. After a crash or a hang the launcher restarts from the last checkpoint; a run that
 diverges ends, with its good checkpoints.
+
+Is it any good? With score: exact, sql (needs score_database: an SQLite file or a .sql script) or
+my_scores.py (has score(answer, reference, prompt)) each evaluation lets the model answer
+score_samples prompts (default 100) of the evaluation data, under any ZeRO stage, and counts what is
+right: eval_exact, eval_execution, eval_NAME. metric_for_best_model may name them.
 
 The run proves itself. Before its first step the ranks compare what trainer and engine will do with
 what was asked, themselves with one another, and after a resume what was loaded with what was
@@ -52,15 +60,15 @@ chapter reads top-down: what calls stands above what it calls, each check with i
 
     types      what a run is made of: problems, Values, Config, Devices, Model, Plan, Preflight
     LAUNCHER   main; command line; preflight; configuration; keys (also the launcher's own);
-               devices and nodes; packages; model and DeepSpeed; data; plan; rules between keys;
-               resume; the plan for people and as data; SwanLab's settings; rehearsal; launch;
-               supervision (stop, hang watch); console; SwanLab's process; why a run
-               failed; summary
+               devices and nodes; packages; model and DeepSpeed; data; scores; plan; rules
+               between keys; resume; the plan for people and as data; SwanLab's settings;
+               rehearsal; launch; supervision (stop, hang watch); console; SwanLab's process;
+               why a run failed; scores for people; summary
     RANK       one process per device, started by torchrun: training arguments, the callback
-               (stop, commit, metrics, divergence); the proofs; resume on another number of
-               ranks; the data as the model sees it
+               (stop, commit, metrics, divergence); scores; the proofs; resume on another number
+               of ranks; the data as the model sees it
     TRACKER    one process per launch: metrics.jsonl -> SwanLab
-    SHARED     the run directory, checkpoints, files and processes
+    SHARED     the run directory, checkpoints, judging answers, files and processes
 """
 
 from __future__ import annotations
@@ -2250,16 +2258,9 @@ def estimate_phases(plan: Plan) -> dict[str, dict[str, int]]:
 
 def score_bytes(plan: Plan, room: float) -> int:
     """Bytes of the answers that a rank gives at once: as many as there is room for."""
-    values, batch = plan.values, most_answers(plan.values, plan.world_size)
+    values, own = plan.values, math.ceil(plan.values.score_samples / plan.world_size)
     one = answer_bytes(plan.model.shape, values.cutoff_len, activation_bytes(values))
-    return one * max(min(batch, int(room // one)), 1)
-
-
-def most_answers(values: Values, ranks: int) -> int:
-    """Answers that a rank gives at once where memory allows. An answer needs the logits of its last
-    token only, so a batch of an evaluation needs far more memory; halved, it halves this one.
-    """
-    return min(16 * values.per_device_eval_batch_size, math.ceil(values.score_samples / ranks))
+    return int(one * max(min(own, room // one), 1))
 
 
 def answer_bytes(shape: dict, tokens: int, width: int) -> int:
@@ -3822,7 +3823,8 @@ class Supervisor:
         self.console.close()
         if self.tracker:
             self.tracker.finish(state, cause)
-        is_wanted = state != "finished" or self.config.values.plot_loss is not False
+        values = self.config.values
+        is_wanted = values.do_train and (state != "finished" or values.plot_loss is not False)
         if is_wanted and not self.run.is_rehearsal:
             with contextlib.suppress(Exception):  # a full disk; the summary matters more
                 draw_curve(self.run)
@@ -4329,7 +4331,8 @@ CAUSES = (
     ),
     (
         rf"(?s)evaluation_loop.*({NO_MEMORY})",
-        f"{OUT_OF_MEMORY} in an evaluation: use a smaller per_device_eval_batch_size",
+        f"{OUT_OF_MEMORY} in an evaluation: use a smaller per_device_eval_batch_size, or fewer "
+        "score_samples",
     ),
     (
         NO_MEMORY,
@@ -5335,8 +5338,8 @@ class Scorer:
     def check_references(self) -> None:
         """Before the first evaluation; rank 0 names the references that are poor judges."""
         callback = self.callback
-        given = callback.trainer._gen_kwargs  # an evaluation forgets LLaMA-Factory's
-        self.ends, self.pad = given["eos_token_id"], given["pad_token_id"]
+        tokens = callback.trainer._gen_kwargs  # an evaluation forgets LLaMA-Factory's
+        self.ends, self.pad = tokens["eos_token_id"], tokens["pad_token_id"]
         data = self.whole or callback.trainer.eval_dataset
         if not callback.state.is_world_process_zero:
             return
@@ -5357,15 +5360,12 @@ class Scorer:
 
     def require_metric(self, given: set, kinds: dict) -> None:
         """End the run before step 1 where a script gives no score, or not the one that decides."""
-        metric = (self.values.metric_for_best_model or "loss").removeprefix("eval_")
-        missing = given == {"exact"} or not {metric, metric.rpartition("_")[2]} & {
-            *given,
-            "loss",
-        }
-        if self.judge.script and missing:
+        metric = self.values.metric_for_best_model or "loss"
+        if self.judge.script and (len(given) == 1 or not metric.endswith((*given, "loss"))):
             raise RuntimeError(
-                f"score: the script gives {', '.join(sorted(given - {'exact'})) or 'no score'}; "
-                f"metric_for_best_model: {metric} {''.join([*kinds][:1])}"
+                f"score: the script gives {', '.join(given - {'exact'}) or 'nothing'}; expected "
+                f"a number or {{name: number}}, and metric_for_best_model, {metric}, among them; "
+                + next(iter(kinds))
             )
 
     def score(self, name: str, dataset) -> dict[str, float]:
@@ -5395,23 +5395,26 @@ class Scorer:
         order = sorted(range(len(samples)), key=lambda index: -len(samples[index].prompt))
         longest = max(len(sample.reference) for sample in samples)
         new = longest + longest // 4 + 8
-        size = self.batch_size(len(samples[order[0]].prompt) + new)
+        count = math.ceil(len(samples) / args.world_size)
+        size = self.batch_size(count, len(samples[order[0]].prompt) + new)
         own, answers = order[args.process_index :: args.world_size], {}
-        for start in range(0, math.ceil(len(samples) / args.world_size), size):
+        for start in range(0, count, size):
             batch = own[start : start + size] or order[:1]
             tokens = self.generate([samples[index].prompt for index in batch], new)
             answers.update(zip(batch, tokens, strict=True))
         return {index: answers[index] for index in own}
 
-    def batch_size(self, tokens: int) -> int:
-        """Answers at once: as many as the memory of the rank that has least of it holds."""
+    def batch_size(self, count: int, tokens: int) -> int:
+        """How many of `count` answers at once: as the rank that has least memory can hold."""
         import torch
 
         model, args = self.callback.trainer.model, self.callback.trainer.args
         shape = model.config.get_text_config().to_dict()
-        size = most_answers(self.values, args.world_size)
         one = answer_bytes(shape, tokens, activation_bytes(self.values))
-        while size > 1 and not has_room(size * one, args.device):
+        key = "per_device_eval_batch_size"  # which the launcher halves after an evaluation ran out
+        planned = self.callback.run.read("plan.json")["configuration"][key]
+        size = math.ceil(count * self.values[key] / planned)
+        while size > 1 and not has_room(size * one, args):
             size = math.ceil(size / 2)
         least = torch.tensor(size, device=args.device)
         torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
@@ -5451,15 +5454,12 @@ class Scorer:
 
     def judge_answers(self, samples: list[Sample], answers: dict) -> list[dict]:
         """The rows of scores/: each rank judges its own answers, all ranks get all rows."""
-        own, ends = {}, self.ends
-        for index, said in answers.items():
-            tokens = list(itertools.takewhile(lambda token: token not in ends, said))
+        own = {}
+        for index, answer in answers.items():
             sample = samples[index]
-            texts = map(self.text, (sample.prompt, tokens, sample.reference))
-            prompt, answer, reference = texts
-            scores = self.judge.judge(answer, reference, prompt)
-            own[index] = {"prompt": prompt, "answer": answer, "reference": reference, **scores}
-            own[index]["tokens"] = len(tokens)
+            parts = {"prompt": sample.prompt, "answer": answer, "reference": sample.reference}
+            texts = {name: self.text(tokens) for name, tokens in parts.items()}
+            own[index] = texts | self.judge.judge(**texts)
             self.callback.tell("scoring")
         rows: dict[int, dict] = {}
         for others in gather(own):
@@ -5478,10 +5478,8 @@ class Scorer:
         main = [*counts][-1]
         wrong = sorted((row for row in rows if row.get(main, 1) < 1), key=lambda row: row[main])
         shown = [{key: row[key][:1000] for key in ("answer", "reference")} for row in wrong[:3]]
-        figures = {"seconds": seconds, "tokens_generated": sum(row["tokens"] for row in rows)}
-        self.callback.write(
-            event="scores", at=at, name=name, counts=counts, wrong=shown, **figures
-        )
+        more = {"counts": counts, "wrong": shown, "seconds": seconds}
+        self.callback.write(event="scores", at=at, name=name, **more)
 
 
 def split_sample(ids: list[int], labels: list[int]) -> Sample:
@@ -5509,14 +5507,16 @@ def count_scores(rows: list[dict], wanted: Iterable[str]) -> dict[str, list]:
     return counts
 
 
-def has_room(count: int, device) -> bool:
-    """Whether a GPU can hold so many bytes more; a CPU is not asked."""
+def has_room(count: int, args) -> bool:
+    """Whether each rank of this node can have so many bytes more."""
+    import psutil
     import torch
 
-    if device.type == "cpu":
-        return True
+    if args.device.type == "cpu":
+        ranks = int(os.environ["LOCAL_WORLD_SIZE"])
+        return ranks * count < psutil.virtual_memory().available / 2
     try:
-        torch.empty(count, dtype=torch.uint8, device=device)
+        torch.empty(count, dtype=torch.uint8, device=args.device)
     except torch.OutOfMemoryError:
         return False
     finally:
@@ -6425,6 +6425,7 @@ class Run:
     you                   SAVE                      ranks, at the end of each step
     rank 0                metrics.jsonl             launcher (console, summary), tracker
     rank 0                data.json, Modelfile      launcher, ranks (settings); people
+    rank 0                scores/step-N.jsonl       people: every scored answer
     each rank             logs/rank<R>.progress     launcher (hang watch, bar): `12 training`
     each rank             logs/rank<R>.log, .error  launcher, where the run failed; people
     launcher              logs/torchrun.log, lock   launcher; people
@@ -6440,6 +6441,9 @@ class Run:
     {..., "loss": 7.28, "grad_norm": 1.9, "learning_rate": 0.003, "epoch": 0.08}  and what else
                                                                  the trainer logs, eval_loss too
     {..., "event": "note", "text": "checkpoint-4 is saved, ..."} for the console
+    {..., "event": "scores", "at": 12, "name": "", "counts": {"exact": [93.0, 100]},
+     "wrong": [{"answer": "...", "reference": "..."}], "seconds": 3.1}
+                                                                 before an evaluation's numbers
     {..., "event": "end", "state": "finished", "cause": "", "figures": {"step_seconds": 0.5, ...}}
     """
 
@@ -6702,7 +6706,7 @@ def named_scores(scores: object) -> dict[str, float]:
 
 
 UNJUDGED = "not judged"
-UNSCORED = ("prompt", "answer", "reference", "error", "tokens")  # of a row of scores/, no score
+UNSCORED = ("prompt", "answer", "reference", "error")  # of a row of scores/, no score
 
 
 class UnjudgedError(Exception):

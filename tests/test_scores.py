@@ -23,7 +23,6 @@ from train_qwen3_ft import (
     draw_curve,
     has_order,
     lost_part,
-    most_answers,
     plain_answer,
     same_rows,
     score_lines,
@@ -367,15 +366,6 @@ def test_the_last_part_that_is_learned_is_the_reference() -> None:
 def test_a_reference_that_was_cut_is_known_by_its_end() -> None:
     assert lost_part([IGNORED, 5, 9], {9}) == 0
     assert lost_part([IGNORED, 5, 6], {9}) == 1
-
-
-@pytest.mark.parametrize(
-    ("values", "ranks", "wanted"),
-    [({}, 1, 100), ({}, 8, 13), ({"score_samples": 5000}, 1, 128), ({"per_device_eval_batch_size": 1}, 1, 16)],
-    ids=["all", "a rank's part", "16 evaluation batches", "smaller after a halving"],
-)  # fmt: skip
-def test_as_many_answers_at_once_as_there_are(values: dict, ranks: int, wanted: int) -> None:
-    assert most_answers(Values(values), ranks) == wanted
 
 
 def test_an_answer_of_14b_takes_what_its_cache_and_one_layer_take() -> None:
