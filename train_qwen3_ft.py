@@ -149,10 +149,9 @@ OPTIONAL = """
     load_best_model_at_end lr_scheduler_kwargs lr_scheduler_type max_samples
     metric_for_best_model model_name_or_path model_revision neat_packing packing plot_loss
     predict_with_generate pref_loss project pure_bf16 report_to resize_vocab
-    resume_from_checkpoint save_only_model save_total_limit score score_database seed streaming
-    swanlab_logdir
-    swanlab_mode swanlab_project swanlab_run_name swanlab_workspace template tokenized_path
-    train_from_scratch train_sampling_strategy use_cpu use_swanlab warmup_ratio warmup_steps
+    resume_from_checkpoint save_only_model save_total_limit score score_database streaming
+    swanlab_logdir swanlab_mode swanlab_project swanlab_run_name swanlab_workspace template
+    tokenized_path train_from_scratch train_sampling_strategy use_cpu use_swanlab warmup_ratio warmup_steps
     weight_decay
 """.split()
 # The defaults of LLaMA-Factory and transformers for the keys that the plan and the rules read, and
@@ -5319,7 +5318,8 @@ class Scorer:
         """The rows that are scored, the same each time: drawn by seed, with a reference that
         cutoff_len has left whole.
         """
-        order = random.Random(self.values.seed).sample(range(len(dataset)), len(dataset))
+        drawn = random.Random(self.callback.trainer.args.seed)
+        order = drawn.sample(range(len(dataset)), len(dataset))
         ends, found = set(self.ends), []
         for index in order:
             row = dataset[index]

@@ -546,7 +546,8 @@ def best(tmp_path_factory: pytest.TempPathFactory) -> Started:
 
 def scored_steps(run_dir: Path, name: str) -> dict[int, float]:
     """{step: share} of a score."""
-    lines = [line for line in metrics(run_dir) if line.get("event") == "scores"]
+    lines = [line for line in Run(run_dir).read_metrics() if line.get("event") == "scores"]
+    assert all(line["counts"][name][1] == SCORED["score_samples"] for line in lines)
     return {line["at"]: line["counts"][name][0] / line["counts"][name][1] for line in lines}
 
 

@@ -105,9 +105,12 @@ def test_the_demo_shows_how_much_its_model_answers(demo: Run) -> None:
     says(demo.console, r"^wrong 1 +\S")
 
 
-def test_the_demo_s_wrong_answers_are_in_swanlab(demo: Run) -> None:
+def test_scores_and_wrong_answers_are_in_swanlab(demo: Run) -> None:
     [folder] = records(demo.run_dir.parent / "swanlog")
-    assert list(read_record(folder)["points"]["eval/exact"])
+    shares = dict(read_record(folder)["points"]["eval/exact"])
+    assert shares[max(shares)] >= 0.85
+    texts = [path.read_text() for path in folder.glob("media/text/*.txt")]
+    assert texts and all("wanted: " in text for text in texts)
 
 
 def test_the_summary_names_what_the_user_needs(demo: Run) -> None:
