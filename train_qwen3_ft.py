@@ -151,8 +151,8 @@ OPTIONAL = """
     predict_with_generate pref_loss project pure_bf16 report_to resize_vocab
     resume_from_checkpoint save_only_model save_total_limit score score_database streaming
     swanlab_logdir swanlab_mode swanlab_project swanlab_run_name swanlab_workspace template
-    tokenized_path train_from_scratch train_sampling_strategy use_cpu use_swanlab warmup_ratio warmup_steps
-    weight_decay
+    tokenized_path train_from_scratch train_sampling_strategy use_cpu use_swanlab warmup_ratio
+    warmup_steps weight_decay
 """.split()
 # The defaults of LLaMA-Factory and transformers for the keys that the plan and the rules read, and
 # those of the launcher's own keys.

@@ -5,6 +5,7 @@ import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,6 +18,7 @@ from train_qwen3_ft import (
     Database,
     Judge,
     Run,
+    Scorer,
     Values,
     answer_bytes,
     count_scores,
@@ -361,6 +363,20 @@ def test_the_last_part_that_is_learned_is_the_reference() -> None:
     labels = [IGNORED, 2, 3, IGNORED, IGNORED, 6, 7, IGNORED]
     sample = split_sample([1, 2, 3, 4, 5, 6, 7, 8], labels)
     assert (sample.prompt, sample.reference) == ([1, 2, 3, 4, 5], [6, 7])
+
+
+def test_all_ranks_draw_the_same_whole_samples() -> None:
+    rows = [{"input_ids": [n, 5, 9], "labels": [IGNORED, 5, 9]} for n in range(100)]
+    rows += [{"input_ids": [100, 5], "labels": [IGNORED, 5]}]  # its reference was cut
+    drawn = []
+    for _ in ("rank 0", "rank 1"):
+        trainer = SimpleNamespace(args=SimpleNamespace(seed=42))
+        config = SimpleNamespace(values=Values(score="exact", score_samples=500))
+        scorer = Scorer(SimpleNamespace(trainer=trainer, config=config))
+        scorer.ends = [9]
+        drawn.append([sample.prompt for sample in scorer.samples(rows)])
+    assert drawn[0] == drawn[1]
+    assert sorted(drawn[0]) == [[n] for n in range(100)] != drawn[0]
 
 
 def test_a_reference_that_was_cut_is_known_by_its_end() -> None:
