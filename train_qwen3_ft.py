@@ -12,6 +12,8 @@ Usage: python train_qwen3_ft.py [CONFIG.yaml] [key=value ...] [option ...]
     --preview [N]       N samples (default 2) as the model will see them, and the data's figures
     --rehearse          a few steps of the run on its devices, measured, then removed
     --resume [RUN_DIR]  continue RUN_DIR, or the newest unfinished run under output_dir
+    --score [MODEL]     score a run, a checkpoint or a model folder (default: the configuration's
+                        own model) on the evaluation data; trains nothing
     --json              with --dry-run or --rehearse: the same as one JSON object
     --force             start anyway: an estimate, a busy GPU or an untested version stops nothing,
                         and what the run proves of itself is only said
@@ -20,8 +22,9 @@ CONFIG is a LLaMA-Factory training YAML. The launcher adds keys of its own: cuda
 (GPU ids as nvidia-smi shows them; CUDA_VISIBLE_DEVICES in the environment wins),
 global_batch_size (samples per optimizer step; gradient accumulation follows from the number of
 GPUs; with per_device_train_batch_size: auto the launcher splits the step, by the lengths of the
-samples, the memory and the links), max_restarts (default 3), hang_timeout (seconds, default 600)
-and notify (a URL that gets the summary as JSON when the run ends). The script starts torchrun on
+samples, the memory and the links), max_restarts (default 3), hang_timeout (seconds, default
+600), notify (a URL that gets the summary as JSON when the run ends) and the three of the scores:
+score, score_samples and score_database. The script starts torchrun on
 itself, one process per GPU.
 
 The preflight checks before anything starts, and reports all problems at once: keys, types and
@@ -36,13 +39,18 @@ splits, and the run takes the fastest.
 
 Everything of a run is in <output_dir>/<YYYYmmdd-HHMMSS> (run_name=NAME replaces the timestamp):
 config.yaml (can be launched again), plan.json, data.json, metrics.jsonl, logs/rank<R>.log,
-checkpoint-N/, training_loss.png, summary.json and the model. Beside it, <output_dir>/swanlog has
-the SwanLab records of all runs.
+scores/, checkpoint-N/, training_loss.png, summary.json and the model. Beside it,
+<output_dir>/swanlog has the SwanLab records of all runs.
 
 Ctrl-C, SIGTERM or a file STOP in the run directory: the run saves a checkpoint at the end of
 the step and stops; --resume continues it, on any number of GPUs. A file SAVE: it saves one and
 goes on. After a crash or a hang the launcher restarts from the last checkpoint; a run that
 diverges ends, with its good checkpoints.
+
+Is it any good? With score: exact, sql (needs score_database: an SQLite file or a .sql script) or
+my_scores.py (has score(answer, reference, prompt)) each evaluation lets the model answer
+score_samples prompts (default 100) of the evaluation data, under any ZeRO stage, and counts what is
+right: eval_exact, eval_execution, eval_NAME. metric_for_best_model may name them.
 
 The run proves itself. Before its first step the ranks compare what trainer and engine will do with
 what was asked, themselves with one another, and after a resume what was loaded with what was
@@ -57,19 +65,21 @@ chapter reads top-down: what calls stands above what it calls, each check with i
     types      what a run is made of: problems, Values, Config, Devices, Model, Plan, Preflight
     LAUNCHER   main; command line; preflight; configuration; keys (also the launcher's own);
                devices and nodes; packages; model and DeepSpeed; data, and how long its samples
-               are; plan; the split of a step; rules between keys; resume; the plan for people
-               and as data; SwanLab's settings; rehearsal; launch; supervision (stop, hang
-               watch); console; children beside the ranks; why a run failed; summary
+               are; scores; plan; the split of a step; rules between keys; resume; the plan for
+               people and as data; SwanLab's settings; rehearsal; launch; supervision (stop,
+               hang watch); console; children beside the ranks; why a run failed; scores for
+               people; summary
     RANK       one process per device, started by torchrun: training arguments, the callback
-               (stop, commit, metrics, divergence); the proofs; resume on another number of
-               ranks; the data as the model sees it
+               (stop, commit, metrics, divergence); scores; the proofs; resume on another number
+               of ranks; the data as the model sees it
     TRACKER    one process per launch: metrics.jsonl -> SwanLab
-    SHARED     the run directory, checkpoints, files and processes
+    SHARED     the run directory, checkpoints, judging answers, files and processes
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import copy
 import csv
@@ -83,6 +93,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import select
 import shlex
@@ -133,6 +144,7 @@ SPLIT = ("per_device_train_batch_size", ACCUMULATION)  # of a step
 OUT_OF_MEMORY = "a GPU is out of memory"
 DATA_FILE = "data.json"  # in a run, and beside the runs from a preview or a rehearsal
 PADDED_TO = 8  # LLaMA-Factory pads a batch to a multiple of it
+SCORES = {"exact": ("exact",), "sql": ("exact", "execution")}  # what `score` gives; or a script
 
 Environment = dict[str, str]  # the environment variables of a process
 
@@ -141,13 +153,13 @@ OPTIONAL = """
     adam_beta1 adam_beta2 adam_epsilon bf16 bf16_full_eval cache_dir compute_accuracy
     dataloader_drop_last dataloader_num_workers deepspeed disable_gradient_checkpointing
     disable_shuffling do_eval do_predict enable_liger_kernel eval_dataset eval_on_each_dataset
-    eval_steps flash_attn fp16 fp16_full_eval fsdp global_batch_size learning_rate
+    eval_on_start eval_steps flash_attn fp16 fp16_full_eval fsdp global_batch_size learning_rate
     load_best_model_at_end lr_scheduler_kwargs lr_scheduler_type max_samples
-    metric_for_best_model model_name_or_path model_revision neat_packing packing
+    metric_for_best_model model_name_or_path model_revision neat_packing packing plot_loss
     predict_with_generate pref_loss project pure_bf16 report_to resize_vocab
-    resume_from_checkpoint save_only_model save_total_limit streaming swanlab_logdir
-    swanlab_mode swanlab_project swanlab_run_name swanlab_workspace template tokenized_path
-    plot_loss train_from_scratch train_sampling_strategy use_cpu use_swanlab warmup_ratio
+    resume_from_checkpoint save_only_model save_total_limit score score_database streaming
+    swanlab_logdir swanlab_mode swanlab_project swanlab_run_name swanlab_workspace template
+    tokenized_path train_from_scratch train_sampling_strategy use_cpu use_swanlab warmup_ratio
     warmup_steps weight_decay
 """.split()
 # The defaults of LLaMA-Factory and transformers for the keys that the plan and the rules read, and
@@ -155,6 +167,8 @@ OPTIONAL = """
 DEFAULTS = dict.fromkeys(OPTIONAL) | {
     "max_restarts": 3,
     "hang_timeout": 600,
+    "score_samples": 100,
+    "do_train": True,
     "stage": "sft",
     "finetuning_type": "lora",
     "dataset_dir": "data",
@@ -506,6 +520,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("words", nargs="*")
     parser.add_argument("--preview", nargs="?", const="2")
     parser.add_argument("--resume", nargs="?", const="")
+    parser.add_argument("--score", nargs="?", const="")
     for name in ("--dry-run", "--rehearse", "--json", "--force"):
         parser.add_argument(name, action="store_true")
     for name in ("--tracker", "--tokenize"):  # processes that the launcher has started
@@ -513,21 +528,29 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_intermixed_args(argv)
     if options.json and not (options.dry_run or options.rehearse):
         raise LaunchError("--json goes with --dry-run or --rehearse")
-    if options.rehearse and (options.dry_run or options.preview or options.resume is not None):
-        raise LaunchError("--rehearse begins a run of its own; leave out the other option")
+    own = options.rehearse, options.score is not None, options.resume is not None
+    if sum(own) > 1 or options.rehearse and (options.dry_run or options.preview):
+        raise LaunchError(
+            "--rehearse begins a run of its own, as --score does; leave out the other option"
+        )
     return argparse.Namespace(**vars(options) | sorted_words(options))
 
 
 def sorted_words(options: argparse.Namespace) -> dict:
-    """`config`, `overrides`, `preview` and `resume`: what follows one of these two options may not
-    be meant for it.
+    """`config`, `overrides`, `preview`, `resume` and `score`: what follows one of the last three
+    options may not be meant for it.
     """
     words, samples, run_dir = options.words, options.preview, options.resume
+    scored = options.score
     if samples and not samples.isdecimal():
         words, samples = [samples, *words], "2"  # --preview CONFIG.yaml: no N was given
     if run_dir and (OVERRIDE.match(run_dir) or os.path.isfile(run_dir)):
         words, run_dir = [run_dir, *words], ""  # --resume CONFIG.yaml key=value: no RUN_DIR
+    if scored and (OVERRIDE.match(scored) or os.path.isfile(scored)):
+        words, scored = [scored, *words], ""  # --score CONFIG.yaml: no MODEL was given
     paths = [word for word in words if not OVERRIDE.match(word)]
+    if scored and not paths:
+        paths = own_configuration(scored)
     if len(paths) > 1:
         hint = "; write key=value without spaces" if "=" in paths else ""
         shown = hide_values(" ".join(words))
@@ -542,7 +565,14 @@ def sorted_words(options: argparse.Namespace) -> dict:
         "overrides": dict(word.split("=", 1) for word in words if OVERRIDE.match(word)),
         "preview": samples,
         "resume": run_dir,
+        "score": scored,
     }
+
+
+def own_configuration(model: str) -> list[str]:
+    """The configuration that a run or a checkpoint was trained with, where it is there."""
+    places = (Path(model, "config.yaml"), Path(model).parent / "config.yaml")
+    return [str(path) for path in places if path.is_file()][:1]
 
 
 def hide_values(text: str) -> str:
@@ -622,6 +652,7 @@ def preflight(options: argparse.Namespace, env: Environment, run: Run | None) ->
         problems.attempt(require_packages, "deepspeed")
     problems += check_packages(config, zero, env)
     problems += check_other_models(config)
+    check_scores(config, problems)
     where = config.where("model_name_or_path")
     model = problems.attempt(read_model, config.values, where=where) or Model("unknown")
     data = inspect_data(config, "dataset", problems)
@@ -661,6 +692,8 @@ def chosen_config(options: argparse.Namespace, run: Run | None) -> Config:
     config = load_config(run.config_file if run else options.config, options.overrides)
     if run:
         config = resumed_config(config, run)
+    if options.score is not None:
+        config = score_config(config, options.score)
     return preview_config(config) if options.preview else config
 
 
@@ -715,6 +748,7 @@ MODEL_PATHS = ("model_name_or_path", *OTHER_MODELS)
 OUTPUT_PATHS = ("output_dir", "cache_dir", "swanlab_logdir", "profiler_output_dir")
 PATHS = (
     *"deepspeed dataset_dir media_dir resume_from_checkpoint tokenized_path fsdp_config".split(),
+    *("score", "score_database"),
     *MODEL_PATHS,
     *OUTPUT_PATHS,
 )
@@ -828,6 +862,8 @@ def resolve_paths(values: dict) -> dict:
         text = values.get(key)
         if not isinstance(text, str) or text.startswith(("ONLINE", "REMOTE:")):
             continue
+        if key == "score" and not text.endswith(".py"):
+            continue
         text = os.path.expanduser(text)
         path = text if key in OUTPUT_PATHS else find_input(text)
         is_hub_id = key in MODEL_PATHS and not os.path.exists(path)
@@ -925,6 +961,9 @@ LAUNCHER_FIELDS = {
     "max_restarts": Field({"int"}),
     "hang_timeout": Field({"int"}),
     "notify": Field({"str"}),
+    "score": Field({"str"}),
+    "score_samples": Field({"int"}),
+    "score_database": Field({"str"}),
 }
 # Enumerations stand before the fields that name them.
 SOURCES = """
@@ -982,7 +1021,7 @@ RANGES = (
         """
         per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps
         global_batch_size cutoff_len max_samples buffer_size preprocessing_num_workers
-        preprocessing_batch_size ddp_timeout hang_timeout
+        preprocessing_batch_size ddp_timeout hang_timeout score_samples
         """,
     ),
     (
@@ -2066,6 +2105,65 @@ for file in folder.rglob("data-*.arrow"):
 found = {"lengths": sorted(count.items())}
 print(json.dumps(found | ({"evaluated": evaluated} if evaluated else {})))
 """
+# --- scores, before the start -------------------------------------------------------------------
+
+# What an evaluation alone does not need.
+NOT_SCORED = """
+    eval_on_start load_best_model_at_end metric_for_best_model early_stopping_steps do_predict
+    resume_from_checkpoint global_batch_size
+""".split()
+
+
+def only_scores(values: Values) -> bool:
+    """Whether a model is scored and not trained."""
+    return bool(values.score and values.do_eval and not values.do_train)
+
+
+def score_config(config: Config, model: str) -> Config:
+    """What --score changes: one evaluation of `model` ('': the configuration's own), no training.
+
+    DeepSpeed evaluates without an optimizer under ZeRO-3 alone; below it the weights fit anyway.
+    """
+    values = config.values
+    changes = dict.fromkeys(NOT_SCORED) | {"do_train": False, "do_eval": True}
+    changes |= {"eval_strategy": "no", "save_strategy": "no", "score": values.score or "exact"}
+    changes["score_samples"] = values.score_samples
+    if "run_name" not in config.overridden:
+        changes["run_name"] = time.strftime("score-%Y%m%d-%H%M%S")
+    if values.eval_dataset:
+        changes["dataset"] = None
+    if (Problems().attempt(read_deepspeed, values) or Zero()).stage < 3:
+        changes["deepspeed"] = None
+    if model:
+        name = str(Path(model).resolve()) if os.path.isdir(model) else model
+        changes |= {"train_from_scratch": None, "adapter_name_or_path": None}
+        key = "model_name_or_path"
+        if os.path.isfile(f"{name}/adapter_config.json"):
+            key, changes["finetuning_type"] = "adapter_name_or_path", "lora"
+        changes[key] = name
+    return config.update(**changes)
+
+
+def check_scores(config: Config, problems: Problems) -> None:
+    """Gather what is wrong with the database or the script of the scores."""
+    path, script = config.values.score_database, str(config.values.score)
+    if path and config.values.score == "sql":
+        problems.attempt(Database, Path(path), where=config.where("score_database"))
+    if script.endswith(".py"):
+        problems.attempt(check_script, Path(script), where=config.where("score"))
+
+
+def check_script(path: Path) -> None:
+    """Raises LaunchError where a script has no function score()."""
+    wanted = "expected a Python file with def score(answer, reference, prompt)"
+    try:
+        names = [getattr(node, "name", "") for node in ast.parse(path.read_bytes()).body]
+    except OSError as error:
+        raise LaunchError(f"{describe_os_error(error)}; {wanted}") from None
+    except (SyntaxError, ValueError) as error:
+        raise LaunchError(f"{path}: {error}; {wanted}") from None
+    if "score" not in names:
+        raise LaunchError(f"{path}: has no function score; {wanted}")
 
 
 # --- plan ---------------------------------------------------------------------------------------
@@ -2095,6 +2193,7 @@ KNOWN_FOR_MEMORY = {
     "stage": LOGIT_BYTES,
     "optim": OPTIMIZER_BYTES,
     "flash_attn": (None, "auto", "sdpa", "fa2"),
+    "do_train": (True,),
 }
 UNKNOWN_MEMORY = (
     "fsdp use_galore use_apollo use_badam use_adam_mini use_muon use_mca use_hyper_parallel use_kt "
@@ -2167,6 +2266,8 @@ def plan_steps(rows: list[int | None], values: dict, world_size: int) -> Steps:
     groups them, the last group of an epoch may be short.
     """
     values = Values(values)
+    if not values.do_train:
+        return Steps(None, None, None, "nothing is trained")
     fixed = values.max_steps if values.max_steps > 0 else None
     reason = uncountable_reason(rows, values)
     if reason:
@@ -2197,6 +2298,9 @@ def estimate(plan: Plan) -> Plan:
         return plan
     states, host = estimate_states(plan)
     phases = estimate_phases(plan)
+    if values.score:
+        beside = (plan.device_bytes or math.inf) - sum(states.values())
+        phases["scores"] = {"answers": score_bytes(plan, beside)}
     largest = max(phases, key=lambda phase: sum(phases[phase].values()))
     memory = states | phases[largest]
     return replace(plan, phase=largest, memory=memory, host_memory=host)
@@ -2303,6 +2407,26 @@ def estimate_phases(plan: Plan) -> dict[str, dict[str, int]]:
             "logits": tokens * shape["vocab_size"] * eval_logit,
         }
     return phases
+
+
+def score_bytes(plan: Plan, room: float) -> int:
+    """Bytes of the answers that a rank gives at once: as many as there is room for."""
+    values, own = plan.values, math.ceil(plan.values.score_samples / plan.world_size)
+    one = answer_bytes(plan.model.shape, values.cutoff_len, activation_bytes(values))
+    return int(one * max(min(own, room // one), 1))
+
+
+def answer_bytes(shape: dict, tokens: int, width: int) -> int:
+    """Bytes that one answer takes, its prompt included, at most, by a model's config.json: keys and
+    values of all layers, what one layer computes of the prompt, the logits of the last token; a
+    quarter more, since the keys and values are copied as they grow.
+    """
+    hidden, heads = shape.get("hidden_size", 0), shape.get("num_attention_heads", 1)
+    head = shape.get("head_dim") or hidden // heads
+    keys = 2 * head * (shape.get("num_key_value_heads") or heads)
+    layer = 6 * hidden + 3 * shape.get("intermediate_size", 0)
+    kept = (shape.get("num_hidden_layers", 0) * keys + layer) * width * tokens
+    return int(1.25 * (kept + 10 * shape.get("vocab_size", 0))) + 1
 
 
 def activations_per_token(plan: Plan, is_padded: bool) -> tuple[int, int]:
@@ -2757,10 +2881,14 @@ def missing_metric(v: Values) -> str:
         known.append("accuracy")
     if v.predict_with_generate:  # without labels there is no loss
         known = ["rouge-1", "rouge-2", "rouge-l", "bleu-4"]
+    if v.score:
+        known += SCORES.get(v.score, ("exact",))
     if v.eval_on_each_dataset:
         known = [f"{name}_{key}" for name in name_list(v.eval_dataset) for key in known]
     if v.eval_strategy == "no" or metric in known or (v.stage != "sft" and metric != "loss"):
         return ""
+    if v.score and v.score not in SCORES and v.metric_for_best_model:
+        return ""  # what a script gives is seen before step 1
     return " or ".join(known)
 
 
@@ -2876,7 +3004,7 @@ RULES = (
     ),
     # evaluation, and which checkpoint is the best
     (
-        "eval_strategy do_eval do_predict predict_with_generate",
+        "eval_strategy do_eval do_predict predict_with_generate score",
         lambda v: not v.eval_dataset and not v.val_size,
         "there is nothing to evaluate on; set eval_dataset or val_size, or turn evaluation off",
     ),
@@ -2921,12 +3049,40 @@ RULES = (
         "metric_for_best_model",
         missing_metric,
         "evaluation does not give it; set metric_for_best_model: {} (for accuracy also "
-        "compute_accuracy: true)",
+        "compute_accuracy: true, for exact score: exact, for execution score: sql)",
     ),
     (
         "load_best_model_at_end",
         lambda v: not v.metric_for_best_model and missing_metric(v),
         "needs a metric that evaluation gives; set metric_for_best_model: {}",
+    ),
+    # scores
+    (
+        "score",
+        lambda v: v.score not in SCORES and not v.score.endswith(".py"),
+        "expected exact, sql, or a script such as my_scores.py",
+    ),
+    (
+        "score",
+        lambda v: v.eval_strategy == "no" and not (v.do_eval or v.eval_on_start),
+        "nothing is evaluated; set eval_strategy: steps, or do_eval: true for one score at the end",
+    ),
+    (
+        "score",
+        lambda v: v.score == "sql" and not v.score_database,
+        "sql needs score_database: an SQLite file, or a .sql script with schema and rows",
+    ),
+    needs("score", "stage", "sft"),
+    needs("score_database", "score", "sql"),
+    (
+        "score_samples",
+        lambda v: "score_samples" in v and not v.score,
+        "needs score: exact or sql",
+    ),
+    keep_one(
+        "packing neat_packing train_on_prompt streaming predict_with_generate fsdp use_unsloth "
+        "use_kt use_mca use_hyper_parallel",
+        "score",
     ),
     (
         "lr_scheduler_type",
@@ -2988,6 +3144,8 @@ def check_rules(config: Config, plan: Plan) -> Iterator[str]:
         "do_train": "nothing would be trained; set do_train: true",
         "dataset": "no data to train on; name a data set of dataset_info.json",
     }
+    if only_scores(plan.values):
+        required = without(required, "do_train", "dataset")
     for key, text in required.items():
         if not config.values.get(key) and key not in config.refused:
             yield f"{config.where(key)}: {text}"
@@ -3208,6 +3366,7 @@ def plan_lines(plan: Plan) -> dict[str, str]:
         "longest": describe_longest(plan),
         "steps": describe_steps(plan),
         "schedule": describe_schedule(values),
+        "scores": describe_scores(values),
         **resource_lines(plan),
         "faster": suggest_split(plan),
     }
@@ -3287,6 +3446,14 @@ def describe_interval(values: Values, verb: str, noun: str, key: str) -> str:
     every = f"{steps:g} of all steps" if steps < 1 else plural(int(steps), "step")
     words = {"no": f"no {noun}", "best": f"{verb} the best", "epoch": f"{verb} every epoch"}
     return words.get(values[f"{key}_strategy"], f"{verb} every {every}")
+
+
+def describe_scores(values: Values) -> str:
+    """What is scored in each evaluation; '' for nothing."""
+    if not values.score:
+        return ""
+    names = " and ".join(SCORES.get(values.score, [values.score]))
+    return f"{names} of {values.score_samples} answers, at most, in each evaluation"
 
 
 def resource_lines(plan: Plan) -> dict[str, str]:
@@ -3919,7 +4086,8 @@ class Supervisor:
         if state == "diverged":
             cause = f"diverged at step {end['step']}: {cause}"
         # Of a rehearsal node 0 has removed everything by then, perhaps.
-        if state == "finished" and not (self.run.is_rehearsal or has_weights(self.run.path)):
+        has_model = has_weights(self.run.path) or not self.config.values.do_train
+        if state == "finished" and not (self.run.is_rehearsal or has_model):
             return Ending("failed", f"training ended, but {self.run.path} has no model weights")
         return Ending(state, cause)
 
@@ -4010,7 +4178,9 @@ class Supervisor:
         self.console.close()
         for child in self.children:
             child.finish(state, cause)
-        if not (state == "finished" or self.run.is_rehearsal):
+        values = self.config.values
+        is_wanted = values.do_train and (state != "finished" or values.plot_loss is not False)
+        if is_wanted and not self.run.is_rehearsal:
             with contextlib.suppress(Exception):  # a full disk; the summary matters more
                 draw_curve(self.run)
         summary = summarize(self.run, state, cause, self.started)
@@ -4253,6 +4423,7 @@ class Console:
         self.bar, self.begin, self.evaluated = None, {}, set()
         self.spoke, self.due = 0.0, 0.0  # when the last line was, and the step of the next one
         self.knows_data = False
+        self.scores: dict[tuple, str] = {}  # by step and data set
 
     def show_data(self, run: Run) -> None:
         """The figures of the tokenized data, once."""
@@ -4268,6 +4439,8 @@ class Console:
             self.open_bar()
         elif line.get("event") == "note":
             say(line["text"])
+        elif line.get("event") == "scores":
+            self.scores[line["step"], line["name"]] = score_text(line["counts"])
         elif "loss" in line:
             self.show_loss(line)
         else:
@@ -4314,9 +4487,10 @@ class Console:
                 self.evaluated.add(seen)
                 text = f"step {line['step']}/{self.begin['total_steps']}  evaluation loss "
                 text += f"{line[name]:.4f}"
-                if found[1]:
-                    text += f" on {found[1].rstrip('_')}"
-                say(text)
+                data = (found[1] or "").rstrip("_")
+                if data:
+                    text += f" on {data}"
+                say(text + self.scores.get((line["step"], data), ""))
 
     def advance(self, run: Run) -> None:
         """Move the bar to the step that rank 0 has done."""
@@ -4513,7 +4687,8 @@ CAUSES = (
     ),
     (
         rf"(?s)evaluation_loop.*({NO_MEMORY})",
-        f"{OUT_OF_MEMORY} in an evaluation: use a smaller per_device_eval_batch_size",
+        f"{OUT_OF_MEMORY} in an evaluation: use a smaller per_device_eval_batch_size, or fewer "
+        "score_samples",
     ),
     (
         NO_MEMORY,
@@ -4600,12 +4775,72 @@ def disk_is_full(folder: Path) -> bool:
     return free_bytes(folder) < 16 << 20
 
 
+# --- scores, for people -------------------------------------------------------------------------
+
+
+def score_text(counts: dict) -> str:
+    """`  exact 93 of 100 (+-5)  execution 95 of 100`, from {name: [sum, samples]}."""
+    parts = [f"  {name} {share_text(*pair)}" for name, pair in counts.items()]
+    total, samples = next(iter(counts.values()))
+    # The 95 % interval of Agresti and Coull (1998), which has a width at 0 and at 100 % too.
+    share = (total + 2) / (samples + 4)
+    parts[0] += f" (+-{1.96 * samples * math.sqrt(share * (1 - share) / (samples + 4)):.0f})"
+    return "".join(parts)
+
+
+def share_text(total: float, samples: int) -> str:
+    """`93 of 100`; a mean where the numbers are not counted."""
+    if total == int(total):
+        return f"{total:.0f} of {samples}"
+    return f"{total / samples:.3f}"
+
+
+def scores_by_step(lines: list[dict]) -> dict[str, dict]:
+    """{name: {step: (sum, samples)}} in the order of steps; of several data sets by their names."""
+    found: dict[str, dict] = {}
+    for line in lines:
+        if line.get("event") == "scores":
+            for name, pair in line["counts"].items():
+                steps = found.setdefault(f"{line['name']} {name}".strip(), {})
+                steps[line["at"]] = pair
+    return {name: dict(sorted(steps.items())) for name, steps in found.items()}
+
+
+def summarize_scores(lines: list[dict]) -> dict:
+    """{name: {"first": [step, sum, samples], "best": ..., "last": ...}}."""
+    summary = {}
+    for name, pairs in scores_by_step(lines).items():
+        steps = [[step, *pair] for step, pair in pairs.items()]
+        best = max(steps, key=lambda score: score[1] / max(score[2], 1))
+        summary[name] = {"first": steps[0], "best": best, "last": steps[-1]}
+    return summary
+
+
+def score_lines(run: Run, summary: dict) -> dict[str, str]:
+    """The scores of a run for people: {label: text}, and answers that were wrong at last."""
+    lines = {}
+    for name, scores in summary["scores"].items():
+        if scores["first"] == scores["last"]:
+            scores = {"": scores["last"]}
+        lines[name] = ", ".join(
+            f"{when} {share_text(total, samples)} (step {step})".strip()
+            for when, (step, total, samples) in scores.items()
+        )
+    for number, row in enumerate(summary["wrong_answers"], 1):
+        lines[f"wrong {number}"] = " ".join(row["answer"].split()) or "(no answer)"
+        lines[f"wanted {number}"] = " ".join(row["reference"].split())
+    if lines:
+        lines["answers"] = str(run.path / "scores")
+    return lines
+
+
 # --- summary ------------------------------------------------------------------------------------
 
 
 # What the ranks measure: in seconds, in bytes, and as a share.
 MEASURED = """
-    step_seconds checkpoint_seconds evaluation_seconds peak_memory peak_rank input_wait
+    step_seconds checkpoint_seconds evaluation_seconds score_seconds peak_memory peak_rank
+    input_wait
 """.split()
 
 
@@ -4623,6 +4858,7 @@ def summarize(run: Run, state: str, cause: str, started: float) -> dict:
     newest = next(iter(run.checkpoints()), run.path)
     files = read_json_or_empty(newest / MANIFEST).get("files", {})
     model = run.path if finished else good
+    wrong = logged(lines, "wrong")
     return {
         "run": str(run.path),
         "state": state,
@@ -4638,6 +4874,8 @@ def summarize(run: Run, state: str, cause: str, started: float) -> dict:
         "checkpoint_bytes": sum(files.values()) or None,
         **dict.fromkeys(MEASURED),
         **figures,
+        "scores": summarize_scores(lines),
+        "wrong_answers": wrong[-1] if wrong else [],
         "checkpoints": [path.name for path in run.checkpoints() if (path / MANIFEST).exists()],
         "curve": str(curve) if curve.exists() else None,
         "dashboard": run.read("logs/swanlab.json").get("dashboard"),
@@ -4702,16 +4940,61 @@ def draw_curve(run: Run) -> None:
     """Draw training_loss.png from metrics.jsonl, where there is anything to draw."""
     from matplotlib.figure import Figure
 
-    figure, lines = Figure(figsize=(8, 5)), run.read_metrics()
-    axes = figure.subplots()
-    for key, label in (("loss", "training loss"), ("eval_loss", "evaluation loss")):
-        steps = [line["step"] for line in lines if key in line]
-        if steps:
-            axes.plot(steps, logged(lines, key), ".-", label=label)
-    if axes.lines:
-        axes.set(xlabel="optimizer step", ylabel="loss", title=run.path.name)
-        axes.legend()
-        figure.savefig(run.path / "training_loss.png", dpi=120)
+    figure, lines = Figure(figsize=(10, 6), layout="constrained"), run.read_metrics()
+    axes, rates = figure.subplots(2, sharex=True, height_ratios=(5, 1))
+    loss = series(lines, "loss")
+    axes.plot(*loss, color="C0", alpha=0.3)
+    axes.plot(loss[0], smoothed(loss[1]), color="C0", label="training loss, smoothed")
+    axes.plot(*series(lines, "eval_loss"), "o-", color="C1", label="evaluation loss")
+    is_scored = draw_scores(axes, lines)
+    rates.plot(*series(lines, "learning_rate"), color="C7")
+    mark_epochs_and_restarts(axes, lines)
+    if not (loss[0] or is_scored):
+        return
+    axes.set(ylabel="loss", title=run.path.name)
+    rates.set(xlabel="optimizer step", ylabel="learning rate")
+    figure.legend(loc="outside upper right", ncols=5, fontsize="small")
+    figure.savefig(run.path / "training_loss.png", dpi=120)
+
+
+def series(lines: list[dict], key: str) -> tuple[list, list]:
+    """The steps at which a number was logged, and the numbers."""
+    return [line["step"] for line in lines if key in line], logged(lines, key)
+
+
+def smoothed(numbers: list[float]) -> list[float]:
+    """A running mean of a few numbers, up to 20; one that is not finite leaves a gap."""
+    mean, found, share = None, [], max(0.05, min(1, 5 / max(len(numbers), 1)))
+    for number in numbers:
+        if math.isfinite(number):
+            mean = number if mean is None else mean + share * (number - mean)
+        found.append(mean if math.isfinite(number) else math.nan)
+    return found
+
+
+def draw_scores(axes, lines: list[dict]) -> bool:
+    """Draw the scores on an axis of their own, from 0 to 1, where there are any."""
+    scores = scores_by_step(lines)
+    if scores:
+        right = axes.twinx()
+        right.set(ylabel="score", ylim=(0, 1.02))
+        for number, (name, steps) in enumerate(scores.items(), 2):
+            shares = [total / max(samples, 1) for total, samples in steps.values()]
+            right.plot([*steps], shares, "s--", color=f"C{number}", label=name)
+    return bool(scores)
+
+
+def mark_epochs_and_restarts(axes, lines: list[dict]) -> None:
+    """A dotted line where an epoch ends, unless there are too many, a red one at a restart."""
+    ends: dict[int, int] = {}
+    for line in lines:
+        ends.setdefault(int(line.get("epoch", 0)), line["step"])
+    marks = [step for epoch, step in ends.items() if epoch and len(ends) <= 20]
+    starts = [line["step"] for line in lines if line.get("event") == "begin"]
+    for places, color, label in ((marks, "C7", "epoch"), (starts[1:], "C3", "restart")):
+        for step in places:
+            axes.axvline(step, color=color, linestyle=":", label=label)
+            label = "_"  # one entry of the legend
 
 
 DIVERGED_HINT = (
@@ -4736,13 +5019,14 @@ def print_summary(run: Run, config: Config, summary: dict) -> None:
         commands = model_commands(Path(summary["model"]), config.values)
     if not resume and state != "finished":
         resume = "there is no checkpoint to resume from"
-    total = summary["total_steps"] or "an unknown number"
+    total, trains = summary["total_steps"] or "an unknown number", config.values.do_train
     print_lines(
         {
-            "state": f"{state} at step {summary['steps']} of {total}",
+            "state": f"{state} at step {summary['steps']} of {total}" if trains else state,
             "cause": state != "failed" and summary["cause"],
             "hint": state == "diverged" and DIVERGED_HINT,
             "loss": loss,
+            **score_lines(run, summary),
             "time": time,
             **figures,
             "checkpoints": ", ".join(summary["checkpoints"]),
@@ -4904,6 +5188,9 @@ def train(run: Run, env: Environment) -> None:
     callback_class = type("RankCallback", (RankCallback, TrainerCallback), {})
     callback = callback_class(run, config, Asked(args, checkpoint, handover))
     hold_trainer(callback)
+    if config.values.score:
+        callback.scorer = Scorer(callback)
+        score_evaluations(callback)
     saved_by = checkpoint and read_json_or_empty(checkpoint / MANIFEST).get("world_size")
     if config.values.deepspeed and saved_by not in (None, ranks):
         reshard_on_load()
@@ -4920,11 +5207,10 @@ def train(run: Run, env: Environment) -> None:
 
 def unused_packages(values: Values) -> set[str]:
     """What LLaMA-Factory and its libraries import wherever it is installed, though this run does
-    not use it: sklearn is for assisted decoding, the others are for keys that are off.
+    not use it: sklearn is for assisted decoding, and the launcher draws the curve.
     """
     used = {BACKENDS[name] for name in tracking_backends(values)}
-    unused = {"sklearn", *BACKENDS.values()} - used - {"transformers"}
-    return unused if values.plot_loss else unused | {"matplotlib"}
+    return {"sklearn", "matplotlib", *BACKENDS.values()} - used - {"transformers"}
 
 
 def import_trainer(env: Environment, unused: set[str]) -> Callable:
@@ -5019,6 +5305,7 @@ def build_training_args(config: Config, run: Run, checkpoint: Path | None) -> di
         args["dataloader_num_workers"] = values.dataloader_num_workers or 1
     # The callback rotates; overwrite_output_dir would delete the log at each restart.
     left_out = {*LAUNCHER_FIELDS, "use_swanlab", "save_total_limit", "overwrite_output_dir"}
+    left_out.add("plot_loss")  # the launcher draws
     left_out |= {key for key in args if key.startswith("swanlab_")}
     if values.deepspeed:  # with use_cpu transformers would not initialize DeepSpeed
         left_out.add("use_cpu")
@@ -5070,6 +5357,7 @@ class RankCallback:
         # In seconds; a step with its wait for data, without saving and evaluating.
         self.waits, self.steps, self.saves, self.evaluations = [], [], [], []
         self.lapped, self.figures = 0.0, {}
+        self.scorer, self.scorings, self.evaluating = None, [], 0.0
         self.batches = 1  # evaluations in one; a rehearsal's evaluates one batch of so many
         self.progress = run.logs / f"rank{os.environ['RANK']}.progress"
 
@@ -5082,6 +5370,8 @@ class RankCallback:
         # A resumed run would go by the checkpoint's save_steps and others.
         state.compute_steps(args, state.max_steps)
         self.prove(loaded)
+        if self.scorer:
+            self.scorer.check_references()
         if self.agree(args) == STOP:
             self.ending = Ending("stopped")
             raise Stopped
@@ -5188,7 +5478,8 @@ class RankCallback:
 
     def on_evaluate(self, args, state, control, **kwargs):
         self.tell("saving")  # which may follow
-        self.evaluations.append(self.lap())
+        self.evaluations.append(self.evaluating + self.lap())
+        self.evaluating = 0.0
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self.commit_saved(args, state)
@@ -5213,7 +5504,9 @@ class RankCallback:
         self.figures = {
             "step_seconds": statistics.median(self.steps or [0]),
             "checkpoint_seconds": statistics.median(self.saves or [0]),
-            "evaluation_seconds": statistics.median(self.evaluations or [0]) * self.batches,
+            "evaluation_seconds": statistics.median(self.evaluations or [0]) * self.batches
+            + statistics.median(self.scorings or [0]),
+            "score_seconds": statistics.median(self.scorings or [0]),
             "peak_memory": peak,
             "peak_rank": rank,
             "input_wait": max(wait for _, _, wait in gathered),
@@ -5245,7 +5538,7 @@ class RankCallback:
 
         Each line has time (seconds since 1970), step and tokens. A log of the trainer adds its
         numbers; `event: begin`, at each start, total_steps; `event: note` a text for the user;
-        `event: end` state, cause and figures.
+        `event: scores` what Scorer found; `event: end` state, cause and figures.
         """
         if not self.state.is_world_process_zero:
             return
@@ -5330,6 +5623,277 @@ def gather(own: object) -> list:
     gathered = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, own)
     return gathered
+
+
+# --- scores -------------------------------------------------------------------------------------
+#
+# After the loss of each evaluation all ranks give answers to its prompts, each judges its own, and
+# all of them put the same numbers into the evaluation's metrics, before anybody reads these.
+
+
+# The model's own generation_config.json may sample; training has switched the cache off.
+NEUTRAL = {
+    "do_sample": False,
+    "num_beams": 1,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 50,
+    "repetition_penalty": 1.0,
+    "use_cache": True,
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A row of the evaluation data: all before the last part that is learned, and that part."""
+
+    prompt: list[int]
+    reference: list[int]
+
+
+def score_evaluations(callback: RankCallback) -> None:
+    """Let the trainer score in each of its evaluations."""
+    from transformers import Trainer
+
+    evaluate = Trainer.evaluation_loop
+
+    def evaluate_and_score(trainer, loader, *args, metric_key_prefix="eval", **options):
+        if callback.state is None:  # nothing is trained
+            callback.trainer, callback.state = trainer, trainer.state
+            callback.write(event="begin", total_steps=0)
+            callback.scorer.check_references()
+            callback.lap()
+        options["metric_key_prefix"] = metric_key_prefix
+        output = evaluate(trainer, loader, *args, **options)
+        callback.evaluating = callback.lap()
+        name = metric_key_prefix.removeprefix("eval").removeprefix("_")
+        shares = callback.scorer.score(name, loader.dataset)
+        output.metrics.update(
+            {f"{metric_key_prefix}_{key}": share for key, share in shares.items()}
+        )
+        return output
+
+    Trainer.evaluation_loop = evaluate_and_score
+
+
+class Scorer:
+    """Has the model answer the prompts of an evaluation, and judges the answers."""
+
+    def __init__(self, callback: RankCallback):
+        self.callback, self.values = callback, callback.config.values
+        self.judge = Judge(self.values)
+        self.known: dict[tuple, dict] = {}  # by data set and step of the weights
+        self.whole = None  # the data set, where a rehearsal evaluates a part of it
+        self.ends, self.pad = [], 0  # the tokens that end and that fill up an answer
+
+    def samples(self, dataset) -> list[Sample]:
+        """The rows that are scored, the same each time: drawn by seed, with a reference that
+        cutoff_len has left whole.
+        """
+        drawn = random.Random(self.callback.trainer.args.seed)
+        order = drawn.sample(range(len(dataset)), len(dataset))
+        ends, found = set(self.ends), []
+        for index in order:
+            row = dataset[index]
+            if lost_part(row["labels"], ends) == 0:
+                found.append(split_sample(row["input_ids"], row["labels"]))
+            if len(found) == self.values.score_samples:
+                break
+        if not found:
+            raise RuntimeError("score: cutoff_len leaves no reference whole; raise it")
+        return found
+
+    def text(self, tokens: list[int]) -> str:
+        """Tokens as text, without special ones."""
+        return self.callback.trainer.processing_class.decode(tokens, skip_special_tokens=True)
+
+    def check_references(self) -> None:
+        """Before the first evaluation; rank 0 names the references that are poor judges."""
+        callback = self.callback
+        tokens = callback.trainer._gen_kwargs  # an evaluation forgets LLaMA-Factory's
+        self.ends, self.pad = tokens["eos_token_id"], tokens["pad_token_id"]
+        data = self.whole or callback.trainer.eval_dataset
+        if not callback.state.is_world_process_zero:
+            return
+        for dataset in data.values() if isinstance(data, dict) else [data]:
+            kinds: dict[str, list[str]] = {}
+            given = set()
+            for sample in self.samples(dataset):
+                prompt, reference = self.text(sample.prompt), self.text(sample.reference)
+                problem, row = self.judge.describe(reference, prompt)
+                kinds.setdefault(problem, []).append(plain_answer(reference))
+                given |= row.keys() - UNSCORED
+                callback.tell("scoring")
+            self.require_metric(given, kinds)
+            count = sum(map(len, kinds.values()))
+            for problem, found in without(kinds, "").items():
+                text = f"{len(found)} of {count} references {problem}: {found[0]}"
+                callback.write(event="note", text=f"scores: {text}")
+
+    def require_metric(self, given: set, kinds: dict) -> None:
+        """End the run before step 1 where a script gives no score, or not the one that decides."""
+        metric = self.values.metric_for_best_model or "loss"
+        if self.judge.script and (len(given) == 1 or not metric.endswith((*given, "loss"))):
+            raise RuntimeError(
+                f"score: the script gives {', '.join(given - {'exact'}) or 'nothing'}; expected "
+                f"a number or {{name: number}}, and metric_for_best_model, {metric}, among them; "
+                + next(iter(kinds))
+            )
+
+    def score(self, name: str, dataset) -> dict[str, float]:
+        """{"exact": 0.93, ...}: the shares of right answers, the same on all ranks."""
+        state, args = self.callback.state, self.callback.trainer.args
+        at = state.global_step
+        if args.load_best_model_at_end and not self.callback.trainer.is_in_train:
+            at = state.best_global_step or at  # the best weights are loaded by now
+        if (name, at) not in self.known:
+            begun, samples = time.perf_counter(), self.samples(self.whole or dataset)
+            self.callback.tell("scoring")
+            answers = self.answer(samples)
+            rows = self.judge_answers(samples, answers)
+            seconds = time.perf_counter() - begun
+            counts = count_scores(rows, SCORES.get(self.values.score, ()))
+            shares = {key: total / max(of, 1) for key, (total, of) in counts.items()}
+            self.known[name, at] = shares
+            self.record(name, at, rows, counts, seconds)
+            self.callback.scorings.append(self.callback.lap())
+        return self.known[name, at]
+
+    def answer(self, samples: list[Sample]) -> dict[int, list[int]]:
+        """This rank's answers by the sample's number. All ranks have as many batches: a rank that
+        has no sample left repeats one, since each token is a collective of all.
+        """
+        args = self.callback.trainer.args
+        order = sorted(range(len(samples)), key=lambda index: -len(samples[index].prompt))
+        longest = max(len(sample.reference) for sample in samples)
+        new = longest + longest // 4 + 8
+        count = math.ceil(len(samples) / args.world_size)
+        size = self.batch_size(count, len(samples[order[0]].prompt) + new)
+        own, answers = order[args.process_index :: args.world_size], {}
+        for start in range(0, count, size):
+            batch = own[start : start + size] or order[:1]
+            tokens = self.generate([samples[index].prompt for index in batch], new)
+            answers.update(zip(batch, tokens, strict=True))
+        return {index: answers[index] for index in own}
+
+    def batch_size(self, count: int, tokens: int) -> int:
+        """How many of `count` answers at once: as the rank that has least memory can hold."""
+        import torch
+
+        model, args = self.callback.trainer.model, self.callback.trainer.args
+        shape = model.config.get_text_config().to_dict()
+        one = answer_bytes(shape, tokens, activation_bytes(self.values))
+        key = "per_device_eval_batch_size"  # which the launcher halves after an evaluation ran out
+        planned = self.callback.run.read("plan.json")["configuration"][key]
+        size = math.ceil(count * self.values[key] / planned)
+        while size > 1 and not has_room(size * one, args):
+            size = math.ceil(size / 2)
+        least = torch.tensor(size, device=args.device)
+        torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
+        return int(least.item())
+
+    def generate(self, prompts: list[list[int]], new: int) -> list[list[int]]:
+        """The tokens that the model says after each prompt, at most `new`, greedily."""
+        import torch
+        from transformers import GenerationConfig
+
+        trainer = self.callback.trainer
+        width = max(map(len, prompts))
+        # On the left, whatever side the tokenizer pads in training.
+        ids = [[self.pad] * (width - len(prompt)) + prompt for prompt in prompts]
+        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        greedy = GenerationConfig(
+            **NEUTRAL,
+            max_new_tokens=new,
+            eos_token_id=self.ends,
+            pad_token_id=self.pad,
+        )
+
+        def go_on(ids, scores, **options):
+            self.callback.tell("scoring")
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+        # inference_mode would break ZeRO-3's layers for the training that follows. The trainer has
+        # put the model into evaluation, without gradient checkpointing, and takes it out again.
+        with torch.no_grad(), trainer.accelerator.autocast():
+            output = trainer.model.generate(
+                input_ids=torch.tensor(ids, device=trainer.args.device),
+                attention_mask=torch.tensor(mask, device=trainer.args.device),
+                generation_config=greedy,
+                stopping_criteria=[go_on],
+            )
+        return output[:, width:].tolist()
+
+    def judge_answers(self, samples: list[Sample], answers: dict) -> list[dict]:
+        """The rows of scores/: each rank judges its own answers, all ranks get all rows."""
+        own = {}
+        for index, answer in answers.items():
+            sample = samples[index]
+            parts = {"prompt": sample.prompt, "answer": answer, "reference": sample.reference}
+            texts = {name: self.text(tokens) for name, tokens in parts.items()}
+            own[index] = texts | self.judge.judge(**texts)
+            self.callback.tell("scoring")
+        rows: dict[int, dict] = {}
+        for others in gather(own):
+            rows |= others
+        return [rows[index] for index in sorted(rows)]
+
+    def record(self, name: str, at: int, rows: list, counts: dict, seconds: float) -> None:
+        """On rank 0: write scores/step-N.jsonl, and the counts for launcher and tracker."""
+        if not self.callback.state.is_world_process_zero:
+            return
+        file = f"step-{at}-{name}" if name else f"step-{at}"
+        path = self.callback.run.path / "scores" / f"{file}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_atomically(path, "".join(lines))
+        main = [*counts][-1]
+        wrong = sorted((row for row in rows if row.get(main, 1) < 1), key=lambda row: row[main])
+        shown = [{key: row[key][:1000] for key in ("answer", "reference")} for row in wrong[:3]]
+        more = {"counts": counts, "wrong": shown, "seconds": seconds}
+        self.callback.write(event="scores", at=at, name=name, **more)
+
+
+def split_sample(ids: list[int], labels: list[int]) -> Sample:
+    """A row as the prompt, and the last run of tokens that are learned."""
+    end = len(labels)
+    while labels[end - 1] == IGNORED:
+        end -= 1
+    start = end
+    while start and labels[start - 1] != IGNORED:
+        start -= 1
+    return Sample(ids[:start], ids[start:end])
+
+
+def count_scores(rows: list[dict], wanted: Iterable[str]) -> dict[str, list]:
+    """{name: [sum, samples]} of the `wanted` scores and those that the rows have. An answer for
+    which a script failed counts as 0, what could not be judged does not count.
+    """
+    named = [name for row in rows for name in row if name not in UNSCORED]
+    counts = {}
+    for name in dict.fromkeys([*wanted, *named]):
+        numbers = [row.get(name, 0.0) for row in rows if not row["error"].startswith(UNJUDGED)]
+        if name == "exact":
+            numbers = [row[name] for row in rows]
+        counts[name] = [sum(numbers), len(numbers)]
+    return counts
+
+
+def has_room(count: int, args) -> bool:
+    """Whether each rank of this node can have so many bytes more."""
+    import psutil
+    import torch
+
+    if args.device.type == "cpu":
+        ranks = int(os.environ["LOCAL_WORLD_SIZE"])
+        return ranks * count < psutil.virtual_memory().available / 2
+    try:
+        torch.empty(count, dtype=torch.uint8, device=args.device)
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        torch.cuda.empty_cache()
+    return True
 
 
 # --- proofs -------------------------------------------------------------------------------------
@@ -6097,6 +6661,8 @@ def rehearse_data(callback: RankCallback) -> None:
                 drawn = sum(steps[every // 2 :: every], longest[:count])
                 sampler_fn = lambda dataset: drawn  # noqa: E731
             else:
+                if callback.scorer:
+                    callback.scorer.whole = dataset
                 callback.batches = math.ceil(len(dataset) / count)
                 dataset = dataset.select(longest[:count])
         more |= {"dataset": dataset, "batch_size": batch_size, "sampler_fn": sampler_fn}
@@ -6222,12 +6788,19 @@ def follow_to_the_end(record, metrics: Follower, orders) -> dict | None:
     while True:
         ended = bool(select.select([orders], [], [], 0.5)[0])
         for line in metrics.new_lines():  # after the end nothing is added any more
+            if line.get("wrong"):
+                record.note("wrong answers", wrong_answers(line), line["step"])
             if "event" not in line:
                 numbers = without(line, "time", "step").items()
                 named = {tracked_name(name): float(value) for name, value in numbers}
                 record.log(named, line["step"])
         if ended:
             return json.loads(orders.readline() or "null")
+
+
+def wrong_answers(line: dict) -> str:
+    """Some wrong answers of an evaluation."""
+    return "\n\n".join(f"{row['answer']}\nwanted: {row['reference']}" for row in line["wrong"])
 
 
 def tracked_name(name: str) -> str:
@@ -6265,6 +6838,12 @@ class SwanLabRecord:
         """Record numbers at a step; one that a restart repeats SwanLab leaves out by itself."""
         self.record.log(numbers, step=step)
 
+    def note(self, name: str, text: str, step: int) -> None:
+        """Record a text at a step."""
+        import swanlab
+
+        self.record.log({name: swanlab.Text(text)}, step=step)
+
     def finish(self, state: str, cause: str) -> None:
         """End the record as success, aborted or crashed."""
         endings = {
@@ -6292,6 +6871,7 @@ class Run:
     you                   SAVE                      ranks, at the end of each step
     rank 0                metrics.jsonl             launcher (console, summary), tracker
     rank 0                data.json, Modelfile      launcher, ranks (settings), later plans; people
+    rank 0                scores/step-N.jsonl       people: every scored answer
     each rank             logs/rank<R>.progress     launcher (hang watch, bar): `12 training`
     each rank             logs/rank<R>.log, .error  launcher, where the run failed; people
     launcher              logs/torchrun.log, lock   launcher; people
@@ -6307,6 +6887,9 @@ class Run:
     {..., "loss": 7.28, "grad_norm": 1.9, "learning_rate": 0.003, "epoch": 0.08}  and what else
                                                                  the trainer logs, eval_loss too
     {..., "event": "note", "text": "checkpoint-4 is saved, ..."} for the console
+    {..., "event": "scores", "at": 12, "name": "", "counts": {"exact": [93.0, 100]},
+     "wrong": [{"answer": "...", "reference": "..."}], "seconds": 3.1}
+                                                                 before an evaluation's numbers
     {..., "event": "end", "state": "finished", "cause": "", "figures": {"step_seconds": 0.5, ...}}
     """
 
@@ -6481,6 +7064,264 @@ def rotate_checkpoints(run: Run, keep: int | None, best: str) -> None:
     for folder in older[spared:]:
         (folder / MANIFEST).unlink(missing_ok=True)  # half removed, it cannot be trusted
         shutil.rmtree(folder, ignore_errors=True)
+
+
+# --- judging answers ----------------------------------------------------------------------------
+#
+# Foreign SQL runs in a copy of the database in memory, where it can read and change tables and do
+# nothing else, for a second of processor time.
+
+SQL_SECONDS = 1.0
+COPIED = 1 << 30  # bytes; a larger database is opened read-only: what writes is not judged
+RESULT_BYTES = 64 << 20
+SQL_LIMITS = {  # of values and statements in bytes, and of what nests or is repeated
+    "LENGTH": 100_000,
+    "SQL_LENGTH": 100_000,
+    "EXPR_DEPTH": 200,
+    "LIKE_PATTERN_LENGTH": 100,
+    "ATTACHED": 0,
+    "WORKER_THREADS": 0,
+}
+
+
+def plain_answer(text: str) -> str:
+    """An answer without its thought, a code fence, outer white space and a last semicolon."""
+    text = text.rpartition("</think>")[2].strip()
+    fenced = re.fullmatch(r"```(?:\w*\n)?(.*?)```", text, re.DOTALL)
+    return (fenced[1] if fenced else text).strip().removesuffix(";").rstrip()
+
+
+class Judge:
+    """Judges answers as `score` says; a user's script has score(answer, reference, prompt)."""
+
+    def __init__(self, values: Values):
+        self.database = Database(Path(values.score_database)) if values.score == "sql" else None
+        self.script = None
+        if values.score not in SCORES:
+            self.script = load_script(Path(values.score)).score
+
+    def judge(self, answer: str, reference: str, prompt: str) -> dict:
+        """{"exact": 1.0, "execution": 0.0, ..., "error": text}; without a score that has none."""
+        answer, reference = plain_answer(answer), plain_answer(reference)
+        row = {"exact": float(answer == reference), "error": ""}
+        try:
+            if self.database:
+                row["execution"] = float(self.database.same(answer, reference))
+            if self.script:
+                row |= named_scores(self.script(answer, reference, prompt))
+        except UnjudgedError as error:
+            row["error"] = f"{UNJUDGED}: {error}"
+        except Exception as error:  # whatever the answer, or the user's script, makes of it
+            row["error"] = f"{type(error).__name__}: {error}"
+            if self.database:
+                row["execution"] = 0.0
+        return row
+
+    def describe(self, reference: str, prompt: str) -> tuple[str, dict]:
+        """Why a reference is a poor judge, '' for no reason, and its scores as its own answer."""
+        row = self.judge(reference, reference, prompt)
+        if row["error"]:
+            return f"cannot judge ({row['error']})", row
+        if not self.database:
+            return "", row
+        return self.database.describe(plain_answer(reference)), row
+
+
+def load_script(path: Path):
+    """The user's module, which may import what lies beside it."""
+    from importlib import util
+
+    sys.path.append(str(path.parent))
+    spec = util.spec_from_file_location("scores_of_the_user", path)
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def named_scores(scores: object) -> dict[str, float]:
+    """What a script's score() gave: a number is called `score`. Raises where it is no number."""
+    if not isinstance(scores, dict):
+        scores = {"score": scores}
+    return {name: float(number) for name, number in scores.items()}
+
+
+UNJUDGED = "not judged"
+UNSCORED = ("prompt", "answer", "reference", "error")  # of a row of scores/, no score
+
+
+class UnjudgedError(Exception):
+    """The reference itself cannot be run."""
+
+
+class Database:
+    """An SQLite file, or a .sql script, on which a statement is tried and undone.
+
+    Raises LaunchError where it cannot be read.
+    """
+
+    def __init__(self, path: Path):
+        import sqlite3
+
+        self.sqlite, self.is_trusted, self.written = sqlite3, True, set()
+        self.ends, self.writes = math.inf, path.suffix == ".sql" or file_size(path) <= COPIED
+        try:
+            self.connection = self.load(path)
+            if not self.fetch("SELECT name FROM sqlite_master WHERE type = 'table'"):
+                raise LaunchError(f"{path}: has no tables; expected a schema, and rows")
+        except (sqlite3.Error, sqlite3.Warning, OSError) as error:
+            hint = "expected an SQLite file, or a .sql script in SQLite's words"
+            raise LaunchError(f"{path}: {error}; {hint}") from None
+        self.connection.text_factory = partial(str, encoding="utf-8", errors="replace")
+        for name, limit in SQL_LIMITS.items():
+            self.connection.setlimit(getattr(sqlite3, f"SQLITE_LIMIT_{name}"), limit)
+        self.connection.set_authorizer(self.permit)
+        self.connection.set_progress_handler(lambda: time.thread_time() > self.ends, 1000)
+
+    def load(self, path: Path):
+        """A connection to a copy in memory, or to a file that is too large for one."""
+        # Nothing is cached, since a statement is authorized only when it is prepared.
+        connect = partial(self.sqlite.connect, isolation_level=None, cached_statements=0)
+        memory = connect(":memory:")
+        if path.suffix == ".sql":
+            memory.setlimit(self.sqlite.SQLITE_LIMIT_ATTACHED, 0)
+            memory.executescript(read_text(path))
+            memory.commit()
+            return memory
+        # Read-only alone would write a -shm file beside a database that has a write-ahead log.
+        option = "mode=ro" if path.with_name(f"{path.name}-wal").exists() else "immutable=1"
+        file = connect(f"{path.absolute().as_uri()}?{option}", uri=True)
+        if not self.writes:
+            return file
+        file.backup(memory)
+        file.close()
+        return memory
+
+    def permit(self, action: int, name: str, detail: str, database: str, trigger: str) -> int:
+        """Whether SQLite may do what a statement asks for: its authorizer."""
+        sql = self.sqlite
+        reads = (sql.SQLITE_SELECT, sql.SQLITE_READ, sql.SQLITE_RECURSIVE, sql.SQLITE_FUNCTION)
+        writes = (sql.SQLITE_INSERT, sql.SQLITE_UPDATE, sql.SQLITE_DELETE)
+        if self.is_trusted or action in reads and detail != "load_extension":
+            return sql.SQLITE_OK
+        if action in writes and database == "main" and not name.startswith("sqlite_"):
+            self.written.add(name)
+            return sql.SQLITE_OK
+        return sql.SQLITE_DENY
+
+    def own(self, statement: str) -> None:
+        """Run a statement of ours, which nothing limits."""
+        self.is_trusted, self.ends = True, math.inf
+        self.connection.execute(statement)
+        self.is_trusted, self.ends = False, time.thread_time() + SQL_SECONDS
+
+    def fetch(self, statement: str) -> list[tuple]:
+        """All rows of a statement. Raises ValueError where they are too many."""
+        rows, size = [], 0
+        for row in self.connection.execute(statement):
+            texts = (cell for cell in row if isinstance(cell, (str, bytes)))
+            size += 64 * len(row) + sum(map(len, texts))
+            if size > RESULT_BYTES:
+                raise ValueError("the result is too large")
+            rows.append(row)
+        return rows
+
+    def outcome(self, statement: str, tables: Set[str] = frozenset()) -> tuple[list, dict]:
+        """The rows of a statement, and {table: its rows then} of those that it writes and `tables`;
+        all of it is undone.
+        """
+        self.written = set()
+        self.own("BEGIN")
+        try:
+            rows = self.fetch(statement)
+            names = sorted(self.written | tables)
+            return rows, {name: self.fetch(f'SELECT * FROM "{name}"') for name in names}
+        finally:
+            if self.connection.in_transaction:  # an error may have ended it
+                self.own("ROLLBACK")
+
+    def same(self, answer: str, reference: str) -> bool:
+        """Whether two statements give the same rows and change the tables alike.
+
+        Raises UnjudgedError where the reference fails, what SQLite raises where the answer does.
+        """
+        try:
+            wanted = self.outcome(reference)
+        except Exception as error:
+            raise UnjudgedError(f"the reference fails: {error}") from None
+        given = self.outcome(answer, wanted[1].keys())
+        if bool(wanted[1]) != bool(self.written):  # one reads, the other writes
+            return False
+        return self.alike(wanted, given, has_order(reference))
+
+    def alike(self, wanted: tuple, given: tuple, in_order: bool) -> bool:
+        """Whether two outcomes are the same; `given` has all tables that `wanted` has."""
+        others = given[1].keys() - wanted[1].keys()
+        tables = wanted[1] | self.outcome("SELECT 1", others)[1]
+        return same_rows(wanted[0], given[0], in_order) and all(
+            same_rows(tables[name], rows, False) for name, rows in given[1].items()
+        )
+
+    def describe(self, reference: str) -> str:
+        """What makes a reference that runs a poor judge; '' for nothing."""
+        rows, tables = self.outcome(reference)
+        if self.alike(([], {}), (rows, tables), False):
+            return "have an empty result"
+        ordered = has_order(reference)
+        for other in self.other_orders(reference, ordered):
+            if not self.alike((rows, tables), other, ordered):
+                return "are ambiguous: it depends on the order of rows, or of equal ones"
+        return ""
+
+    def other_orders(self, reference: str, ordered: bool) -> list[tuple]:
+        """Outcomes where rows that nothing orders, and equal ones, come in another order."""
+        found = []
+        self.own("PRAGMA reverse_unordered_selects = ON")
+        with contextlib.suppress(Exception):  # it may take too long; DISTINCT takes no random()
+            found.append(self.outcome(reference))
+            by = r"(?is)(.*\border\s+by\b.*?)(\blimit\b.*)?$"
+            for _ in range(4 if ordered else 0):
+                found.append(self.outcome(re.sub(by, r"\1, random() \2", reference, count=1)))
+        self.own("PRAGMA reverse_unordered_selects = OFF")
+        return found
+
+
+def has_order(statement: str) -> bool:
+    """Whether a query has ORDER BY at its top level: not in quotes, comments or brackets."""
+    quoted = r"""'[^']*'|"[^"]*"|`[^`]*`|\[[^]]*\]|--[^\n]*|/\*.*?\*/"""
+    text, inner = re.sub(quoted, " x ", statement, flags=re.DOTALL), True
+    while inner:
+        text, inner = re.subn(r"\([^()]*\)", " ", text)
+    return bool(re.search(r"\border\s+by\b", text, re.IGNORECASE))
+
+
+def same_rows(wanted: list[tuple], given: list[tuple], in_order: bool) -> bool:
+    """Whether two results are the same, in any order unless it counts."""
+    if not in_order:
+        wanted, given = sorted(wanted, key=row_order), sorted(given, key=row_order)
+    return len(wanted) == len(given) and all(map(same_row, wanted, given))
+
+
+def row_order(row: tuple) -> tuple:
+    """By what rows are sorted: numbers last, and those that only rounding tells apart alike."""
+    words = [(type(cell).__name__, str(cell)) for cell in row if not is_number(cell)]
+    return words, [float(f"{cell:.12g}") for cell in row if is_number(cell)]
+
+
+def is_number(cell: object) -> bool:
+    """Whether SQLite holds a number in it."""
+    return isinstance(cell, (int, float))
+
+
+def same_row(wanted: tuple, given: tuple) -> bool:
+    """Whether two rows are the same, numbers within 1e-6."""
+    return len(wanted) == len(given) and all(
+        one == other
+        or is_number(one)
+        and is_number(other)
+        and float in (type(one), type(other))  # ids are exact
+        and math.isclose(one, other, rel_tol=1e-9, abs_tol=1e-6)
+        for one, other in zip(wanted, given, strict=True)
+    )
 
 
 # --- files and processes ------------------------------------------------------------------------

@@ -244,7 +244,7 @@ def test_a_preview_of_all_rows_measures_for_the_run_too(
 ):
     """Which leaves out what the model needs, and limits the rows."""
     config = write_config(bf16=True)
-    args = SimpleNamespace(config=config, overrides={}, preview="2", force=False)
+    args = SimpleNamespace(config=config, overrides={}, preview="2", score=None, force=False)
     found = preflight(args, {}, None)
     assert data_key(found.plan) == plan_of(config)["data_key"]
 

@@ -1,6 +1,7 @@
 """Configurations and models for the tests: one function writes them all."""
 
 import json
+import re
 from pathlib import Path
 
 import yaml
@@ -104,10 +105,12 @@ def write_small_config(folder: Path, name: str = "config.yaml", **changes: objec
 
 
 def demo_base() -> dict:
-    """configs/demo_cpu.yaml with absolute paths, a log line per step, and nothing else written."""
+    """configs/demo_cpu.yaml with absolute paths, a log line per step, and nothing else written or
+    evaluated.
+    """
     values = yaml.safe_load((CONFIGS / "demo_cpu.yaml").read_text(encoding="utf-8"))
     return {
-        **values,
+        **{key: value for key, value in values.items() if not re.match("eval_|score", key)},
         "model_name_or_path": str(CONFIGS / "demo_model"),
         "dataset_dir": str(CONFIGS / "data"),
         "report_to": "none",

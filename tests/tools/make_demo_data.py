@@ -1,4 +1,4 @@
-"""Write the demo data set, its schemas, the demo tokenizer and the demo model's configuration.
+"""Write the demo data set, its database, the demo tokenizer and the demo model's configuration.
 
     python tests/tools/make_demo_data.py
 
@@ -33,6 +33,7 @@ from typing import NamedTuple
 SEED = 20240607
 PAIRS_PER_KIND_AND_ORM = 37
 HELD_OUT = 100
+ROWS = 90  # of each table
 VOCABULARY = 960
 
 NAMES = ["Ada", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Hugo", "Leo"]
@@ -748,8 +749,17 @@ def create_table(name):
     return f"CREATE TABLE {name} (\n    " + ",\n    ".join(lines) + "\n);\n"
 
 
+def insert_rows(name):
+    """Rows whose values come from the pools of the pairs, so that a condition holds for some only."""
+    rng, pools = random.Random(name), TABLES[name].values()
+    rows = [[number, *map(rng.choice, pools)] for number in range(1, ROWS + 1)]
+    values = ",\n    ".join(f"({', '.join(map(sql_literal, row))})" for row in rows)
+    return f"INSERT INTO {name} VALUES\n    {values};\n"
+
+
 def schema_text(name):
-    return f"-- {name}\n" + "\n".join(map(create_table, SCHEMAS[name]))
+    texts = [f"{create_table(table)}\n{insert_rows(table)}" for table in SCHEMAS[name]]
+    return f"-- {name}\n" + "\n".join(texts)
 
 
 def schemas_text():

@@ -203,6 +203,21 @@ def out_of_memory_in_evaluation(fault):
     )
 
 
+def in_scoring(fault, act):
+    """At the start of these answers of a rank, counted over all evaluations of a start."""
+    calls = [0]
+
+    def action(*args):
+        calls[0] += 1
+        if calls[0] == fault["step"] and strike_once(fault):
+            act()
+
+    Patch(
+        "transformers.generation.utils",
+        lambda module: before(module.GenerationMixin, "generate", action),
+    )
+
+
 def other_version(fault):
     """This rank's node has another version of a package."""
     original = importlib.metadata.version
@@ -361,6 +376,8 @@ POINTS = {
     "collective left out": lambda fault: in_step(fault, leave_out_a_collective),
     "slow": slow_down,
     "clock": clock,
+    "kill in scoring": lambda fault: in_scoring(fault, kill),
+    "hang in scoring": lambda fault: in_scoring(fault, lambda: time.sleep(600)),
     "hold tokenization": hold_tokenization,
     "final save": before_final_save,
 }
