@@ -2047,7 +2047,7 @@ def ask_lengths(folder: str) -> dict:
     return json.loads(answer.stdout) | {"source": folder} if answer.returncode == 0 else {}
 
 
-# As count_lengths; the longest sample of all splits may be one that is evaluated.
+# The same as count_lengths and write_figures.
 LENGTHS = """
 import collections, json, math, pathlib, sys
 import pyarrow, pyarrow.compute
@@ -6106,7 +6106,8 @@ def run_tokenizer(run: Run, count: str) -> int:
         )
         tools = load_tokenizer(model_args)
         template = get_template_and_fix_tokenizer(tools["tokenizer"], data_args)
-        get_dataset(template, model_args, data_args, args, method.stage, **tools)
+        stage = "rm" if method.stage == "dpo" else method.stage  # as its own workflow calls it
+        get_dataset(template, model_args, data_args, args, stage, **tools)
     except Exception as error:
         traceback.print_exc()
         reason = str(error.__cause__ or error)  # `Failed to load tokenizer.` has one
