@@ -376,7 +376,7 @@ class Plan:
     device_bytes: int | None
     disk_free: int
     data: dict[str, str]  # the data files, and by what a change of them is noticed
-    rows: list[list] = field(default_factory=list)  # of the data sets, and those of evaluation
+    rows: tuple[list, list] = ([], [])  # of each data set, and of those of evaluation
     phase: str = ""  # the one that takes the most memory
     memory: dict[str, int] | None = None  # by part in that phase, on each device
     host_memory: int | None = None
@@ -384,9 +384,7 @@ class Plan:
     disk_bytes: int | None = None
     figures: dict = field(default_factory=dict)  # data.json of the same samples, where known
     auto: bool = False  # whether the launcher chooses the micro-batch
-    provisional: bool = (
-        False  # it has chosen one, but nobody knows yet how long the samples are
-    )
+    provisional: bool = False  # it has, but the lengths of the samples are not known yet
 
     @property
     def micro(self) -> int:
@@ -397,6 +395,11 @@ class Plan:
     def per_rank(self) -> int:
         """Samples per optimizer step on each rank."""
         return self.micro * self.values.gradient_accumulation_steps
+
+    @property
+    def fixed_work(self) -> str:
+        """What there is once for each micro-batch."""
+        return "gathers" if self.zero.stage == 3 else "micro-batches"
 
     @property
     def sequences(self) -> int:
@@ -2054,7 +2057,7 @@ def data_key(plan: Plan) -> str:
     Which rows max_samples leaves is known by their number, where that is.
     """
     values, rows = plan.values, plan.rows
-    most = values.max_samples if None in sum(rows, []) else None
+    most = values.max_samples if None in rows[0] + rows[1] else None
     tokenizer = file_size(Path(values.model_name_or_path or "", "tokenizer.json"))
     code = installed_version("llamafactory")
     parts = [rows, most, plan.data, tokenizer, code, *(values[key] for key in TOKENIZED)]
@@ -2087,7 +2090,7 @@ def ask_lengths(folder: str) -> dict:
     return json.loads(answer.stdout) | {"source": folder} if answer.returncode == 0 else {}
 
 
-# As count_lengths; the longest sample of all splits may be one that is evaluated.
+# The same as count_lengths and write_figures.
 LENGTHS = """
 import collections, json, math, pathlib, sys
 import pyarrow, pyarrow.compute
@@ -2249,7 +2252,7 @@ def make_plan(
         room = min((gpu.total for gpu in gpus if gpu.total), default=None)
     else:
         room = host_bytes() // max(devices.processes, 1)
-    rows = [[count for _, count, _ in sets] for sets in (data, eval_data)]
+    rows = tuple([count for _, count, _ in sets] for sets in (data, eval_data))
     steps = plan_steps(rows[0], values, world_size)
     files = fingerprints(data + eval_data)
     free = free_bytes(Path(values.output_dir))
@@ -2658,7 +2661,8 @@ def choose_split(plan: Plan) -> Plan:
     kept = rehearsal_of(plan, SPLIT)
     size = kept.get("auto") and kept["configuration"]["per_device_train_batch_size"]
     best = min(splits(plan), key=lambda other: other.micro != size)  # the first without any
-    return replace(best, provisional=not known)
+    steps = plan_steps(plan.rows[0], best.values, plan.world_size)
+    return replace(best, provisional=not known, steps=steps)
 
 
 def splits(plan: Plan, **more: object) -> list[Plan]:
@@ -2760,9 +2764,8 @@ def describe_gain(plan: Plan, other: Plan, more: dict) -> str:
     9 %)`, and what the keys of `more` free alone.
     """
     words, _ = split_step(plan, other.micro, **more)
-    name = "gathers" if plan.zero.stage == 3 else "micro-batches"
     counts = " -> ".join(str(one.values[ACCUMULATION]) for one in (plan, other))
-    parts = [f"{name} {counts}, {format_bytes(other.needed + beyond_plan(plan))}"]
+    parts = [f"{plan.fixed_work} {counts}, {format_bytes(other.needed + beyond_plan(plan))}"]
     if plan.figures:
         parts.append(f"padding {padding_share(plan)} -> {padding_share(other)}")
     freed = plan.needed - split_step(plan, plan.micro, **more)[1].needed
@@ -3382,7 +3385,7 @@ def describe_choice(plan: Plan) -> str:
     reason = f"longest sample {plan.longest} tokens, padding {padding_share(plan)}"
     if blind.micro < plan.micro:
         parts = f"{blind.micro} x {blind.values[ACCUMULATION]}"
-        reason += f", {plan.micro / blind.micro:.3g} x fewer gathers than {parts}"
+        reason += f", {plan.micro / blind.micro:.3g} x fewer {plan.fixed_work} than {parts}"
     return f" (auto: {reason})"
 
 
@@ -3616,7 +3619,7 @@ def rehearse(found: Preflight, as_json: bool, env: Environment) -> int:
         code, figures = rehearse_split(found, plan, as_json, env)
         pace = figures.get("step_seconds") or 0
         tried.append((code, pace, plan.micro, plan, figures))
-        said.append(f"{plan.micro} x {plan.values[ACCUMULATION]}: {spoken(pace)}")
+        said.append(f"{plan.micro} x {plan.values[ACCUMULATION]} in {spoken(pace)}")
         if code > 1 or node_rank(env):  # it was stopped
             break
     code, _, _, plan, figures = min(tried)
@@ -6698,7 +6701,8 @@ def run_tokenizer(run: Run, count: str) -> int:
         )
         tools = load_tokenizer(model_args)
         template = get_template_and_fix_tokenizer(tools["tokenizer"], data_args)
-        get_dataset(template, model_args, data_args, args, method.stage, **tools)
+        stage = "rm" if method.stage == "dpo" else method.stage  # as its own workflow calls it
+        get_dataset(template, model_args, data_args, args, stage, **tools)
     except Exception as error:
         traceback.print_exc()
         reason = str(error.__cause__ or error)  # `Failed to load tokenizer.` has one

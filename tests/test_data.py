@@ -578,6 +578,26 @@ def test_a_preview_names_tokens_that_the_model_cannot_embed(tmp_path):
 
 
 @pytest.mark.real
+def test_after_a_preview_of_pairs_the_plan_counts_the_longer_answer(tmp_path, plan_of):
+    pairs = {
+        "instruction": prompt_of(20),
+        "input": "",
+        "chosen": "a",
+        "rejected": answer_of(80),
+    }
+    columns = COLUMNS | {"response": None, "chosen": "chosen", "rejected": "rejected"}
+    entry = {"file_name": "rows.json", "ranking": True}
+    entry["columns"] = {role: name for role, name in columns.items() if name}
+    write_json(tmp_path / "data" / "rows.json", [pairs] * 4)
+    write_json(tmp_path / "data" / "dataset_info.json", {"rows": entry})
+    keys = {"dataset": "rows", "dataset_dir": str(tmp_path / "data"), "enable_thinking": False}
+    config = configs.write_config(tmp_path, stage="dpo", **keys)
+    done = preview(tmp_path, "1", config)
+    assert done.process.returncode == 0, done.console
+    assert plan_of(config)["longest_sample"] == 104  # 20 + 80, in eights
+
+
+@pytest.mark.real
 def test_a_preview_of_data_that_cannot_be_read_says_why(tmp_path):
     done = preview(tmp_path, CONFIGS / "demo_cpu.yaml", "dataset=missing")
     assert done.process.returncode == 2

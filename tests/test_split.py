@@ -338,6 +338,13 @@ def test_where_not_even_one_sample_fits_it_is_said(measured, here, tmp_path: Pat
     says(done.stdout, "^batch +1 per device x 4 GPUs x 16 accumulation = 64 samples per step")
 
 
+def test_the_steps_are_those_of_the_split_that_was_chosen(write_config, plan_of):
+    keys = {KEY: "auto", "gradient_accumulation_steps": None, "global_batch_size": 8}
+    plan = plan_of(write_config(**keys, dataloader_drop_last=True))
+    assert plan["configuration"][KEY] == 8
+    assert plan["steps_per_epoch"] == 2  # of 20 samples; one at a time they would be 3
+
+
 def test_gpus_with_nvlink_between_them_pad_less(measured, plan_of, tmp_path: Path):
     words = (
         f"output_dir={tmp_path}/out",
