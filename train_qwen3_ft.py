@@ -1956,7 +1956,7 @@ def fingerprints(data: list[tuple]) -> dict[str, str]:
 # What an evaluation alone does not need.
 NOT_SCORED = """
     eval_on_start load_best_model_at_end metric_for_best_model early_stopping_steps do_predict
-    resume_from_checkpoint global_batch_size
+    resume_from_checkpoint global_batch_size run_name
 """.split()
 
 
@@ -1971,11 +1971,9 @@ def score_config(config: Config, model: str) -> Config:
     DeepSpeed evaluates without an optimizer under ZeRO-3 alone; below it the weights fit anyway.
     """
     values = config.values
-    changes = dict.fromkeys(NOT_SCORED) | {"do_train": False, "do_eval": True}
+    changes = dict.fromkeys({*NOT_SCORED} - config.overridden)
+    changes |= {"do_train": False, "do_eval": True}
     changes |= {"eval_strategy": "no", "save_strategy": "no", "score": values.score or "exact"}
-    changes["score_samples"] = values.score_samples
-    if "run_name" not in config.overridden:
-        changes["run_name"] = time.strftime("score-%Y%m%d-%H%M%S")
     if values.eval_dataset:
         changes["dataset"] = None
     if (Problems().attempt(read_deepspeed, values) or Zero()).stage < 3:
