@@ -1999,15 +1999,14 @@ def check_scores(config: Config, problems: Problems) -> None:
 
 def check_script(path: Path) -> None:
     """Raises LaunchError where a script has no function score()."""
-    wanted = "expected a Python file with def score(answer, reference, prompt)"
     try:
         names = [getattr(node, "name", "") for node in ast.parse(path.read_bytes()).body]
-    except OSError as error:
-        raise LaunchError(f"{describe_os_error(error)}; {wanted}") from None
+        problem = "" if "score" in names else "has no function score"
     except (SyntaxError, ValueError) as error:
-        raise LaunchError(f"{path}: {error}; {wanted}") from None
-    if "score" not in names:
-        raise LaunchError(f"{path}: has no function score; {wanted}")
+        problem = str(error)
+    if problem:
+        wanted = "a Python file with def score(answer, reference, prompt)"
+        raise LaunchError(f"{path}: {problem}; expected {wanted}")
 
 
 # --- plan ---------------------------------------------------------------------------------------
@@ -3835,7 +3834,7 @@ class Supervisor:
         if self.run.is_rehearsal:
             return
         print_summary(self.run, self.config, summary)
-        notify(self.config, strict)
+        notify(self.config, without(strict, "wrong_answers"))  # data stays here
 
 
 def without_nan(values: dict) -> dict:
@@ -6700,7 +6699,10 @@ def named_scores(scores: object) -> dict[str, float]:
     """What a script's score() gave: a number is called `score`. Raises where it is no number."""
     if not isinstance(scores, dict):
         scores = {"score": scores}
-    return {name: float(number) for name, number in scores.items()}
+    numbers = {name: float(number) for name, number in scores.items()}
+    if not all(map(math.isfinite, numbers.values())):
+        raise ValueError(f"expected finite numbers, got {numbers}")
+    return numbers
 
 
 UNJUDGED = "not judged"

@@ -349,6 +349,14 @@ def test_a_script_scores(tmp_path: Path, body: str, scores: dict) -> None:
     assert row == {"exact": 0.0, "error": "", **scores}
 
 
+@pytest.mark.parametrize("value", ["'good'", "None", "float('nan')", "{'a': []}"])
+def test_what_a_script_gives_must_be_numbers(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(f"def score(answer, reference, prompt):\n    return {value}\n")
+    row = Judge(Values(score=str(path))).judge("a", "a", "")
+    assert row["error"] and set(row) == {"exact", "error"}
+
+
 def test_an_answer_for_which_a_script_fails_counts_as_wrong(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text("def score(answer, reference, prompt):\n    return int(answer)\n")
