@@ -5474,7 +5474,8 @@ class Scorer:
         write_atomically(path, "".join(lines))
         main = [*counts][-1]
         wrong = sorted((row for row in rows if row.get(main, 1) < 1), key=lambda row: row[main])
-        shown = [{key: row[key][:1000] for key in ("answer", "reference")} for row in wrong[:3]]
+        texts = ("answer", "reference")
+        shown = [{key: plain_answer(row[key])[:1000] for key in texts} for row in wrong[:3]]
         more = {"counts": counts, "wrong": shown, "seconds": seconds}
         self.callback.write(event="scores", at=at, name=name, **more)
 
