@@ -4602,13 +4602,11 @@ def series(lines: list[dict], key: str) -> tuple[list, list]:
 
 
 def smoothed(numbers: list[float]) -> list[float]:
-    """A running mean of a few numbers, up to 20; one that is not finite leaves a gap."""
-    mean, found, share = None, [], max(0.05, min(1, 5 / max(len(numbers), 1)))
-    for number in numbers:
-        if math.isfinite(number):
-            mean = number if mean is None else mean + share * (number - mean)
-        found.append(mean if math.isfinite(number) else math.nan)
-    return found
+    """The mean of each number and those before it, a twentieth of all."""
+    width = len(numbers) // 20 + 1
+    return [
+        statistics.fmean(numbers[max(at - width, 0) : at + 1]) for at in range(len(numbers))
+    ]
 
 
 def draw_scores(axes, lines: list[dict]) -> bool:
@@ -4624,13 +4622,13 @@ def draw_scores(axes, lines: list[dict]) -> bool:
 
 
 def mark_epochs_and_restarts(axes, lines: list[dict]) -> None:
-    """A dotted line where an epoch ends, unless there are too many, a red one at a restart."""
+    """A grey line where an epoch ends, unless there are too many, a black one at a restart."""
     ends: dict[int, int] = {}
     for line in lines:
         ends.setdefault(int(line.get("epoch", 0)), line["step"])
     marks = [step for epoch, step in ends.items() if epoch and len(ends) <= 20]
     starts = [line["step"] for line in lines if line.get("event") == "begin"]
-    for places, color, label in ((marks, "C7", "epoch"), (starts[1:], "C3", "restart")):
+    for places, color, label in ((marks, "C7", "epoch"), (starts[1:], "black", "restart")):
         for step in places:
             axes.axvline(step, color=color, linestyle=":", label=label)
             label = "_"  # one entry of the legend
