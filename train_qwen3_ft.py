@@ -2113,7 +2113,7 @@ print(json.dumps(found | ({"evaluated": evaluated} if evaluated else {})))
 # What an evaluation alone does not need.
 NOT_SCORED = """
     eval_on_start load_best_model_at_end metric_for_best_model early_stopping_steps do_predict
-    resume_from_checkpoint global_batch_size
+    resume_from_checkpoint global_batch_size run_name
 """.split()
 
 
@@ -2128,11 +2128,9 @@ def score_config(config: Config, model: str) -> Config:
     DeepSpeed evaluates without an optimizer under ZeRO-3 alone; below it the weights fit anyway.
     """
     values = config.values
-    changes = dict.fromkeys(NOT_SCORED) | {"do_train": False, "do_eval": True}
+    changes = dict.fromkeys({*NOT_SCORED} - config.overridden)
+    changes |= {"do_train": False, "do_eval": True}
     changes |= {"eval_strategy": "no", "save_strategy": "no", "score": values.score or "exact"}
-    changes["score_samples"] = values.score_samples
-    if "run_name" not in config.overridden:
-        changes["run_name"] = time.strftime("score-%Y%m%d-%H%M%S")
     if values.eval_dataset:
         changes["dataset"] = None
     if (Problems().attempt(read_deepspeed, values) or Zero()).stage < 3:
@@ -2158,15 +2156,14 @@ def check_scores(config: Config, problems: Problems) -> None:
 
 def check_script(path: Path) -> None:
     """Raises LaunchError where a script has no function score()."""
-    wanted = "expected a Python file with def score(answer, reference, prompt)"
     try:
         names = [getattr(node, "name", "") for node in ast.parse(path.read_bytes()).body]
-    except OSError as error:
-        raise LaunchError(f"{describe_os_error(error)}; {wanted}") from None
+        problem = "" if "score" in names else "has no function score"
     except (SyntaxError, ValueError) as error:
-        raise LaunchError(f"{path}: {error}; {wanted}") from None
-    if "score" not in names:
-        raise LaunchError(f"{path}: has no function score; {wanted}")
+        problem = str(error)
+    if problem:
+        wanted = "a Python file with def score(answer, reference, prompt)"
+        raise LaunchError(f"{path}: {problem}; expected {wanted}")
 
 
 # --- plan ---------------------------------------------------------------------------------------
@@ -4196,7 +4193,7 @@ class Supervisor:
         if self.run.is_rehearsal:
             return
         print_summary(self.run, self.config, summary)
-        notify(self.config, strict)
+        notify(self.config, without(strict, "wrong_answers"))  # data stays here
 
 
 def without_nan(values: dict) -> dict:
@@ -4966,13 +4963,11 @@ def series(lines: list[dict], key: str) -> tuple[list, list]:
 
 
 def smoothed(numbers: list[float]) -> list[float]:
-    """A running mean of a few numbers, up to 20; one that is not finite leaves a gap."""
-    mean, found, share = None, [], max(0.05, min(1, 5 / max(len(numbers), 1)))
-    for number in numbers:
-        if math.isfinite(number):
-            mean = number if mean is None else mean + share * (number - mean)
-        found.append(mean if math.isfinite(number) else math.nan)
-    return found
+    """The mean of each number and those before it, a twentieth of all."""
+    width = len(numbers) // 20 + 1
+    return [
+        statistics.fmean(numbers[max(at - width, 0) : at + 1]) for at in range(len(numbers))
+    ]
 
 
 def draw_scores(axes, lines: list[dict]) -> bool:
@@ -4988,13 +4983,13 @@ def draw_scores(axes, lines: list[dict]) -> bool:
 
 
 def mark_epochs_and_restarts(axes, lines: list[dict]) -> None:
-    """A dotted line where an epoch ends, unless there are too many, a red one at a restart."""
+    """A grey line where an epoch ends, unless there are too many, a black one at a restart."""
     ends: dict[int, int] = {}
     for line in lines:
         ends.setdefault(int(line.get("epoch", 0)), line["step"])
     marks = [step for epoch, step in ends.items() if epoch and len(ends) <= 20]
     starts = [line["step"] for line in lines if line.get("event") == "begin"]
-    for places, color, label in ((marks, "C7", "epoch"), (starts[1:], "C3", "restart")):
+    for places, color, label in ((marks, "C7", "epoch"), (starts[1:], "black", "restart")):
         for step in places:
             axes.axvline(step, color=color, linestyle=":", label=label)
             label = "_"  # one entry of the legend
@@ -5852,7 +5847,8 @@ class Scorer:
         write_atomically(path, "".join(lines))
         main = [*counts][-1]
         wrong = sorted((row for row in rows if row.get(main, 1) < 1), key=lambda row: row[main])
-        shown = [{key: row[key][:1000] for key in ("answer", "reference")} for row in wrong[:3]]
+        texts = ("answer", "reference")
+        shown = [{key: plain_answer(row[key])[:1000] for key in texts} for row in wrong[:3]]
         more = {"counts": counts, "wrong": shown, "seconds": seconds}
         self.callback.write(event="scores", at=at, name=name, **more)
 
@@ -7146,7 +7142,10 @@ def named_scores(scores: object) -> dict[str, float]:
     """What a script's score() gave: a number is called `score`. Raises where it is no number."""
     if not isinstance(scores, dict):
         scores = {"score": scores}
-    return {name: float(number) for name, number in scores.items()}
+    numbers = {name: float(number) for name, number in scores.items()}
+    if not all(map(math.isfinite, numbers.values())):
+        raise ValueError(f"expected finite numbers, got {numbers}")
+    return numbers
 
 
 UNJUDGED = "not judged"

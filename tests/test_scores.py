@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from helpers.config import TINY_MODEL, write_json
 from helpers.config import write_config as write_base_config
 from helpers.launcher import Run as Started
 from helpers.launcher import metrics, says, train, weights
@@ -33,6 +34,7 @@ from train_qwen3_ft import (
     summarize_scores,
 )
 
+EMPTY_SAFETENSORS = (2).to_bytes(8, "little") + b"{}"
 SCHEMA = """
 CREATE TABLE cities (id INTEGER PRIMARY KEY, name TEXT, size REAL);
 INSERT INTO cities VALUES (1, 'Oslo', 0.7), (2, 'Rome', 2.8), (3, 'Paris', 2.1), (4, 'Bonn', 0.3);
@@ -347,6 +349,14 @@ def test_a_script_scores(tmp_path: Path, body: str, scores: dict) -> None:
     assert row == {"exact": 0.0, "error": "", **scores}
 
 
+@pytest.mark.parametrize("value", ["'good'", "None", "float('nan')", "{'a': []}"])
+def test_what_a_script_gives_must_be_numbers(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(f"def score(answer, reference, prompt):\n    return {value}\n")
+    row = Judge(Values(score=str(path))).judge("a", "a", "")
+    assert row["error"] and set(row) == {"exact", "error"}
+
+
 def test_an_answer_for_which_a_script_fails_counts_as_wrong(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text("def score(answer, reference, prompt):\n    return int(answer)\n")
@@ -474,6 +484,48 @@ def test_a_score_that_can_be_is_accepted(scored, changes: dict) -> None:
     assert scored(**changes) == ""
 
 
+# --- --score
+
+
+def test_a_model_is_scored_without_training(plan_of, write_config, tmp_path: Path) -> None:
+    config = write_config(eval_strategy="steps", val_size=0.2, score="exact", run_name="mine")
+    plan = plan_of("--score", tmp_path / "model", config)
+    assert plan["problems"] == [] or all("safetensors" in text for text in plan["problems"])
+    assert (plan["total_steps"], plan["samples"]) == (None, None)
+
+
+def test_the_model_of_the_configuration_is_scored_where_none_is_named(
+    plan_of, write_config
+) -> None:
+    assert plan_of("--score", write_config(val_size=0.2))["problems"] == []
+
+
+def test_a_run_is_scored_with_its_own_configuration(here, write_config, tmp_path: Path) -> None:
+    run = write_config(name="model/config.yaml", val_size=0.2).parent
+    write_config(val_size=0.2)
+    for model in (run, run / "checkpoint-4"):
+        write_json(model / "config.json", TINY_MODEL)
+        (model / "model.safetensors").write_bytes(EMPTY_SAFETENSORS)
+        shown = here("--score", model, "--dry-run")
+        says(shown.stdout, rf"^model +{model}")
+        says(shown.stdout, r"^scores +exact of 100 answers")
+
+
+def test_an_adapter_is_scored_on_its_base(here, write_config, tmp_path: Path) -> None:
+    write_json(tmp_path / "mine" / "adapter_config.json", {})
+    shown = here("--score", tmp_path / "mine", write_config(val_size=0.2), "--dry-run")
+    says(shown.stdout, r"^method +sft, lora")
+
+
+def test_scoring_is_no_resume_and_no_rehearsal(here, write_config) -> None:
+    for other in ("--resume", "--rehearse"):
+        assert here(write_config(), "--score", other).returncode == 2
+
+
+def test_without_evaluation_data_there_is_nothing_to_score(here, write_config) -> None:
+    says(here("--score", write_config(), "--dry-run").stderr, "there is nothing to evaluate on")
+
+
 # --- what is shown
 
 
@@ -553,11 +605,17 @@ LENGTH = (
 
 @real_fixture
 def best(tmp_path_factory: pytest.TempPathFactory) -> Started:
-    """The base configuration's run with scores, whose rank 1 is killed in its third evaluation."""
+    """The base configuration's run with scores, on a rank that cannot give three answers at once,
+    whose other rank is then killed in its third evaluation.
+    """
     folder = tmp_path_factory.mktemp("best")
     (folder / "length.py").write_text(LENGTH)
     config = write_base_config(folder, **SCORED, score=str(folder / "length.py"))
-    return train(folder, config, faults=[{"point": "kill in scoring", "step": 3, "rank": 1}])
+    faults = [
+        {"point": "out of memory in scoring", "samples": 2},
+        {"point": "kill in scoring", "step": 5, "rank": 1},  # two batches in each evaluation
+    ]
+    return train(folder, config, faults=faults)
 
 
 def scored_steps(run_dir: Path, name: str) -> dict[int, float]:
@@ -565,6 +623,11 @@ def scored_steps(run_dir: Path, name: str) -> dict[int, float]:
     lines = [line for line in Run(run_dir).read_metrics() if line.get("event") == "scores"]
     assert all(line["counts"][name][1] == SCORED["score_samples"] for line in lines)
     return {line["at"]: line["counts"][name][0] / line["counts"][name][1] for line in lines}
+
+
+def test_a_rank_that_is_out_of_memory_lowers_the_answers_at_once_on_all(best: Started) -> None:
+    says(best.console, r"^likely cause: a GPU is out of memory in an evaluation")
+    says(best.console, r"^starting again with per_device_eval_batch_size=4, the same samples")
 
 
 def test_a_rank_that_is_killed_while_it_scores_costs_a_restart(best: Started) -> None:

@@ -218,6 +218,24 @@ def in_scoring(fault, act):
     )
 
 
+def out_of_memory_in_scoring(fault):
+    """A GPU that holds so many answers at once and no more."""
+
+    def change(module):
+        import torch
+
+        original = module.GenerationMixin.generate
+
+        def wrapped(model, **options):
+            if len(options["input_ids"]) > fault["samples"]:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return original(model, **options)
+
+        module.GenerationMixin.generate = wrapped
+
+    Patch("transformers.generation.utils", change)
+
+
 def other_version(fault):
     """This rank's node has another version of a package."""
     original = importlib.metadata.version
@@ -376,6 +394,7 @@ POINTS = {
     "collective left out": lambda fault: in_step(fault, leave_out_a_collective),
     "slow": slow_down,
     "clock": clock,
+    "out of memory in scoring": out_of_memory_in_scoring,
     "kill in scoring": lambda fault: in_scoring(fault, kill),
     "hang in scoring": lambda fault: in_scoring(fault, lambda: time.sleep(600)),
     "hold tokenization": hold_tokenization,
