@@ -73,7 +73,7 @@ chapter reads top-down: what calls stands above what it calls, each check with i
                (stop, commit, metrics, divergence); scores; the proofs; resume on another number
                of ranks; the data as the model sees it
     TRACKER    one process per launch: metrics.jsonl -> SwanLab
-    SHARED     the run directory, checkpoints, judging answers, files and processes
+    SHARED     the run directory, checkpoints, files and processes
 """
 
 from __future__ import annotations
@@ -457,7 +457,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the launcher, or the rank or tracker that it started; returns the exit code."""
     open_standard_streams()
     try:
-        options, env = parse_arguments(argv), dict(os.environ)
+        options = parse_arguments(argv)
+        env = dict(os.environ)
         if not (options.tracker or options.tokenize or UNDER_TORCHRUN in env):
             return check_and_launch(options, env)
         if UNDER_TORCHRUN in env:
@@ -543,7 +544,9 @@ def sorted_words(options: argparse.Namespace) -> dict:
     """`config`, `overrides`, `preview`, `resume` and `score`: what follows one of the last three
     options may not be meant for it.
     """
-    words, samples, run_dir = options.words, options.preview, options.resume
+    words = options.words
+    samples = options.preview
+    run_dir = options.resume
     scored = options.score
     if samples and not samples.isdecimal():
         words, samples = [samples, *words], "2"  # --preview CONFIG.yaml: no N was given
@@ -637,7 +640,8 @@ def preflight(options: argparse.Namespace, env: Environment, run: Run | None) ->
 
     Raises LaunchError for input that cannot be read at all.
     """
-    problems, config = Problems(), chosen_config(options, run)
+    problems = Problems()
+    config = chosen_config(options, run)
     require_packages("torch", "transformers", "llamafactory")  # nothing can be checked without
     config = check_keys(config, problems)
     for check in (check_webhooks, check_access, check_output):
@@ -666,13 +670,20 @@ def preflight(options: argparse.Namespace, env: Environment, run: Run | None) ->
     problems += check_rules(config, plan)
     if all(isinstance(problem, Forceable) for problem in of_devices):
         problems += check_plan(plan, config, run)
-    if run and node_rank(env) == 0 and run.is_running():
-        problems.attempt(run.lock)  # which says who runs it
-    elif run:
-        problems += check_resume(config, plan, run)
-    else:
-        problems.attempt(new_run, config)  # which reads run_name
+    problems += check_run(config, plan, run, env)
     return Preflight(config, plan, problems, run, options.force)
+
+
+def check_run(config: Config, plan: Plan, run: Run | None, env: Environment) -> list[str]:
+    """Why a new run cannot begin, or `run` cannot be resumed."""
+    problems = Problems()
+    if run is None:
+        problems.attempt(new_run, config)  # which reads run_name
+    elif node_rank(env) == 0 and run.is_running():
+        problems.attempt(run.lock)  # which says who runs it
+    else:
+        problems += check_resume(config, plan, run)
+    return problems
 
 
 def open_split(
@@ -682,11 +693,13 @@ def open_split(
     this run, and whether now, where it is one sample at a time until then. A resume on as many
     ranks goes on as it was.
     """
-    key, recorded = "per_device_train_batch_size", run.read("plan.json") if run else {}
+    key = "per_device_train_batch_size"
+    recorded = run.read("plan.json") if run else {}
     is_open = config.values[key] == "auto"
     is_auto = is_open or (recorded.get("auto", False) and key not in config.overridden)
     if is_open or (is_auto and recorded["world_size"] != ranks):
-        is_open, config = True, config.update(per_device_train_batch_size=1)
+        is_open = True
+        config = config.update(per_device_train_batch_size=1)
     return problems.attempt(derive_accumulation, config, ranks) or config, is_auto, is_open
 
 
@@ -841,7 +854,8 @@ def parse_yaml(text: str, source: str) -> tuple[object, dict[str, int]]:
     """
     try:
         loader = ConfigLoader(text)
-        node, lines = loader.get_single_node(), {}
+        node = loader.get_single_node()
+        lines = {}
         if node is None:
             return None, lines
         if isinstance(node, yaml.MappingNode):
@@ -986,7 +1000,8 @@ SPLIT_KEYS = """
 
 def known_fields() -> dict[str, Field]:
     """Every key of the installed LLaMA-Factory and transformers, as their sources declare it."""
-    source, fields = "\n".join(map(source_of, SOURCES)), {}
+    source = "\n".join(map(source_of, SOURCES))
+    fields = {}
     choices = {
         name: re.findall(r'(?m)^    \w+ = "(.+)"', body)
         for name, body in re.findall(ENUMERATION, source)
@@ -1010,7 +1025,8 @@ def source_of(name: str) -> str:
 def read_annotation(text: str, choices: dict[str, list[str]]) -> Field:
     """Turn an annotation, such as `IntervalStrategy | Literal["no"] | None`, into a Field."""
     text = re.sub(r"\b(list|dict)\[[^|\]]*\]", r"\1", text)  # of a list any elements will do
-    words, names = re.findall(r'"(.*?)"', text), re.findall(r"\w+", text)
+    words = re.findall(r'"(.*?)"', text)
+    names = re.findall(r"\w+", text)
     for name in names:
         words += choices.get(name, ())
     return Field(KINDS.keys() & names, tuple(words))
@@ -1053,7 +1069,9 @@ RANGES = (
 
 def check_keys(config: Config, problems: Problems) -> Config:
     """The configuration with every value cast to its type; a wrong one is reported and left out."""
-    fields, values, refused = known_fields(), Values(), set()
+    fields = known_fields()
+    values = Values()
+    refused = set()
     for key in [*config.values, *config.secrets]:
         try:
             if key not in fields:
@@ -1082,7 +1100,9 @@ def cast(value: object, wanted: Field) -> object:
     The words yes, no, on, off of YAML 1.1 are booleans here; where there is the choice `no`,
     false means that (save_strategy: false). Raises ValueError that says what was expected.
     """
-    kinds, word, booleans = wanted.kinds, str(value).lower(), ConfigLoader.bool_values
+    kinds = wanted.kinds
+    word = str(value).lower()
+    booleans = ConfigLoader.bool_values
     choice = "no" if value is False else value
     if choice in wanted.choices:
         return choice
@@ -1142,7 +1162,8 @@ def query_gpus() -> tuple[list[Gpu] | None, str]:
         import pynvml
     except ImportError:
         return None, "not checked, since nvidia-ml-py is not installed"
-    gpus, lost = [], []
+    gpus = []
+    lost = []
     try:
         pynvml.nvmlInit()
         for index in range(pynvml.nvmlDeviceGetCount()):
@@ -1205,17 +1226,23 @@ def resolve_devices(config: Config, env: Environment, gpus: list[Gpu] | None) ->
     """
     if config.values.use_cpu is True:
         return Devices((), "use_cpu: true", read_count(env, "NPROC_PER_NODE", 1))
-    key, variable, ids = "cuda_visible_devices", "CUDA_VISIBLE_DEVICES", None
-    where, reason = config.where(key), f"from {key}, {config.place(key)}"
+    key = "cuda_visible_devices"
+    variable = "CUDA_VISIBLE_DEVICES"
+    ids = None
+    where = config.where(key)
+    reason = f"from {key}, {config.place(key)}"
     if key in config.values:
         ids = parse_device_ids(config.values[key], where)
     if variable in env:
-        asked, where, reason = ids, f"environment variable {variable}", f"from {variable}"
+        asked = ids
+        where = f"environment variable {variable}"
+        reason = f"from {variable}"
         ids = parse_device_ids(env[variable], where)
         if asked not in (None, ids):
             reason += f", which wins over the config's {','.join(asked) or 'none'}"
     elif ids is None:
-        ids, where = tuple(str(gpu.index) for gpu in gpus or ()), key
+        ids = tuple(str(gpu.index) for gpu in gpus or ())
+        where = key
         reason = "all GPUs of this node"
     processes = read_count(env, "NPROC_PER_NODE", len(ids))
     if processes > len(ids) > 0:
@@ -1271,13 +1298,15 @@ TRY_DEMO = f" (to try the launcher on a CPU: {DEMO_COMMAND})"
 
 def check_devices(devices: Devices, gpus: list[Gpu] | None, note: str) -> Iterator[str]:
     """GPUs that do not exist, are named twice, or cannot be used together."""
-    where, is_several = devices.where, len(devices.ids) > 1
+    where = devices.where
+    is_several = len(devices.ids) > 1
     if not devices.ids:
         hint = "use a node with NVIDIA GPUs"
         if gpus is None:
             hint = "name them in cuda_visible_devices"
         elif gpus:
-            note, hint = "none is named", "name one"
+            note = "none is named"
+            hint = "name one"
         yield f"{where}: no GPU to train on: {note or 'NVML finds none'}; {hint}{TRY_DEMO}"
     if is_several and any(device.startswith("MIG-") for device in devices.ids):
         yield f"{where}: CUDA shows a process one MIG instance only; name one"
@@ -1292,7 +1321,9 @@ def check_devices(devices: Devices, gpus: list[Gpu] | None, note: str) -> Iterat
 
 def check_ids(devices: Devices, gpus: list[Gpu], note: str) -> Iterator[str]:
     """Each id must name one GPU of the node, and another than the other ids."""
-    where, seen, missing = devices.where, set(), []
+    where = devices.where
+    seen = set()
+    missing = []
     for device in devices.ids:
         named = {gpu for gpu in gpus if gpu.is_named(device)}
         if len(named) > 1:
@@ -1323,7 +1354,8 @@ KEY_CAPABILITY = {
 
 def check_cuda(config: Config, devices: Devices, gpus: list[Gpu]) -> Iterator[str]:
     """A torch, driver or GPU with which torch would see no GPU: it would train on the CPU."""
-    where, built = devices.where, torch_cuda()
+    where = devices.where
+    built = torch_cuda()
     if devices.ids and built is None:
         yield (
             f"{where}: the installed torch is a CPU build and cannot use a GPU; pip uninstall -y "
@@ -1394,7 +1426,8 @@ def check_nodes(config: Config, nodes: int, env: Environment) -> Iterator[str]:
                 "one run directory"
             )
     for name, allowed in numbers.items():
-        text, where = env.get(name), f"environment variable {name}"
+        text = env.get(name)
+        where = f"environment variable {name}"
         if text and not (text.isdecimal() and int(text) in allowed):
             yield f"{where}: expected a number up to {allowed[-1]}, got {text!r}"
         elif text and name == "MASTER_PORT" and node_rank(env) == 0 and port_in_use(int(text)):
@@ -1509,7 +1542,8 @@ def check_keyed_packages(config: Config, env: Environment) -> Iterator[str]:
 
 def check_backends(config: Config, env: Environment) -> Iterator[str]:
     """Trackers of report_to that are unknown, not installed, or would ask for a login."""
-    where, names = config.where("report_to"), tracking_backends(config.values)
+    where = config.where("report_to")
+    names = tracking_backends(config.values)
     for name in names:
         if name not in BACKENDS:
             yield f"{where}: {name} is unknown{did_you_mean(name, BACKENDS)}"
@@ -1562,7 +1596,8 @@ def check_compilers(env: Environment, cuda: bool) -> Iterator[str]:
     torch looks for nvcc in CUDA_HOME, on PATH and in /usr/local/cuda. DeepSpeed wants it to be of
     torch's CUDA version, or before CUDA 13 of the same major version.
     """
-    path, built = env.get("PATH", ""), torch_cuda()
+    path = env.get("PATH", "")
+    built = torch_cuda()
     if not shutil.which(env.get("CXX", "c++"), path=path):
         yield (
             "deepspeed compiles an operator when training starts and needs a C++ compiler; "
@@ -1615,7 +1650,8 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 def read_model(values: Values) -> Model:
     """The model's size from its files, or from what is known of Qwen3. Raises LaunchError."""
-    name, from_scratch = values.model_name_or_path, values.train_from_scratch is True
+    name = values.model_name_or_path
+    from_scratch = values.train_from_scratch is True
     if not name:
         return Model("none")  # a rule says that it is missing
     if Path(name).is_dir():
@@ -1625,7 +1661,8 @@ def read_model(values: Values) -> Model:
             f"the folder {name} does not exist; expected a folder with a config.json, or a hub "
             "id such as Qwen/Qwen3-14B"
         )
-    shape, snapshot = qwen3_config(name), hub_snapshot(name, values)
+    shape = qwen3_config(name)
+    snapshot = hub_snapshot(name, values)
     if snapshot:
         if from_scratch or not missing_weights(snapshot):
             return read_model_folder(snapshot, name, from_scratch)
@@ -1701,7 +1738,8 @@ def count_parameters(config: dict) -> int | None:
     """
     if config.get("model_type") != "qwen3" or config.get("attention_bias"):
         return None
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    hidden = config["hidden_size"]
+    heads = config["num_attention_heads"]
     head = config.get("head_dim") or hidden // heads
     width = head * (heads + (config.get("num_key_value_heads") or heads))
     layer = 2 * hidden * width + 3 * hidden * config["intermediate_size"] + 2 * (hidden + head)
@@ -1753,7 +1791,8 @@ def read_deepspeed(values: Values) -> Zero:
     )
     name = "the mapping"
     if isinstance(content, str):
-        name, content = content, read_json(Path(content), hint)
+        name = content
+        content = read_json(Path(content), hint)
     try:
         section = content["zero_optimization"]
         stage = (0, 1, 2, 3).index(section["stage"])
@@ -1954,7 +1993,8 @@ def json_elements(file: TextIO, chunk: int = 1 << 20) -> Iterator[object]:
             if ends or not more:
                 reason = "a comma before the end" if ends else error.msg
                 raise ValueError(f"not valid JSON after element {count}: {reason}") from None
-            text, at = text[at:] + more, 0
+            text = text[at:] + more
+            at = 0
         else:
             count += 1
             yield element
@@ -2056,7 +2096,8 @@ def data_key(plan: Plan) -> str:
 
     Which rows max_samples leaves is known by their number, where that is.
     """
-    values, rows = plan.values, plan.rows
+    values = plan.values
+    rows = plan.rows
     most = values.max_samples if None in rows[0] + rows[1] else None
     tokenizer = file_size(Path(values.model_name_or_path or "", "tokenizer.json"))
     code = installed_version("llamafactory")
@@ -2068,13 +2109,15 @@ def earlier_figures(plan: Plan) -> dict:
     """What is known of the plan's samples: data.json, its own path under `source`; {} for nothing,
     and where samples are packed or streamed, since batches are as long as cutoff_len then.
     """
-    values, tokenized = plan.values, plan.values.tokenized_path
+    values = plan.values
+    tokenized = plan.values.tokenized_path
     if packs(values) or values.streaming:
         return {}
     with contextlib.suppress(OSError):
         if tokenized and any(Path(tokenized).rglob("state.json")):
             return ask_lengths(tokenized)
-        folder, key = Path(values.output_dir), data_key(plan)
+        folder = Path(values.output_dir)
+        key = data_key(plan)
         files = [*folder.glob(DATA_FILE), *folder.glob(f"*/{DATA_FILE}")]
         for path in sorted(files, key=os.path.getmtime, reverse=True):
             figures = read_json_or_empty(path)
@@ -2140,14 +2183,16 @@ def score_config(config: Config, model: str) -> Config:
         changes |= {"train_from_scratch": None, "adapter_name_or_path": None}
         key = "model_name_or_path"
         if os.path.isfile(f"{name}/adapter_config.json"):
-            key, changes["finetuning_type"] = "adapter_name_or_path", "lora"
+            key = "adapter_name_or_path"
+            changes["finetuning_type"] = "lora"
         changes[key] = name
     return config.update(**changes)
 
 
 def check_scores(config: Config, problems: Problems) -> None:
     """Gather what is wrong with the database or the script of the scores."""
-    path, script = config.values.score_database, str(config.values.score)
+    path = config.values.score_database
+    script = str(config.values.score)
     if path and config.values.score == "sql":
         problems.attempt(Database, Path(path), where=config.where("score_database"))
     if script.endswith(".py"):
@@ -2166,10 +2211,281 @@ def check_script(path: Path) -> None:
         raise LaunchError(f"{path}: {problem}; expected {wanted}")
 
 
+# --- judging answers ----------------------------------------------------------------------------
+#
+# Foreign SQL runs in a copy of the database in memory, where it can read and change tables and do
+# nothing else, for a second of processor time.
+
+SQL_SECONDS = 1.0
+COPIED = 1 << 30  # bytes; a larger database is opened read-only: what writes is not judged
+RESULT_BYTES = 64 << 20
+SQL_LIMITS = {  # of values and statements in bytes, and of what nests or is repeated
+    "LENGTH": 100_000,
+    "SQL_LENGTH": 100_000,
+    "EXPR_DEPTH": 200,
+    "LIKE_PATTERN_LENGTH": 100,
+    "ATTACHED": 0,
+    "WORKER_THREADS": 0,
+}
+
+
+def plain_answer(text: str) -> str:
+    """An answer without its thought, a code fence, outer white space and a last semicolon."""
+    text = text.rpartition("</think>")[2].strip()
+    fenced = re.fullmatch(r"```(?:\w*\n)?(.*?)```", text, re.DOTALL)
+    return (fenced[1] if fenced else text).strip().removesuffix(";").rstrip()
+
+
+class Judge:
+    """Judges answers as `score` says; a user's script has score(answer, reference, prompt)."""
+
+    def __init__(self, values: Values):
+        self.database = Database(Path(values.score_database)) if values.score == "sql" else None
+        self.script = None
+        if values.score not in SCORES:
+            self.script = load_script(Path(values.score)).score
+
+    def judge(self, answer: str, reference: str, prompt: str) -> dict:
+        """{"exact": 1.0, "execution": 0.0, ..., "error": text}; without a score that has none."""
+        answer = plain_answer(answer)
+        reference = plain_answer(reference)
+        row = {"exact": float(answer == reference), "error": ""}
+        try:
+            if self.database:
+                row["execution"] = float(self.database.same(answer, reference))
+            if self.script:
+                row |= named_scores(self.script(answer, reference, prompt))
+        except UnjudgedError as error:
+            row["error"] = f"{UNJUDGED}: {error}"
+        except Exception as error:  # whatever the answer, or the user's script, makes of it
+            row["error"] = f"{type(error).__name__}: {error}"
+            if self.database:
+                row["execution"] = 0.0
+        return row
+
+    def describe(self, reference: str, prompt: str) -> tuple[str, dict]:
+        """Why a reference is a poor judge, '' for no reason, and its scores as its own answer."""
+        row = self.judge(reference, reference, prompt)
+        if row["error"]:
+            return f"cannot judge ({row['error']})", row
+        if not self.database:
+            return "", row
+        return self.database.describe(plain_answer(reference)), row
+
+
+def load_script(path: Path):
+    """The user's module, which may import what lies beside it."""
+    from importlib import util
+
+    sys.path.append(str(path.parent))
+    spec = util.spec_from_file_location("scores_of_the_user", path)
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def named_scores(scores: object) -> dict[str, float]:
+    """What a script's score() gave: a number is called `score`. Raises where it is no number."""
+    if not isinstance(scores, dict):
+        scores = {"score": scores}
+    numbers = {name: float(number) for name, number in scores.items()}
+    if not all(map(math.isfinite, numbers.values())):
+        raise ValueError(f"expected finite numbers, got {numbers}")
+    return numbers
+
+
+UNJUDGED = "not judged"
+UNSCORED = ("prompt", "answer", "reference", "error")  # of a row of scores/, no score
+
+
+class UnjudgedError(Exception):
+    """The reference itself cannot be run."""
+
+
+class Database:
+    """An SQLite file, or a .sql script, on which a statement is tried and undone.
+
+    Raises LaunchError where it cannot be read.
+    """
+
+    def __init__(self, path: Path):
+        import sqlite3
+
+        self.sqlite = sqlite3
+        self.is_trusted = True
+        self.written = set()
+        self.ends = math.inf
+        self.writes = path.suffix == ".sql" or file_size(path) <= COPIED
+        try:
+            self.connection = self.load(path)
+            if not self.fetch("SELECT name FROM sqlite_master WHERE type = 'table'"):
+                raise LaunchError(f"{path}: has no tables; expected a schema, and rows")
+        except (sqlite3.Error, sqlite3.Warning, OSError) as error:
+            hint = "expected an SQLite file, or a .sql script in SQLite's words"
+            raise LaunchError(f"{path}: {error}; {hint}") from None
+        self.connection.text_factory = partial(str, encoding="utf-8", errors="replace")
+        for name, limit in SQL_LIMITS.items():
+            self.connection.setlimit(getattr(sqlite3, f"SQLITE_LIMIT_{name}"), limit)
+        self.connection.set_authorizer(self.permit)
+        self.connection.set_progress_handler(lambda: time.thread_time() > self.ends, 1000)
+
+    def load(self, path: Path):
+        """A connection to a copy in memory, or to a file that is too large for one."""
+        # Nothing is cached, since a statement is authorized only when it is prepared.
+        connect = partial(self.sqlite.connect, isolation_level=None, cached_statements=0)
+        memory = connect(":memory:")
+        if path.suffix == ".sql":
+            memory.setlimit(self.sqlite.SQLITE_LIMIT_ATTACHED, 0)
+            memory.executescript(read_text(path))
+            memory.commit()
+            return memory
+        # Read-only alone would write a -shm file beside a database that has a write-ahead log.
+        option = "mode=ro" if path.with_name(f"{path.name}-wal").exists() else "immutable=1"
+        file = connect(f"{path.absolute().as_uri()}?{option}", uri=True)
+        if not self.writes:
+            return file
+        file.backup(memory)
+        file.close()
+        return memory
+
+    def permit(self, action: int, name: str, detail: str, database: str, trigger: str) -> int:
+        """Whether SQLite may do what a statement asks for: its authorizer."""
+        sql = self.sqlite
+        reads = (sql.SQLITE_SELECT, sql.SQLITE_READ, sql.SQLITE_RECURSIVE, sql.SQLITE_FUNCTION)
+        writes = (sql.SQLITE_INSERT, sql.SQLITE_UPDATE, sql.SQLITE_DELETE)
+        if self.is_trusted or action in reads and detail != "load_extension":
+            return sql.SQLITE_OK
+        if action in writes and database == "main" and not name.startswith("sqlite_"):
+            self.written.add(name)
+            return sql.SQLITE_OK
+        return sql.SQLITE_DENY
+
+    def own(self, statement: str) -> None:
+        """Run a statement of ours, which nothing limits."""
+        self.is_trusted = True
+        self.ends = math.inf
+        self.connection.execute(statement)
+        self.is_trusted = False
+        self.ends = time.thread_time() + SQL_SECONDS
+
+    def fetch(self, statement: str) -> list[tuple]:
+        """All rows of a statement. Raises ValueError where they are too many."""
+        rows = []
+        size = 0
+        for row in self.connection.execute(statement):
+            texts = (cell for cell in row if isinstance(cell, (str, bytes)))
+            size += 64 * len(row) + sum(map(len, texts))
+            if size > RESULT_BYTES:
+                raise ValueError("the result is too large")
+            rows.append(row)
+        return rows
+
+    def outcome(self, statement: str, tables: Set[str] = frozenset()) -> tuple[list, dict]:
+        """The rows of a statement, and {table: its rows then} of those that it writes and `tables`;
+        all of it is undone.
+        """
+        self.written = set()
+        self.own("BEGIN")
+        try:
+            rows = self.fetch(statement)
+            names = sorted(self.written | tables)
+            return rows, {name: self.fetch(f'SELECT * FROM "{name}"') for name in names}
+        finally:
+            if self.connection.in_transaction:  # an error may have ended it
+                self.own("ROLLBACK")
+
+    def same(self, answer: str, reference: str) -> bool:
+        """Whether two statements give the same rows and change the tables alike.
+
+        Raises UnjudgedError where the reference fails, what SQLite raises where the answer does.
+        """
+        try:
+            wanted = self.outcome(reference)
+        except Exception as error:
+            raise UnjudgedError(f"the reference fails: {error}") from None
+        given = self.outcome(answer, wanted[1].keys())
+        if bool(wanted[1]) != bool(self.written):  # one reads, the other writes
+            return False
+        return self.alike(wanted, given, has_order(reference))
+
+    def alike(self, wanted: tuple, given: tuple, in_order: bool) -> bool:
+        """Whether two outcomes are the same; `given` has all tables that `wanted` has."""
+        others = given[1].keys() - wanted[1].keys()
+        tables = wanted[1] | self.outcome("SELECT 1", others)[1]
+        return same_rows(wanted[0], given[0], in_order) and all(
+            same_rows(tables[name], rows, False) for name, rows in given[1].items()
+        )
+
+    def describe(self, reference: str) -> str:
+        """What makes a reference that runs a poor judge; '' for nothing."""
+        rows, tables = self.outcome(reference)
+        if self.alike(([], {}), (rows, tables), False):
+            return "have an empty result"
+        ordered = has_order(reference)
+        for other in self.other_orders(reference, ordered):
+            if not self.alike((rows, tables), other, ordered):
+                return "are ambiguous: it depends on the order of rows, or of equal ones"
+        return ""
+
+    def other_orders(self, reference: str, ordered: bool) -> list[tuple]:
+        """Outcomes where rows that nothing orders, and equal ones, come in another order."""
+        found = []
+        self.own("PRAGMA reverse_unordered_selects = ON")
+        with contextlib.suppress(Exception):  # it may take too long; DISTINCT takes no random()
+            found.append(self.outcome(reference))
+            by = r"(?is)(.*\border\s+by\b.*?)(\blimit\b.*)?$"
+            for _ in range(4 if ordered else 0):
+                found.append(self.outcome(re.sub(by, r"\1, random() \2", reference, count=1)))
+        self.own("PRAGMA reverse_unordered_selects = OFF")
+        return found
+
+
+def has_order(statement: str) -> bool:
+    """Whether a query has ORDER BY at its top level: not in quotes, comments or brackets."""
+    quoted = r"""'[^']*'|"[^"]*"|`[^`]*`|\[[^]]*\]|--[^\n]*|/\*.*?\*/"""
+    text = re.sub(quoted, " x ", statement, flags=re.DOTALL)
+    inner = True
+    while inner:
+        text, inner = re.subn(r"\([^()]*\)", " ", text)
+    return bool(re.search(r"\border\s+by\b", text, re.IGNORECASE))
+
+
+def same_rows(wanted: list[tuple], given: list[tuple], in_order: bool) -> bool:
+    """Whether two results are the same, in any order unless it counts."""
+    if not in_order:
+        wanted = sorted(wanted, key=row_order)
+        given = sorted(given, key=row_order)
+    return len(wanted) == len(given) and all(map(same_row, wanted, given))
+
+
+def row_order(row: tuple) -> tuple:
+    """By what rows are sorted: numbers last, and those that only rounding tells apart alike."""
+    words = [(type(cell).__name__, str(cell)) for cell in row if not is_number(cell)]
+    return words, [float(f"{cell:.12g}") for cell in row if is_number(cell)]
+
+
+def is_number(cell: object) -> bool:
+    """Whether SQLite holds a number in it."""
+    return isinstance(cell, (int, float))
+
+
+def same_row(wanted: tuple, given: tuple) -> bool:
+    """Whether two rows are the same, numbers within 1e-6."""
+    return len(wanted) == len(given) and all(
+        one == other
+        or is_number(one)
+        and is_number(other)
+        and float in (type(one), type(other))  # ids are exact
+        and math.isclose(one, other, rel_tol=1e-9, abs_tol=1e-6)
+        for one, other in zip(wanted, given, strict=True)
+    )
+
+
 # --- plan ---------------------------------------------------------------------------------------
 
 
-PROCESS_CGROUPS, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+PROCESS_CGROUPS = Path("/proc/self/cgroup")
+CGROUPS = Path("/sys/fs/cgroup")
 
 # Bytes per parameter of the optimizer's moments; a paged optimizer may move them to the host, but
 # only where they do not fit.
@@ -2351,7 +2667,9 @@ def estimate_states(plan: Plan) -> tuple[dict[str, int], int]:
     32 bit), half of them again for buffers (estimate_zero3_model_states_mem_needs), and the
     weights that rank 0 gathers to save them.
     """
-    zero, values, count = plan.zero, plan.values, plan.model.parameters
+    zero = plan.zero
+    values = plan.values
+    count = plan.model.parameters
     width = weight_bytes(plan)
     states = {  # bytes per parameter, the stage that divides them, whether they are offloaded
         "parameters": (width, 3, zero.offload_parameters),
@@ -2360,7 +2678,8 @@ def estimate_states(plan: Plan) -> tuple[dict[str, int], int]:
     }
     if kind_of_loss(values) in ("dpo", "kto"):
         states["reference"] = (activation_bytes(values), 3, zero.offload_parameters)
-    parts, host = dict.fromkeys((*states, "buffers"), 0), 0
+    parts = dict.fromkeys((*states, "buffers"), 0)
+    host = 0
     for name, (size, stage, is_offloaded) in states.items():
         size *= count / (plan.world_size if zero.stage >= stage else 1)
         if is_offloaded:
@@ -2387,7 +2706,8 @@ def estimate_phases(plan: Plan) -> dict[str, dict[str, int]]:
     (DeepSpeedZeroOptimizer_Stage3._prepare_fp32_grad_for_sub_group), and AdamW, where it is not
     the fused one, a root of its second moments.
     """
-    values, shape = plan.values, plan.model.shape
+    values = plan.values
+    shape = plan.model.shape
     train_logit, eval_logit = LOGIT_BYTES[kind_of_loss(values)]
     if values.enable_liger_kernel and values.stage in ("pt", "sft"):
         train_logit = 0
@@ -2411,7 +2731,8 @@ def estimate_phases(plan: Plan) -> dict[str, dict[str, int]]:
 
 def score_bytes(plan: Plan, room: float) -> int:
     """Bytes of the answers that a rank gives at once: as many as there is room for."""
-    values, own = plan.values, math.ceil(plan.values.score_samples / plan.world_size)
+    values = plan.values
+    own = math.ceil(plan.values.score_samples / plan.world_size)
     one = answer_bytes(plan.model.shape, values.cutoff_len, activation_bytes(values))
     return int(one * max(min(own, room // one), 1))
 
@@ -2421,7 +2742,8 @@ def answer_bytes(shape: dict, tokens: int, width: int) -> int:
     values of all layers, what one layer computes of the prompt, the logits of the last token; a
     quarter more, since the keys and values are copied as they grow.
     """
-    hidden, heads = shape.get("hidden_size", 0), shape.get("num_attention_heads", 1)
+    hidden = shape.get("hidden_size", 0)
+    heads = shape.get("num_attention_heads", 1)
     head = shape.get("head_dim") or hidden // heads
     keys = 2 * head * (shape.get("num_key_value_heads") or heads)
     layer = 6 * hidden + 3 * shape.get("intermediate_size", 0)
@@ -2438,12 +2760,16 @@ def activations_per_token(plan: Plan, is_padded: bool) -> tuple[int, int]:
     MLP. Padding makes SDPA repeat keys and values for all heads. Where autocast has 32-bit
     weights, layers pass 32 bit on. tests/benchmarks/memory.py compares it with torch's tracker.
     """
-    shape, width = plan.model.shape, activation_bytes(plan.values)
+    shape = plan.model.shape
+    width = activation_bytes(plan.values)
     passed_on = weight_bytes(plan)
-    hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
-    inner, layers = shape["intermediate_size"], shape["num_hidden_layers"]
+    hidden = shape["hidden_size"]
+    heads = shape["num_attention_heads"]
+    inner = shape["intermediate_size"]
+    layers = shape["num_hidden_layers"]
     head = shape.get("head_dim") or hidden // heads
-    queries, keys = head * heads, head * (shape.get("num_key_value_heads") or heads)
+    queries = head * heads
+    keys = head * (shape.get("num_key_value_heads") or heads)
     norm = (4 + 2 * width) * hidden
     layer = 2 * norm + 5 * (passed_on - width) * hidden
     layer += (4 + 3 * width) * (queries + keys) + 4 * width * inner
@@ -2457,7 +2783,8 @@ def activations_per_token(plan: Plan, is_padded: bool) -> tuple[int, int]:
 
 def step_bytes(plan: Plan) -> int:
     """Bytes that the optimizer's step takes on each device beside the states."""
-    values, zero = plan.values, plan.zero
+    values = plan.values
+    zero = plan.zero
     if zero.offload_optimizer:
         return 0
     root = 4 if values.optim == "adamw_torch" else 0
@@ -2509,7 +2836,8 @@ def estimate_disk(plan: Plan) -> tuple[int, int | None]:
     mp_rank_00_model_states.pt holds them too; for resuming, DeepSpeed's 32-bit weights and the
     optimizer's moments, or without DeepSpeed the moments alone.
     """
-    zero, count = plan.zero, plan.model.parameters
+    zero = plan.zero
+    count = plan.model.parameters
     weights = checkpoint = count * weight_bytes(plan)
     if not plan.values.save_only_model:
         checkpoint += count * optimizer_bytes(plan)
@@ -2527,7 +2855,8 @@ def count_times(plan: Plan, key: str) -> float:
     """How often the run does `key`, save or eval; infinite where the number of steps is unknown."""
     values = plan.values
     total = plan.steps.total
-    strategy, every = values[f"{key}_strategy"], values[f"{key}_steps"] or values.logging_steps
+    strategy = values[f"{key}_strategy"]
+    every = values[f"{key}_steps"] or values.logging_steps
     if strategy == "no":
         return 0
     if strategy == "epoch":
@@ -2549,9 +2878,11 @@ def host_bytes() -> int:
     with contextlib.suppress(OSError):
         for line in PROCESS_CGROUPS.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
-            root, file = CGROUPS, "memory.max"
+            root = CGROUPS
+            file = "memory.max"
             if "memory" in controllers.split(","):
-                root, file = CGROUPS / "memory", "memory.limit_in_bytes"
+                root = CGROUPS / "memory"
+                file = "memory.limit_in_bytes"
             folder = root / path.lstrip("/")
             for place in (folder, *folder.parents):
                 with contextlib.suppress(OSError, ValueError):
@@ -2611,8 +2942,10 @@ def check_disk(plan: Plan, config: Config, run: Run | None) -> Iterator[str]:
 
 def nearest_that_fits(plan: Plan) -> str:
     """The smallest change that fits: smaller batches, offload, more devices; '' if none."""
-    key, micro = "per_device_eval_batch_size", plan.values.per_device_train_batch_size
-    tries, smaller = [], {}
+    key = "per_device_eval_batch_size"
+    micro = plan.values.per_device_train_batch_size
+    tries = []
+    smaller = {}
     if plan.phase == "evaluation":
         batches = range(plan.values[key] - 1, 0, -1)
         tries = [split_step(plan, micro, **{key: size}) for size in batches]
@@ -2702,7 +3035,8 @@ def gather_cost(plan: Plan) -> int:
     host. A CPU computes so slowly that 300 were measured (tests/benchmarks/README.md). Else the
     starts of kernels are left.
     """
-    from_host, gpus = plan.zero.offload_parameters, plan.gpus
+    from_host = plan.zero.offload_parameters
+    gpus = plan.gpus
     if plan.zero.stage < 3 or (plan.world_size == 1 and not from_host):
         return 150
     if not plan.devices.ids:
@@ -2721,12 +3055,15 @@ def padded_length(plan: Plan) -> float:
     ranks, which wait for one another. group_by_length sorts 50 steps of a rank, or a quarter of
     the samples, and cuts micro-batches from them (transformers' get_length_grouped_indices).
     """
-    total, micro = sum(count for _, count in plan.lengths), plan.micro
+    total = sum(count for _, count in plan.lengths)
+    micro = plan.micro
     sorted_steps = max(min(total // (4 * plan.per_rank), 50), 1)
     batches = sorted_steps * plan.per_rank // micro
     if plan.zero.stage == 3:
         micro *= plan.world_size
-    shorter, before, mean = 0, 0.0, 0.0
+    shorter = 0
+    before = 0.0
+    mean = 0.0
     for tokens, count in plan.lengths:
         shorter += count
         share = (shorter / total) ** micro
@@ -2744,7 +3081,9 @@ FASTER = {"train_sampling_strategy": "group_by_length", "enable_liger_kernel": "
 
 def suggest_split(plan: Plan) -> str:
     """What does the same step with clearly less work, and what it gains; '' for nothing."""
-    found, values, tries = [], plan.values, [{}]
+    found = []
+    values = plan.values
+    tries = [{}]
     if values.stage in ("pt", "sft") and not values.disable_shuffling:
         tries += [{key: value} for key, value in FASTER.items()]
     for more in tries if plan.memory and plan.device_bytes else ():
@@ -3222,7 +3561,8 @@ def find_run(options: argparse.Namespace) -> Run | None:
 
 def check_resume(config: Config, plan: Plan, run: Run) -> Iterator[str]:
     """Why the run cannot continue like this: it has changed, or has no checkpoint."""
-    recorded, now = run.read("plan.json"), decisive_values(plan)
+    recorded = run.read("plan.json")
+    now = decisive_values(plan)
     old = load_config(run.config_file, {}).values
     keys = FIXED_KEYS
     if packs(plan.values):
@@ -3233,7 +3573,8 @@ def check_resume(config: Config, plan: Plan, run: Run) -> Iterator[str]:
     if run.read("summary.json").get("state") == "diverged":
         before["learning_rate"] = now["learning_rate"]
     for key in keys:
-        was, new = before[key], now[key]
+        was = before[key]
+        new = now[key]
         if (was or None) != (new or None):  # false is what most are where not given
             yield (
                 f"{config.where(key)}: was {was} when the run started and is {new} now, but "
@@ -3294,7 +3635,8 @@ def dry_run(found: Preflight, as_json: bool, env: Environment) -> None:
 
 def print_plan(found: Preflight, run: Run, env: Environment) -> None:
     """Print the plan, one screen."""
-    plan, chosen = found.plan, chosen_tracking(found.config, run, env)
+    plan = found.plan
+    chosen = chosen_tracking(found.config, run, env)
     names = [str(chosen.get(name, name)) for name in tracking_backends(found.config.values)]
     print_lines(
         {
@@ -3551,15 +3893,19 @@ def setup_experiment_tracking(config: Config, run: Run, env: Environment) -> Tra
     values = config.values
     key = find_swanlab_key(config, env)
     if env.get("SWANLAB_MODE"):
-        mode, reason = env["SWANLAB_MODE"], "from SWANLAB_MODE"
+        mode = env["SWANLAB_MODE"]
+        reason = "from SWANLAB_MODE"
     elif values.swanlab_mode:
-        mode, reason = values.swanlab_mode, f"from swanlab_mode, {config.place('swanlab_mode')}"
+        mode = values.swanlab_mode
+        reason = f"from swanlab_mode, {config.place('swanlab_mode')}"
     else:
-        mode, reason = "online", f"API key from {key}"
+        mode = "online"
+        reason = f"API key from {key}"
     if mode == "cloud":
         mode = "online"
     if mode == "online" and not key:
-        mode, reason = "local", "no API key was found"
+        mode = "local"
+        reason = "no API key was found"
     project = env.get("SWANLAB_PROJ_NAME") or tracking_project(values)
     folder = values.swanlab_logdir or env.get("SWANLAB_LOG_DIR")
     init = {
@@ -3611,7 +3957,8 @@ def rehearse(found: Preflight, as_json: bool, env: Environment) -> int:
     plans = [found.plan]
     if found.plan.auto and read_count(env, "NNODES", 1) == 1:
         plans = splits(found.plan)[:CANDIDATES]
-    tried, said = [], []
+    tried = []
+    said = []
     for plan in plans:
         code, figures = rehearse_split(found, plan, as_json, env)
         pace = figures.get("step_seconds") or 0
@@ -3622,7 +3969,8 @@ def rehearse(found: Preflight, as_json: bool, env: Environment) -> int:
     code, _, _, plan, figures = min(tried)
     if node_rank(env):
         return code
-    text, output_dir = json.dumps(figures, indent=1), Path(found.plan.values.output_dir)
+    text = json.dumps(figures, indent=1)
+    output_dir = Path(found.plan.values.output_dir)
     if code == 0:
         (output_dir / REHEARSAL_FILE).write_text(text, encoding="utf-8")
     if as_json:
@@ -3639,7 +3987,8 @@ def rehearse_split(
 ) -> tuple[int, dict]:
     """Rehearse the run as this plan splits it; returns the exit code and what it took."""
     config = rehearsal_config(replace(found.config, values=plan.values))
-    rehearsal, run = replace(found, config=config, plan=plan), new_run(config)
+    rehearsal = replace(found, config=config, plan=plan)
+    run = new_run(config)
     if node_rank(env):
         return launch(rehearsal, env), {}
     remove_rehearsals(run.path.parent)
@@ -3679,10 +4028,12 @@ def remove_rehearsals(output_dir: Path) -> None:
 
 def forecast(plan: Plan, summary: dict) -> dict:
     """The summary of a rehearsal, with what the run would take where its steps are known."""
-    figures, steps = without(summary, *RUNS_OWN), plan.steps
+    figures = without(summary, *RUNS_OWN)
+    steps = plan.steps
     if not (steps.per_epoch and summary.get("step_seconds")):
         return figures
-    saves, evaluations = count_times(plan, "save"), count_times(plan, "eval")
+    saves = count_times(plan, "save")
+    evaluations = count_times(plan, "eval")
     counts = {"step": steps.total, "checkpoint": saves, "evaluation": evaluations}
     total = sum(count * figures[f"{what}_seconds"] for what, count in counts.items())
     return figures | {
@@ -3694,7 +4045,8 @@ def forecast(plan: Plan, summary: dict) -> dict:
 
 def rehearsal_lines(plan: Plan, figures: dict) -> dict[str, str]:
     """A rehearsal for people: {label: text}; of a failure the cause has been said."""
-    key, state = "per_device_train_batch_size", figures.get("state")
+    key = "per_device_train_batch_size"
+    state = figures.get("state")
     if OUT_OF_MEMORY in figures.get("cause", ""):
         return {"memory": f"{OUT_OF_MEMORY}, also with {key}={figures['configuration'][key]}"}
     if state != "finished":
@@ -3704,10 +4056,8 @@ def rehearsal_lines(plan: Plan, figures: dict) -> dict[str, str]:
     if words:
         lines["memory"] += f", with {words}; {OUT_OF_MEMORY} with {plan.values[key]}"
     if "counts" in figures:
-        epoch, total = (
-            spoken(figures["epoch_seconds"]),
-            format_seconds(figures["total_seconds"]),
-        )
+        epoch = spoken(figures["epoch_seconds"])
+        total = format_seconds(figures["total_seconds"])
         counts = ", ".join(plural(count, what) for what, count in figures["counts"].items())
         lines["time"] += f", {epoch} per epoch, about {total} in all ({counts})"
     return lines
@@ -3733,7 +4083,8 @@ def tokenize(found: Preflight, count: str, env: Environment) -> int:
     The ranks find it in the cache of datasets.
     """
     with TemporaryDirectory() as folder:
-        run, config = Run(Path(folder)), found.config
+        run = Run(Path(folder))
+        config = found.config
         found = replace(found, config=without_model(config))
         run.logs.mkdir()
         write_run_files(found, run, env)
@@ -3749,7 +4100,8 @@ def tokenize(found: Preflight, count: str, env: Environment) -> int:
 
 def keep_figures(run: Run, config: Config) -> None:
     """Leave the figures of the data where the next plan finds them, though their run goes."""
-    figures, folder = run.read(DATA_FILE), Path(config.values.output_dir)
+    figures = run.read(DATA_FILE)
+    folder = Path(config.values.output_dir)
     if figures:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / DATA_FILE, json.dumps(figures))
@@ -3830,7 +4182,8 @@ def wait_for(what: str) -> Iterator[float]:
     """The seconds waited so far, five times per second; after 10 s a line says for `what`, if it
     has a name.
     """
-    begun, told = time.monotonic(), not what
+    begun = time.monotonic()
+    told = not what
     while True:
         waited = time.monotonic() - begun
         if waited > 10 and not told:
@@ -4017,18 +4370,27 @@ class Supervisor:
     """
 
     def __init__(self, found: Preflight, run: Run, command: list[str], env: Environment):
-        self.config, self.run, self.command, self.env = found.config, run, command, env
-        self.leads, self.started = node_rank(env) == 0, time.time()
+        self.config = found.config
+        self.run = run
+        self.command = command
+        self.env = env
+        self.leads = node_rank(env) == 0
+        self.started = time.time()
         self.log = run.logs / f"torchrun{'' if self.leads else node_rank(env)}.log"
-        self.process, self.ranks, self.shrunk = None, [], 0
-        self.plan, self.devices = found.plan, found.plan.devices
+        self.process = None
+        self.ranks = []
+        self.shrunk = 0
+        self.plan = found.plan
+        self.devices = found.plan.devices
         self.stop = StopRequest(run, self.kill)
-        self.metrics, self.console = Follower(run.metrics_file), Console()
+        self.metrics = Follower(run.metrics_file)
+        self.console = Console()
         self.children = tracker_processes(found, run, env) if self.leads else []
 
     def supervise(self) -> int:
         """Run torchrun, and again as long as it fails after progress; returns the exit code."""
-        limit, restarts = self.config.values.max_restarts, 0
+        limit = self.config.values.max_restarts
+        restarts = 0
         while True:
             before = checkpoint_step(self.run.newest_checkpoint())
             if self.leads:
@@ -4059,11 +4421,13 @@ class Supervisor:
         evaluation batch; the run goes on from its last checkpoint.
         """
         values = self.config.values
-        micro, key = values.per_device_train_batch_size, "per_device_eval_batch_size"
+        micro = values.per_device_train_batch_size
+        key = "per_device_eval_batch_size"
         fixed = self.plan.zero.settings.get("train_micro_batch_size_per_gpu", "auto") != "auto"
         smaller = [size for size in divisors(micro * values[ACCUMULATION]) if size < micro]
         if evaluates:
-            fixed, smaller = False, [values[key] // 2]
+            fixed = False
+            smaller = [values[key] // 2]
         if fixed or not any(smaller) or self.shrunk == 3:
             return False
         self.shrunk += 1
@@ -4142,7 +4506,8 @@ class Supervisor:
         """
         import psutil
 
-        missing, torchrun = "", psutil.Process(self.process.pid)
+        missing = ""
+        torchrun = psutil.Process(self.process.pid)
         if read_count(self.env, "NNODES", 1) > 1:
             missing = "the other nodes at {MASTER_ADDR}:{MASTER_PORT}".format_map(self.env)
         for _ in wait_for(missing):
@@ -4218,11 +4583,13 @@ def quarantine_incomplete_checkpoints(run: Run) -> list[str]:
 
     So nobody resumes from it. Returns a line for each.
     """
-    good, lines = checkpoint_step(run.newest_checkpoint()), []
+    good = checkpoint_step(run.newest_checkpoint())
+    lines = []
     for folder in run.checkpoints():
         problem = incomplete_files(folder)
         if problem and checkpoint_step(folder) > good:
-            aside, number = run.path / f"incomplete-{folder.name}", 0
+            aside = run.path / f"incomplete-{folder.name}"
+            number = 0
             while aside.exists():  # from an earlier start
                 number += 1
                 aside = aside.with_name(f"incomplete-{folder.name}.{number}")
@@ -4255,7 +4622,10 @@ class StopRequest:
     """
 
     def __init__(self, run: Run, kill: Callable[[], None]):
-        self.run, self.kill, self.arrived, self.presses = run, kill, [], 0
+        self.run = run
+        self.kill = kill
+        self.arrived = []
+        self.presses = 0
         self.old = modified(run.stop_file)
         for number in STOP_SIGNALS:  # nohup ignores SIGHUP: the run continues
             if signal.getsignal(number) != signal.SIG_IGN:
@@ -4313,10 +4683,15 @@ class HangWatch:
     LONGER = 6
 
     def __init__(self, run: Run, timeout: float):
-        self.run, self.timeout = run, timeout
-        self.seen, self.since = set(), time.monotonic()
-        self.work, self.looked = 0, 0.0
-        self.step, self.step_began, self.paces = run.read_progress(), self.since, []
+        self.run = run
+        self.timeout = timeout
+        self.seen = set()
+        self.since = time.monotonic()
+        self.work = 0
+        self.looked = 0.0
+        self.step = run.read_progress()
+        self.step_began = self.since
+        self.paces = []
 
     def problem(self, ranks: list) -> str:
         """Where this node's ranks (psutil's processes) stand if nobody makes progress, else ''.
@@ -4329,7 +4704,8 @@ class HangWatch:
             return ""
         where: dict[str, list[str]] = {}
         for process in ranks:
-            number, place = "?", "is gone"
+            number = "?"
+            place = "is gone"
             with contextlib.suppress(psutil.Error):
                 number = process.environ()["RANK"]
                 place = self.place_of(process, number)
@@ -4340,11 +4716,13 @@ class HangWatch:
 
     def is_stuck(self, ranks: list) -> bool:
         """Whether nobody has made progress for too long."""
-        files, now = list(self.run.logs.glob("rank*.progress")), time.monotonic()
+        files = list(self.run.logs.glob("rank*.progress"))
+        now = time.monotonic()
         self.learn_pace(now)
         seen = set(map(modified, files))
         if seen != self.seen:
-            self.seen, self.since = seen, now
+            self.seen = seen
+            self.since = now
         if now - self.since <= self.timeout:
             return False
         pace = statistics.median(self.paces) if len(self.paces) >= 5 else 0
@@ -4357,7 +4735,8 @@ class HangWatch:
     def look_for_work(self, ranks: list, file: Path, now: float) -> None:
         """Once per timeout: a download, or tokenizing, is progress; let all nodes see it."""
         if now - self.looked > self.timeout:
-            work, self.looked = sum(map(work_of, ranks)), now
+            work = sum(map(work_of, ranks))
+            self.looked = now
             if work > self.work:
                 self.work = work
                 os.utime(file)
@@ -4368,7 +4747,8 @@ class HangWatch:
         if step > self.step > 0:
             self.paces.append((now - self.step_began) / (step - self.step))
         if step != self.step:
-            self.step, self.step_began = step, now
+            self.step = step
+            self.step_began = now
 
     def place_of(self, process, rank: str) -> str:
         """`in all_reduce (distributed_c10d.py:2810)`, as faulthandler writes it into the log."""
@@ -4395,7 +4775,8 @@ def work_of(rank) -> int:
     work = 0
     with contextlib.suppress(psutil.Error):
         for process in (rank, *rank.children(recursive=True)):
-            done, used = process.io_counters(), process.cpu_times()
+            done = process.io_counters()
+            used = process.cpu_times()
             work += (done.read_chars + done.write_chars + done.read_bytes) >> 20
             work += int(used.user + used.system) if process != rank else 0
     return work
@@ -4420,7 +4801,9 @@ class Console:
     LINES = 30
 
     def __init__(self):
-        self.bar, self.begin, self.evaluated = None, {}, set()
+        self.bar = None
+        self.begin = {}
+        self.evaluated = set()
         self.spoke, self.due = 0.0, 0.0  # when the last line was, and the step of the next one
         self.knows_data = False
         self.scores: dict[tuple, str] = {}  # by step and data set
@@ -4435,7 +4818,8 @@ class Console:
     def show(self, line: dict) -> None:
         """Show one line of metrics.jsonl."""
         if line.get("event") == "begin":
-            self.begin, self.due = line, 0.0
+            self.begin = line
+            self.due = 0.0
             self.open_bar()
         elif line.get("event") == "note":
             say(line["text"])
@@ -4469,10 +4853,12 @@ class Console:
         if self.bar is not None:
             self.bar.set_description_str(text)
             return
-        step, total = line["step"], self.begin["total_steps"]
+        step = line["step"]
+        total = self.begin["total_steps"]
         if step < self.due and line["time"] - self.spoke < 60:
             return
-        self.spoke, self.due = line["time"], step + total / self.LINES
+        self.spoke = line["time"]
+        self.due = step + total / self.LINES
         pace = (line["time"] - self.begin["time"]) / max(step - self.begin["step"], 1)
         say(
             f"step {step}/{total}  {text}  {line.get('train_tokens_per_second', 0):.0f} tokens/s  "
@@ -4482,7 +4868,8 @@ class Console:
     def show_evaluation(self, line: dict) -> None:
         """A line for each evaluation loss, once; its name may hold the data set's."""
         for name in line:
-            found, seen = re.fullmatch(r"eval_(.+_)?loss", name), (line["step"], name)
+            found = re.fullmatch(r"eval_(.+_)?loss", name)
+            seen = (line["step"], name)
             if found and seen not in self.evaluated:
                 self.evaluated.add(seen)
                 text = f"step {line['step']}/{self.begin['total_steps']}  evaluation loss "
@@ -4556,14 +4943,22 @@ class TrackerProcess:
     END seconds at most for a tracker that has begun.
     """
 
-    READY, END, STARTS = 25, 25, 3
+    READY = 25
+    END = 25
+    STARTS = 3
 
     def __init__(self, name: str, tracking: Tracking, run: Run, env: Environment, config: dict):
-        self.name, self.title, self.run, self.env = name, tracking.title, run, env
-        self.online, position = tracking.mode == "online", file_size(run.metrics_file)
+        self.name = name
+        self.title = tracking.title
+        self.run = run
+        self.env = env
+        self.online = tracking.mode == "online"
+        position = file_size(run.metrics_file)
         own = {"tracker": name, "mode": tracking.mode, "config": config, "position": position}
         self.init = tracking.init | own
-        self.process, self.starts, self.begun = None, 0, 0.0
+        self.process = None
+        self.starts = 0
+        self.begun = 0.0
         self.problem = self.end = (
             ""  # why it was started again, until that is said; the last order
         )
@@ -4585,7 +4980,8 @@ class TrackerProcess:
 
     def start(self) -> None:
         """Start a tracker, which reads its settings from stdin."""
-        self.starts, self.begun = self.starts + 1, time.monotonic()
+        self.starts = self.starts + 1
+        self.begun = time.monotonic()
         with open(self.run.logs / f"{self.name}.log", "ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-u", str(SCRIPT), "--tracker", str(self.run.path)],
@@ -4729,19 +5125,23 @@ def describe_failure(run: Run, log: Path, position: int) -> str:
 
     `log` is torchrun's; what this start has said there begins at byte `position`.
     """
-    messages, evidence = read_from(log, position), ""
+    messages = read_from(log, position)
+    evidence = ""
     errors = sorted(run.logs.glob("rank*.error"), key=modified)
     # Two lines of torchrun's report: `rank      : 1 (local_rank: 1)`, `exitcode  : -9 (pid: 77)`;
     # -15 is torchrun's own SIGTERM. Another rank's error is then a consequence of it, even where
     # torchrun saw it first.
     killed = re.search(r"rank +: (\d+) [^\n]*\n *exitcode +: -(?!15 )(\d+) ", messages)
     if killed and not (errors and came_first(errors[0], run.logs / f"rank{killed[1]}.log")):
-        rank, name = killed[1], signal.Signals(int(killed[2])).name
-        text, log = f"rank {rank} was killed by {name}", run.logs / f"rank{rank}.log"
+        rank = killed[1]
+        name = signal.Signals(int(killed[2])).name
+        text = f"rank {rank} was killed by {name}"
+        log = run.logs / f"rank{rank}.log"
         if name != "SIGKILL":  # NCCL and CUDA abort: their reason is in the rank's log
             evidence = read_from(log, max(file_size(log) - (64 << 10), 0)).split(RANK_START)[-1]
     elif errors:
-        text, log = read_from(errors[0]).strip(), errors[0].with_suffix(".log")
+        text = read_from(errors[0]).strip()
+        log = errors[0].with_suffix(".log")
         text += f"\nphase: {read_from(log.with_suffix('.progress')).partition(' ')[2]}"
     else:
         known = re.findall(r"Rendezvous\w*Error[^\n]*|[^\n]*EADDRINUSE[^\n]*", messages)
@@ -4850,15 +5250,15 @@ def summarize(run: Run, state: str, cause: str, started: float) -> dict:
     Seconds per step and of a checkpoint are medians, without the wait for others; `input_wait` is
     the share of a step's time in which a rank waits for its data.
     """
-    lines, good = run.read_metrics(), run.newest_checkpoint()
-    losses, rates = logged(lines, "loss"), logged(lines, "train_tokens_per_second")
-    planned, curve = run.read("plan.json").get("total_steps"), run.path / "training_loss.png"
+    lines = run.read_metrics()
+    good = run.newest_checkpoint()
+    planned = run.read("plan.json").get("total_steps")
+    curve = run.path / "training_loss.png"
     own = [line for line in lines if line["time"] > started]  # of this launch
-    finished, figures = state == "finished", next(reversed(logged(own, "figures")), {})
+    finished = state == "finished"
     newest = next(iter(run.checkpoints()), run.path)
     files = read_json_or_empty(newest / MANIFEST).get("files", {})
     model = run.path if finished else good
-    wrong = logged(lines, "wrong")
     return {
         "run": str(run.path),
         "state": state,
@@ -4866,16 +5266,16 @@ def summarize(run: Run, state: str, cause: str, started: float) -> dict:
         "model": str(model) if model and has_weights(model) else None,
         "steps": max([*logged(lines, "step"), checkpoint_step(good)]),
         "total_steps": max(logged(lines, "total_steps"), default=planned),
-        "first_loss": next(iter(losses), None),
-        "last_loss": next(reversed(losses), None),
+        "first_loss": last(lines[::-1], "loss"),
+        "last_loss": last(lines, "loss"),
         "seconds": round(time.time() - started, 1),
-        "tokens_per_second": next(reversed(rates), None),
+        "tokens_per_second": last(lines, "train_tokens_per_second"),
         "start_seconds": own[0]["time"] - started if own else None,
         "checkpoint_bytes": sum(files.values()) or None,
         **dict.fromkeys(MEASURED),
-        **figures,
+        **last(own, "figures", {}),
         "scores": summarize_scores(lines),
-        "wrong_answers": wrong[-1] if wrong else [],
+        "wrong_answers": last(lines, "wrong", []),
         "checkpoints": [path.name for path in run.checkpoints() if (path / MANIFEST).exists()],
         "curve": str(curve) if curve.exists() else None,
         "dashboard": run.read("logs/swanlab.json").get("dashboard"),
@@ -4899,7 +5299,8 @@ def compare(plan: Plan, run: Run) -> dict:
 def measured_lines(summary: dict) -> dict[str, str]:
     """What a run has measured, for people: {label: text}; {} where it has not come so far."""
     shown = {key: format_bytes(summary[key] or 0) for key in summary if "memory" in key}
-    pace, save = summary["step_seconds"], summary["checkpoint_seconds"]
+    pace = summary["step_seconds"]
+    save = summary["checkpoint_seconds"]
     size = summary["checkpoint_bytes"]
     if not pace:
         return {}
@@ -4907,7 +5308,8 @@ def measured_lines(summary: dict) -> dict[str, str]:
     if summary["device_memory"]:
         memory += f" of {shown['device_memory']}"
     memory += f" at the peak (rank {summary['peak_rank']})"
-    time, checkpoint = f"{spoken(pace)} per step", ""
+    time = f"{spoken(pace)} per step"
+    checkpoint = ""
     if summary["planned_memory"] and not summary["resident"]:
         memory += f", the plan said {shown['planned_memory']}"
     if summary.get("rehearsal"):
@@ -4936,11 +5338,17 @@ def logged(lines: list[dict], key: str) -> list:
     return [line[key] for line in lines if key in line]
 
 
+def last(lines: list[dict], key: str, default: object = None):
+    """The last value of a key of metrics.jsonl."""
+    return next(reversed(logged(lines, key)), default)
+
+
 def draw_curve(run: Run) -> None:
     """Draw training_loss.png from metrics.jsonl, where there is anything to draw."""
     from matplotlib.figure import Figure
 
-    figure, lines = Figure(figsize=(10, 6), layout="constrained"), run.read_metrics()
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    lines = run.read_metrics()
     axes, rates = figure.subplots(2, sharex=True, height_ratios=(5, 1))
     loss = series(lines, "loss")
     axes.plot(*loss, color="C0", alpha=0.3)
@@ -5003,8 +5411,11 @@ DIVERGED_HINT = (
 
 def print_summary(run: Run, config: Config, summary: dict) -> None:
     """Print how the run ended."""
-    state, rate = summary["state"], summary["tokens_per_second"]
-    loss, time, resume = "", format_seconds(summary["seconds"]), summary["resume"]
+    state = summary["state"]
+    rate = summary["tokens_per_second"]
+    loss = ""
+    time = format_seconds(summary["seconds"])
+    resume = summary["resume"]
     figures = measured_lines(summary)
     if rate:
         time += f", {rate:.0f} tokens/s"
@@ -5017,7 +5428,8 @@ def print_summary(run: Run, config: Config, summary: dict) -> None:
         commands = model_commands(Path(summary["model"]), config.values)
     if not resume and state != "finished":
         resume = "there is no checkpoint to resume from"
-    total, trains = summary["total_steps"] or "an unknown number", config.values.do_train
+    total = summary["total_steps"] or "an unknown number"
+    trains = config.values.do_train
     print_lines(
         {
             "state": f"{state} at step {summary['steps']} of {total}" if trains else state,
@@ -5315,10 +5727,12 @@ def resume_args(run: Run, values: Values, checkpoint: Path | None) -> dict:
     if not checkpoint:
         # Else LLaMA-Factory resumes from any checkpoint that it finds, without an optimizer too.
         return {"overwrite_output_dir": True}
-    done, goal = checkpoint_step(checkpoint), run.read("plan.json").get("total_steps")
+    done = checkpoint_step(checkpoint)
+    goal = run.read("plan.json").get("total_steps")
     if not goal:
         state = read_json_or_empty(checkpoint / "trainer_state.json")
-        done, goal = state["epoch"], values.num_train_epochs
+        done = state["epoch"]
+        goal = values.num_train_epochs
     resume = {"resume_from_checkpoint": str(checkpoint)}
     if done >= goal and not values.streaming:
         # The last checkpoint was saved, the model was not. The trainer would train a step more.
@@ -5348,14 +5762,24 @@ class RankCallback:
     """The trainer callback of every rank: stop together, commit checkpoints, write the metrics."""
 
     def __init__(self, run: Run, config: Config, asked: Asked):
-        self.run, self.config, self.asked = run, config, asked
-        self.trainer, self.state, self.saved = None, None, None
+        self.run = run
+        self.config = config
+        self.asked = asked
+        self.trainer = None
+        self.state = None
+        self.saved = None
         self.loss_watch = LossWatch()
         self.ending: Ending | None = None  # where it ends early
         # In seconds; a step with its wait for data, without saving and evaluating.
-        self.waits, self.steps, self.saves, self.evaluations = [], [], [], []
-        self.lapped, self.figures = 0.0, {}
-        self.scorer, self.scorings, self.evaluating = None, [], 0.0
+        self.waits = []
+        self.steps = []
+        self.saves = []
+        self.evaluations = []
+        self.lapped = 0.0
+        self.figures = {}
+        self.scorer = None
+        self.scorings = []
+        self.evaluating = 0.0
         self.batches = 1  # evaluations in one; a rehearsal's evaluates one batch of so many
         self.progress = run.logs / f"rank{os.environ['RANK']}.progress"
 
@@ -5401,7 +5825,8 @@ class RankCallback:
 
     def lap(self) -> float:
         """Seconds since the last call."""
-        before, self.lapped = self.lapped, time.perf_counter()
+        before = self.lapped
+        self.lapped = time.perf_counter()
         return self.lapped - before
 
     def tell(self, phase: str) -> None:
@@ -5540,7 +5965,8 @@ class RankCallback:
         """
         if not self.state.is_world_process_zero:
             return
-        step, tokens = self.state.global_step, self.state.num_input_tokens_seen
+        step = self.state.global_step
+        tokens = self.state.num_input_tokens_seen
         line = {"time": time.time(), "step": step, "tokens": tokens, **more}
         with open(self.run.metrics_file, "ab", buffering=0) as file:
             file.write(json.dumps(line).encode() + b"\n")
@@ -5553,7 +5979,8 @@ def seed_length_groups(seed: int, state) -> None:
 
     def draw(sampler):
         generator = torch.Generator().manual_seed(seed + int(state.epoch))
-        lengths, group = sampler.lengths, sampler.batch_size
+        lengths = sampler.lengths
+        group = sampler.batch_size
         return iter(samplers.get_length_grouped_indices(lengths, group, generator=generator))
 
     samplers.LengthGroupedSampler.__iter__ = draw
@@ -5579,7 +6006,8 @@ class LossWatch:
     """
 
     def __init__(self):
-        self.losses, self.first = deque(maxlen=100), []
+        self.losses = deque(maxlen=100)
+        self.first = []
         self.high: list[float] = []  # losses in a row that are far above the median
         self.infinite: dict[str, int] = {}  # since which step a number is not finite
 
@@ -5600,7 +6028,8 @@ class LossWatch:
         """Why a loss that stays high is a divergence; '' where it is not."""
         if not math.isfinite(loss):
             return ""
-        usual, count = statistics.median(self.losses or [math.inf]), len(self.losses)
+        usual = statistics.median(self.losses or [math.inf])
+        count = len(self.losses)
         self.losses.append(loss)
         if count < 5:
             self.first.append(loss)
@@ -5657,7 +6086,8 @@ def score_evaluations(callback: RankCallback) -> None:
 
     def evaluate_and_score(trainer, loader, *args, metric_key_prefix="eval", **options):
         if callback.state is None:  # nothing is trained
-            callback.trainer, callback.state = trainer, trainer.state
+            callback.trainer = trainer
+            callback.state = trainer.state
             callback.write(event="begin", total_steps=0)
             callback.scorer.check_references()
             callback.lap()
@@ -5678,7 +6108,8 @@ class Scorer:
     """Has the model answer the prompts of an evaluation, and judges the answers."""
 
     def __init__(self, callback: RankCallback):
-        self.callback, self.values = callback, callback.config.values
+        self.callback = callback
+        self.values = callback.config.values
         self.judge = Judge(self.values)
         self.known: dict[tuple, dict] = {}  # by data set and step of the weights
         self.whole = None  # the data set, where a rehearsal evaluates a part of it
@@ -5690,7 +6121,8 @@ class Scorer:
         """
         drawn = random.Random(self.callback.trainer.args.seed)
         order = drawn.sample(range(len(dataset)), len(dataset))
-        ends, found = set(self.ends), []
+        ends = set(self.ends)
+        found = []
         for index in order:
             row = dataset[index]
             if lost_part(row["labels"], ends) == 0:
@@ -5709,7 +6141,8 @@ class Scorer:
         """Before the first evaluation; rank 0 names the references that are poor judges."""
         callback = self.callback
         tokens = callback.trainer._gen_kwargs  # an evaluation forgets LLaMA-Factory's
-        self.ends, self.pad = tokens["eos_token_id"], tokens["pad_token_id"]
+        self.ends = tokens["eos_token_id"]
+        self.pad = tokens["pad_token_id"]
         data = self.whole or callback.trainer.eval_dataset
         if not callback.state.is_world_process_zero:
             return
@@ -5717,7 +6150,8 @@ class Scorer:
             kinds: dict[str, list[str]] = {}
             given = set()
             for sample in self.samples(dataset):
-                prompt, reference = self.text(sample.prompt), self.text(sample.reference)
+                prompt = self.text(sample.prompt)
+                reference = self.text(sample.reference)
                 problem, row = self.judge.describe(reference, prompt)
                 kinds.setdefault(problem, []).append(plain_answer(reference))
                 given |= row.keys() - UNSCORED
@@ -5740,12 +6174,14 @@ class Scorer:
 
     def score(self, name: str, dataset) -> dict[str, float]:
         """{"exact": 0.93, ...}: the shares of right answers, the same on all ranks."""
-        state, args = self.callback.state, self.callback.trainer.args
+        state = self.callback.state
+        args = self.callback.trainer.args
         at = state.global_step
         if args.load_best_model_at_end and not self.callback.trainer.is_in_train:
             at = state.best_global_step or at  # the best weights are loaded by now
         if (name, at) not in self.known:
-            begun, samples = time.perf_counter(), self.samples(self.whole or dataset)
+            begun = time.perf_counter()
+            samples = self.samples(self.whole or dataset)
             self.callback.tell("scoring")
             answers = self.answer(samples)
             rows = self.judge_answers(samples, answers)
@@ -5767,7 +6203,8 @@ class Scorer:
         new = longest + longest // 4 + 8
         count = math.ceil(len(samples) / args.world_size)
         size = self.batch_size(count, len(samples[order[0]].prompt) + new)
-        own, answers = order[args.process_index :: args.world_size], {}
+        own = order[args.process_index :: args.world_size]
+        answers = {}
         for start in range(0, count, size):
             batch = own[start : start + size] or order[:1]
             tokens = self.generate([samples[index].prompt for index in batch], new)
@@ -5778,7 +6215,8 @@ class Scorer:
         """How many of `count` answers at once: as the rank that has least memory can hold."""
         import torch
 
-        model, args = self.callback.trainer.model, self.callback.trainer.args
+        model = self.callback.trainer.model
+        args = self.callback.trainer.args
         shape = model.config.get_text_config().to_dict()
         one = answer_bytes(shape, tokens, activation_bytes(self.values))
         key = "per_device_eval_batch_size"  # which the launcher halves after an evaluation ran out
@@ -5985,7 +6423,8 @@ def vector_of(number: int, tensor) -> Vector:
     """How a tensor is cut between the ranks; of one that all ranks have each sums up its part."""
     import torch
 
-    ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    ranks = torch.distributed.get_world_size()
+    rank = torch.distributed.get_rank()
     if hasattr(tensor, "ds_tensor"):  # ZeRO-3
         return Vector(number, 0, tensor.ds_tensor.numel(), tensor.ds_numel)
     size = tensor.numel()
@@ -6012,14 +6451,17 @@ def measure(tensors: list, vectors: list[Vector], rank: int) -> list[float]:
     device = local_part(tensors[0]).device
     chunk = CHUNKS.get(device.type, CHUNKS["cuda"])
     places = torch.arange(chunk, dtype=torch.float64, device=device)
-    count, before, total = 0, 0, places.new_zeros(3)
+    count = 0
+    before = 0
+    total = places.new_zeros(3)
     for vector in vectors:
         begin = rank * vector.part
         size = min(max(vector.size - begin, 0), vector.part)
         own = local_part(tensors[vector.group])[vector.start : vector.start + size]
         for part in own.split(chunk):
             numbers = part.to(places)
-            whole, at = numbers.sum(), numbers @ places[: len(numbers)]
+            whole = numbers.sum()
+            at = numbers @ places[: len(numbers)]
             total += torch.stack([whole, numbers @ numbers, at + whole * (before + begin)])
             begin += len(numbers)
         count += len(own)
@@ -6101,7 +6543,8 @@ def rank_differences(ranks: list[dict]) -> list[str]:
     found = []
     for number, facts in enumerate(ranks):
         for name in facts.keys() | ranks[0].keys():
-            first, own = ranks[0].get(name), facts.get(name)
+            first = ranks[0].get(name)
+            own = facts.get(name)
             if own != first:
                 found.append(f"{name} is {own} on rank {number}, {first} on rank 0")
     if not found:
@@ -6140,8 +6583,10 @@ def key_settings(trainer, values: Values, run: Run) -> Iterator[tuple]:
 
 def batch_settings(trainer, values: Values, run: Run) -> Iterator[tuple]:
     """The samples of a step, and the steps."""
-    micro, parts = values.per_device_train_batch_size, values[ACCUMULATION]
-    ranks, engine = int(os.environ["WORLD_SIZE"]), trainer.deepspeed
+    micro = values.per_device_train_batch_size
+    parts = values[ACCUMULATION]
+    ranks = int(os.environ["WORLD_SIZE"])
+    engine = trainer.deepspeed
     yield "WORLD_SIZE", ranks, trainer.args.world_size
     if engine:
         yield "per_device_train_batch_size", micro, engine.train_micro_batch_size_per_gpu()
@@ -6160,7 +6605,8 @@ def data_settings(trainer, values: Values, run: Run) -> Iterator[tuple]:
     from datasets import Dataset
     from pyarrow.compute import list_value_length
 
-    samples, figures = trainer.train_dataset, run.read("data.json")
+    samples = trainer.train_dataset
+    figures = run.read("data.json")
     planned = run.read("plan.json").get("samples")
     if figures and planned is not None:
         yield "dataset", f"{planned} rows", f"{figures['rows']} rows"
@@ -6175,7 +6621,8 @@ def data_settings(trainer, values: Values, run: Run) -> Iterator[tuple]:
 def optimizer_settings(trainer, values: Values, run: Run) -> Iterator[tuple]:
     """The optimizer, its numbers and what clips its gradients."""
     if trainer.deepspeed:
-        zero, engine = trainer.deepspeed.optimizer, trainer.deepspeed
+        zero = trainer.deepspeed.optimizer
+        engine = trainer.deepspeed
         clips = getattr(zero, "clip_grad", engine.gradient_clipping())
         yield "max_grad_norm", values.max_grad_norm, clips
     if any(values[key] for key in OWN_OPTIMIZERS):
@@ -6197,7 +6644,8 @@ def schedule_settings(trainer, values: Values, run: Run) -> Iterator[tuple]:
     from torch import optim, zeros
     from transformers import get_scheduler
 
-    total, args = trainer.state.max_steps, trainer.args
+    total = trainer.state.max_steps
+    args = trainer.args
     scheduler = innermost(trainer.lr_scheduler, "scheduler")
     if not (total and hasattr(scheduler, "lr_lambdas")):
         return
@@ -6218,7 +6666,8 @@ def schedule_settings(trainer, values: Values, run: Run) -> Iterator[tuple]:
 
 def precision_settings(trainer, values: Values, run: Run) -> Iterator[tuple]:
     """What computes and what holds the weights, and how ZeRO cuts them."""
-    engine, zero = trainer.deepspeed, read_deepspeed(values)
+    engine = trainer.deepspeed
+    zero = read_deepspeed(values)
     stage = engine.zero_optimization_stage() if engine else 0
     yield "deepspeed", str(zero.kind), replace(zero, stage=stage, used=bool(engine)).kind
     mixed = precision(values).replace("fp32", "no").replace("pure_bf16", "no")
@@ -6314,7 +6763,8 @@ def load_resharded(engine, *folder: str, load_optimizer_states: bool = True) -> 
     """Load other ranks' shards in DeepSpeed's place. Raises ValueError where it is not exact."""
     import torch
 
-    optimizer, rank = engine.optimizer, engine.global_rank
+    optimizer = engine.optimizer
+    rank = engine.global_rank
     stage = engine.zero_optimization_stage()
     weights, state = ZERO_KEYS[stage == 3]
     # Tensors are read when they are used.
@@ -6354,9 +6804,12 @@ def find_vectors(param_shapes: list[dict], ranks: int, stage: int) -> list[Vecto
     """The vectors that DeepSpeed cuts, out of {parameter: shape} of each flat group."""
     found = []
     for group, shapes in enumerate(param_shapes):
-        sizes, unit, start = [shape.numel() for shape in shapes.values()], 1, 0
+        sizes = [shape.numel() for shape in shapes.values()]
+        unit = 1
+        start = 0
         if stage < 3:
-            sizes, unit = [sum(sizes)], 2
+            sizes = [sum(sizes)]
+            unit = 2
         for size in sizes:
             found.append(Vector(group, start, math.ceil(size / (ranks * unit)) * unit, size))
             start += found[-1].part
@@ -6424,7 +6877,8 @@ def measure_data(values: Values, tell: Callable) -> None:
         tokenized = tokenize(rows, *more, is_eval=is_eval)
         if os.environ.get("RANK", "0") != "0":
             return tokenized.remove_columns(["measured", "lost"])
-        counted, samples = rows, tokenized
+        counted = rows
+        samples = tokenized
         if stage == "pt":  # its samples are blocks of text, not rows
             counted = samples
         if data_args.streaming:
@@ -6454,8 +6908,10 @@ def measured(processor):
 
     class Measured(kind):
         def preprocess_dataset(self, examples):
-            whole, cutoff = [], self.data_args.cutoff_len
-            encode, end = self.template.encode_multiturn, int(self.template.efficient_eos)
+            whole = []
+            cutoff = self.data_args.cutoff_len
+            encode = self.template.encode_multiturn
+            end = int(self.template.efficient_eos)
 
             def encode_and_count(*args):
                 pairs = encode(*args)
@@ -6498,7 +6954,8 @@ def data_figures(samples, rows: int, data_args, args, values: Values) -> dict:
     """
     import numpy
 
-    cutoff, lost = data_args.cutoff_len, samples.data.column("lost").to_numpy()
+    cutoff = data_args.cutoff_len
+    lost = samples.data.column("lost").to_numpy()
     # Not through datasets, which takes a minute for a million rows.
     whole = samples.data.column("measured").combine_chunks().flatten().to_numpy()
     tokens = numpy.minimum(whole, cutoff)
@@ -6506,7 +6963,9 @@ def data_figures(samples, rows: int, data_args, args, values: Values) -> dict:
         tokens, [0, 0.5, 0.99, 1], method="nearest"
     ).tolist()
     enough = 64 * math.ceil(numpy.quantile(whole, 0.999, method="higher") / 64)
-    lengths, total, order = tokens, int(tokens.sum()), args.train_sampling_strategy
+    lengths = tokens
+    total = int(tokens.sum())
+    order = args.train_sampling_strategy
     if data_args.packing and values.stage != "pt":
         lengths = numpy.full(len(samples), cutoff + 1)
     if values.disable_shuffling:
@@ -6538,7 +6997,8 @@ def drawn_tokens(lengths, args, order: str) -> int:
     import torch
     from transformers.trainer_pt_utils import get_length_grouped_indices
 
-    batch, drawn = args.per_device_train_batch_size, range(len(lengths))
+    batch = args.per_device_train_batch_size
+    drawn = range(len(lengths))
     shuffle = torch.Generator().manual_seed(args.data_seed or args.seed)
     if order == "group_by_length":
         group = batch * args.gradient_accumulation_steps
@@ -6572,7 +7032,8 @@ def template_difference(template, tokenizer, rows) -> str:
     row = next((row for row in rows if row["_prompt"] and row["_response"]), None)
     if not row:  # pre-training
         return ""
-    turns, system = row["_prompt"][:1] + row["_response"][:1], row["_system"]
+    turns = row["_prompt"][:1] + row["_response"][:1]
+    system = row["_system"]
     trained, _ = template.encode_oneturn(tokenizer, turns, system)
     if system:
         turns.insert(0, {"role": "system", "content": system})
@@ -6628,7 +7089,8 @@ def record_data(run: Run, figures, samples, template, tokenizer, is_eval) -> Non
 def write_figures(run: Run, figures: dict, is_eval: bool) -> None:
     """data.json: the figures of the training data, and the tokens of the longest evaluated."""
     if is_eval:
-        longest, figures = figures["lengths"][-1][0], run.read(DATA_FILE)
+        longest = figures["lengths"][-1][0]
+        figures = run.read(DATA_FILE)
         figures["evaluated"] = max(longest, figures.get("evaluated", 0))
     figures["key"] = run.read("plan.json").get("data_key")
     write_atomically(run.path / DATA_FILE, json.dumps(figures))
@@ -6647,7 +7109,8 @@ def rehearse_data(callback: RankCallback) -> None:
     new_dataloader = Trainer._get_dataloader
 
     def longest_first(trainer, *, dataset, batch_size, sampler_fn, is_training=False, **more):
-        args, count = trainer.args, batch_size * trainer.args.world_size
+        args = trainer.args
+        count = batch_size * trainer.args.world_size
         if isinstance(dataset, Dataset):
             lengths = list_value_length(dataset.data.column(0)).to_numpy()  # the ids
             longest = lengths.argsort()[::-1].tolist()
@@ -6723,13 +7186,15 @@ def overwrite_cache() -> None:
 
 def show_samples(run, count, console, figures, samples, template, tokenizer, is_eval):
     """In a preview: samples as the model sees them, the learned part marked, and the figures."""
-    name, marks = "evaluation" if is_eval else "training", ("[[", "]]")
+    name = "evaluation" if is_eval else "training"
+    marks = ("[[", "]]")
     write_figures(run, figures, is_eval)
     if console.isatty():
         marks = ("\033[32m", "\033[0m")
     for sample in itertools.islice(samples, count):
         prefix = "" if "input_ids" in sample else "chosen_"
-        ids, labels = sample[f"{prefix}input_ids"], sample.get(f"{prefix}labels")
+        ids = sample[f"{prefix}input_ids"]
+        labels = sample.get(f"{prefix}labels")
         labels = labels or ids  # pre-training learns all of it
         learned = len(ids) - labels.count(IGNORED)
         say(f"{name} sample: {len(ids)} tokens, {learned} of them learned", console)
@@ -6740,7 +7205,8 @@ def show_samples(run, count, console, figures, samples, template, tokenizer, is_
 
 def mark_learned(ids: list[int], labels: list[int], tokenizer, marks: tuple[str, str]) -> str:
     """The text of a sample, with the parts that are learned between the two marks."""
-    text, pairs = "", zip(ids, labels, strict=True)
+    text = ""
+    pairs = zip(ids, labels, strict=True)
     for is_learned, part in itertools.groupby(pairs, lambda pair: pair[1] != IGNORED):
         piece = tokenizer.decode([token for token, _ in part])
         text += piece.join(marks) if is_learned else piece
@@ -6762,7 +7228,8 @@ def run_tracker(run: Run) -> int:
     orders = open(0, "rb", buffering=0, closefd=False)  # unbuffered, so that select() sees all
     init = json.loads(orders.readline())
     name, position, launches = (init.pop(key) for key in ("tracker", "position", "launches"))
-    metrics, state = Follower(run.metrics_file, position), {"pid": os.getpid()}
+    metrics = Follower(run.metrics_file, position)
+    state = {"pid": os.getpid()}
     ignore_stop_signals()  # they are for the launcher
     signal.alarm(30)  # without a network, init waits for longer than a dead launcher may
     try:
@@ -6894,9 +7361,11 @@ class Run:
     """
 
     def __init__(self, path: Path):
-        self.path, self.logs = path, path / "logs"
+        self.path = path
+        self.logs = path / "logs"
         self.config_file = path / "config.yaml"
-        self.stop_file, self.save_file = path / "STOP", path / "SAVE"
+        self.stop_file = path / "STOP"
+        self.save_file = path / "SAVE"
         self.metrics_file = path / "metrics.jsonl"
         self.is_rehearsal = path.name.startswith(REHEARSAL)
 
@@ -7064,267 +7533,6 @@ def rotate_checkpoints(run: Run, keep: int | None, best: str) -> None:
     for folder in older[spared:]:
         (folder / MANIFEST).unlink(missing_ok=True)  # half removed, it cannot be trusted
         shutil.rmtree(folder, ignore_errors=True)
-
-
-# --- judging answers ----------------------------------------------------------------------------
-#
-# Foreign SQL runs in a copy of the database in memory, where it can read and change tables and do
-# nothing else, for a second of processor time.
-
-SQL_SECONDS = 1.0
-COPIED = 1 << 30  # bytes; a larger database is opened read-only: what writes is not judged
-RESULT_BYTES = 64 << 20
-SQL_LIMITS = {  # of values and statements in bytes, and of what nests or is repeated
-    "LENGTH": 100_000,
-    "SQL_LENGTH": 100_000,
-    "EXPR_DEPTH": 200,
-    "LIKE_PATTERN_LENGTH": 100,
-    "ATTACHED": 0,
-    "WORKER_THREADS": 0,
-}
-
-
-def plain_answer(text: str) -> str:
-    """An answer without its thought, a code fence, outer white space and a last semicolon."""
-    text = text.rpartition("</think>")[2].strip()
-    fenced = re.fullmatch(r"```(?:\w*\n)?(.*?)```", text, re.DOTALL)
-    return (fenced[1] if fenced else text).strip().removesuffix(";").rstrip()
-
-
-class Judge:
-    """Judges answers as `score` says; a user's script has score(answer, reference, prompt)."""
-
-    def __init__(self, values: Values):
-        self.database = Database(Path(values.score_database)) if values.score == "sql" else None
-        self.script = None
-        if values.score not in SCORES:
-            self.script = load_script(Path(values.score)).score
-
-    def judge(self, answer: str, reference: str, prompt: str) -> dict:
-        """{"exact": 1.0, "execution": 0.0, ..., "error": text}; without a score that has none."""
-        answer, reference = plain_answer(answer), plain_answer(reference)
-        row = {"exact": float(answer == reference), "error": ""}
-        try:
-            if self.database:
-                row["execution"] = float(self.database.same(answer, reference))
-            if self.script:
-                row |= named_scores(self.script(answer, reference, prompt))
-        except UnjudgedError as error:
-            row["error"] = f"{UNJUDGED}: {error}"
-        except Exception as error:  # whatever the answer, or the user's script, makes of it
-            row["error"] = f"{type(error).__name__}: {error}"
-            if self.database:
-                row["execution"] = 0.0
-        return row
-
-    def describe(self, reference: str, prompt: str) -> tuple[str, dict]:
-        """Why a reference is a poor judge, '' for no reason, and its scores as its own answer."""
-        row = self.judge(reference, reference, prompt)
-        if row["error"]:
-            return f"cannot judge ({row['error']})", row
-        if not self.database:
-            return "", row
-        return self.database.describe(plain_answer(reference)), row
-
-
-def load_script(path: Path):
-    """The user's module, which may import what lies beside it."""
-    from importlib import util
-
-    sys.path.append(str(path.parent))
-    spec = util.spec_from_file_location("scores_of_the_user", path)
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def named_scores(scores: object) -> dict[str, float]:
-    """What a script's score() gave: a number is called `score`. Raises where it is no number."""
-    if not isinstance(scores, dict):
-        scores = {"score": scores}
-    numbers = {name: float(number) for name, number in scores.items()}
-    if not all(map(math.isfinite, numbers.values())):
-        raise ValueError(f"expected finite numbers, got {numbers}")
-    return numbers
-
-
-UNJUDGED = "not judged"
-UNSCORED = ("prompt", "answer", "reference", "error")  # of a row of scores/, no score
-
-
-class UnjudgedError(Exception):
-    """The reference itself cannot be run."""
-
-
-class Database:
-    """An SQLite file, or a .sql script, on which a statement is tried and undone.
-
-    Raises LaunchError where it cannot be read.
-    """
-
-    def __init__(self, path: Path):
-        import sqlite3
-
-        self.sqlite, self.is_trusted, self.written = sqlite3, True, set()
-        self.ends, self.writes = math.inf, path.suffix == ".sql" or file_size(path) <= COPIED
-        try:
-            self.connection = self.load(path)
-            if not self.fetch("SELECT name FROM sqlite_master WHERE type = 'table'"):
-                raise LaunchError(f"{path}: has no tables; expected a schema, and rows")
-        except (sqlite3.Error, sqlite3.Warning, OSError) as error:
-            hint = "expected an SQLite file, or a .sql script in SQLite's words"
-            raise LaunchError(f"{path}: {error}; {hint}") from None
-        self.connection.text_factory = partial(str, encoding="utf-8", errors="replace")
-        for name, limit in SQL_LIMITS.items():
-            self.connection.setlimit(getattr(sqlite3, f"SQLITE_LIMIT_{name}"), limit)
-        self.connection.set_authorizer(self.permit)
-        self.connection.set_progress_handler(lambda: time.thread_time() > self.ends, 1000)
-
-    def load(self, path: Path):
-        """A connection to a copy in memory, or to a file that is too large for one."""
-        # Nothing is cached, since a statement is authorized only when it is prepared.
-        connect = partial(self.sqlite.connect, isolation_level=None, cached_statements=0)
-        memory = connect(":memory:")
-        if path.suffix == ".sql":
-            memory.setlimit(self.sqlite.SQLITE_LIMIT_ATTACHED, 0)
-            memory.executescript(read_text(path))
-            memory.commit()
-            return memory
-        # Read-only alone would write a -shm file beside a database that has a write-ahead log.
-        option = "mode=ro" if path.with_name(f"{path.name}-wal").exists() else "immutable=1"
-        file = connect(f"{path.absolute().as_uri()}?{option}", uri=True)
-        if not self.writes:
-            return file
-        file.backup(memory)
-        file.close()
-        return memory
-
-    def permit(self, action: int, name: str, detail: str, database: str, trigger: str) -> int:
-        """Whether SQLite may do what a statement asks for: its authorizer."""
-        sql = self.sqlite
-        reads = (sql.SQLITE_SELECT, sql.SQLITE_READ, sql.SQLITE_RECURSIVE, sql.SQLITE_FUNCTION)
-        writes = (sql.SQLITE_INSERT, sql.SQLITE_UPDATE, sql.SQLITE_DELETE)
-        if self.is_trusted or action in reads and detail != "load_extension":
-            return sql.SQLITE_OK
-        if action in writes and database == "main" and not name.startswith("sqlite_"):
-            self.written.add(name)
-            return sql.SQLITE_OK
-        return sql.SQLITE_DENY
-
-    def own(self, statement: str) -> None:
-        """Run a statement of ours, which nothing limits."""
-        self.is_trusted, self.ends = True, math.inf
-        self.connection.execute(statement)
-        self.is_trusted, self.ends = False, time.thread_time() + SQL_SECONDS
-
-    def fetch(self, statement: str) -> list[tuple]:
-        """All rows of a statement. Raises ValueError where they are too many."""
-        rows, size = [], 0
-        for row in self.connection.execute(statement):
-            texts = (cell for cell in row if isinstance(cell, (str, bytes)))
-            size += 64 * len(row) + sum(map(len, texts))
-            if size > RESULT_BYTES:
-                raise ValueError("the result is too large")
-            rows.append(row)
-        return rows
-
-    def outcome(self, statement: str, tables: Set[str] = frozenset()) -> tuple[list, dict]:
-        """The rows of a statement, and {table: its rows then} of those that it writes and `tables`;
-        all of it is undone.
-        """
-        self.written = set()
-        self.own("BEGIN")
-        try:
-            rows = self.fetch(statement)
-            names = sorted(self.written | tables)
-            return rows, {name: self.fetch(f'SELECT * FROM "{name}"') for name in names}
-        finally:
-            if self.connection.in_transaction:  # an error may have ended it
-                self.own("ROLLBACK")
-
-    def same(self, answer: str, reference: str) -> bool:
-        """Whether two statements give the same rows and change the tables alike.
-
-        Raises UnjudgedError where the reference fails, what SQLite raises where the answer does.
-        """
-        try:
-            wanted = self.outcome(reference)
-        except Exception as error:
-            raise UnjudgedError(f"the reference fails: {error}") from None
-        given = self.outcome(answer, wanted[1].keys())
-        if bool(wanted[1]) != bool(self.written):  # one reads, the other writes
-            return False
-        return self.alike(wanted, given, has_order(reference))
-
-    def alike(self, wanted: tuple, given: tuple, in_order: bool) -> bool:
-        """Whether two outcomes are the same; `given` has all tables that `wanted` has."""
-        others = given[1].keys() - wanted[1].keys()
-        tables = wanted[1] | self.outcome("SELECT 1", others)[1]
-        return same_rows(wanted[0], given[0], in_order) and all(
-            same_rows(tables[name], rows, False) for name, rows in given[1].items()
-        )
-
-    def describe(self, reference: str) -> str:
-        """What makes a reference that runs a poor judge; '' for nothing."""
-        rows, tables = self.outcome(reference)
-        if self.alike(([], {}), (rows, tables), False):
-            return "have an empty result"
-        ordered = has_order(reference)
-        for other in self.other_orders(reference, ordered):
-            if not self.alike((rows, tables), other, ordered):
-                return "are ambiguous: it depends on the order of rows, or of equal ones"
-        return ""
-
-    def other_orders(self, reference: str, ordered: bool) -> list[tuple]:
-        """Outcomes where rows that nothing orders, and equal ones, come in another order."""
-        found = []
-        self.own("PRAGMA reverse_unordered_selects = ON")
-        with contextlib.suppress(Exception):  # it may take too long; DISTINCT takes no random()
-            found.append(self.outcome(reference))
-            by = r"(?is)(.*\border\s+by\b.*?)(\blimit\b.*)?$"
-            for _ in range(4 if ordered else 0):
-                found.append(self.outcome(re.sub(by, r"\1, random() \2", reference, count=1)))
-        self.own("PRAGMA reverse_unordered_selects = OFF")
-        return found
-
-
-def has_order(statement: str) -> bool:
-    """Whether a query has ORDER BY at its top level: not in quotes, comments or brackets."""
-    quoted = r"""'[^']*'|"[^"]*"|`[^`]*`|\[[^]]*\]|--[^\n]*|/\*.*?\*/"""
-    text, inner = re.sub(quoted, " x ", statement, flags=re.DOTALL), True
-    while inner:
-        text, inner = re.subn(r"\([^()]*\)", " ", text)
-    return bool(re.search(r"\border\s+by\b", text, re.IGNORECASE))
-
-
-def same_rows(wanted: list[tuple], given: list[tuple], in_order: bool) -> bool:
-    """Whether two results are the same, in any order unless it counts."""
-    if not in_order:
-        wanted, given = sorted(wanted, key=row_order), sorted(given, key=row_order)
-    return len(wanted) == len(given) and all(map(same_row, wanted, given))
-
-
-def row_order(row: tuple) -> tuple:
-    """By what rows are sorted: numbers last, and those that only rounding tells apart alike."""
-    words = [(type(cell).__name__, str(cell)) for cell in row if not is_number(cell)]
-    return words, [float(f"{cell:.12g}") for cell in row if is_number(cell)]
-
-
-def is_number(cell: object) -> bool:
-    """Whether SQLite holds a number in it."""
-    return isinstance(cell, (int, float))
-
-
-def same_row(wanted: tuple, given: tuple) -> bool:
-    """Whether two rows are the same, numbers within 1e-6."""
-    return len(wanted) == len(given) and all(
-        one == other
-        or is_number(one)
-        and is_number(other)
-        and float in (type(one), type(other))  # ids are exact
-        and math.isclose(one, other, rel_tol=1e-9, abs_tol=1e-6)
-        for one, other in zip(wanted, given, strict=True)
-    )
 
 
 # --- files and processes ------------------------------------------------------------------------
