@@ -3880,19 +3880,17 @@ class Supervisor:
         """After a GPU was out of memory: the same step in smaller micro-batches, or half the
         evaluation batch; the run goes on from its last checkpoint.
         """
-        values = self.config.values
-        micro, key = values.per_device_train_batch_size, "per_device_eval_batch_size"
-        fixed = self.plan.zero.settings.get("train_micro_batch_size_per_gpu", "auto") != "auto"
-        smaller = [size for size in divisors(micro * values[ACCUMULATION]) if size < micro]
-        if evaluates:
-            fixed, smaller = False, [values[key] // 2]
-        if fixed or not any(smaller) or self.shrunk == 3:
+        values, key, is_fixed = self.config.values, "per_device_eval_batch_size", False
+        changes = {key: values[key] // 2}
+        if not evaluates:
+            micro, settings = values.per_device_train_batch_size, self.plan.zero.settings
+            is_fixed = settings.get("train_micro_batch_size_per_gpu", "auto") != "auto"
+            samples = micro * values[ACCUMULATION]
+            size = next((size for size in divisors(samples) if size < micro), 0)
+            changes = {SPLIT[0]: size, ACCUMULATION: samples // max(size, 1)}
+        if is_fixed or 0 in changes.values() or self.shrunk == 3:
             return False
         self.shrunk += 1
-        changes = {key: smaller[0]}
-        if not evaluates:
-            accumulation = micro * values[ACCUMULATION] // smaller[0]
-            changes = dict(zip(SPLIT, (smaller[0], accumulation), strict=True))
         self.config = self.config.update(**changes)
         if self.leads:
             write_atomically(self.run.config_file, launchable_config(self.config, self.devices))
