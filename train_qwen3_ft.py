@@ -4421,20 +4421,19 @@ class Supervisor:
         evaluation batch; the run goes on from its last checkpoint.
         """
         values = self.config.values
-        micro = values.per_device_train_batch_size
         key = "per_device_eval_batch_size"
-        fixed = self.plan.zero.settings.get("train_micro_batch_size_per_gpu", "auto") != "auto"
-        smaller = [size for size in divisors(micro * values[ACCUMULATION]) if size < micro]
-        if evaluates:
-            fixed = False
-            smaller = [values[key] // 2]
-        if fixed or not any(smaller) or self.shrunk == 3:
+        is_fixed = False
+        changes = {key: values[key] // 2}
+        if not evaluates:
+            micro = values.per_device_train_batch_size
+            settings = self.plan.zero.settings
+            is_fixed = settings.get("train_micro_batch_size_per_gpu", "auto") != "auto"
+            samples = micro * values[ACCUMULATION]
+            size = next((size for size in divisors(samples) if size < micro), 0)
+            changes = {SPLIT[0]: size, ACCUMULATION: samples // max(size, 1)}
+        if is_fixed or 0 in changes.values() or self.shrunk == 3:
             return False
         self.shrunk += 1
-        changes = {key: smaller[0]}
-        if not evaluates:
-            accumulation = micro * values[ACCUMULATION] // smaller[0]
-            changes = dict(zip(SPLIT, (smaller[0], accumulation), strict=True))
         self.config = self.config.update(**changes)
         if self.leads:
             write_atomically(self.run.config_file, launchable_config(self.config, self.devices))

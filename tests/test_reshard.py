@@ -159,17 +159,17 @@ def test_the_configuration_of_the_run_has_numbers(shrunk: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shrunk", "in_deepspeed", "shrinks"),
+    ("times", "in_deepspeed", "shrinks"),
     [(2, "auto", True), (3, "auto", False), (0, 16, False)],
     ids=["a third time", "not a fourth time", "not where DeepSpeed's file has it"],
 )
 def test_the_micro_batch_shrinks(
-    tmp_path: Path, shrunk: int, in_deepspeed: object, shrinks: bool
+    tmp_path: Path, times: int, in_deepspeed: object, shrinks: bool
 ) -> None:
     config = load_config(write_config(tmp_path, per_device_train_batch_size=16), {})
     zero = Zero(settings={"train_micro_batch_size_per_gpu": in_deepspeed})
     plan = SimpleNamespace(zero=zero)
-    launch = SimpleNamespace(config=config, plan=plan, shrunk=shrunk, leads=False)
+    launch = SimpleNamespace(config=config, plan=plan, shrunk=times, leads=False)
     assert Supervisor.shrink_batch(launch, evaluates=False) is shrinks
 
 
