@@ -6806,7 +6806,7 @@ class Database:
         ordered = has_order(reference)
         for other in self.other_orders(reference, ordered):
             if not self.alike((rows, tables), other, ordered):
-                return "are ambiguous: it depends on the order of rows, or of equal ones"
+                return "depend on the order of rows, or of equal ones"
         return ""
 
     def other_orders(self, reference: str, ordered: bool) -> list[tuple]:
