@@ -2424,7 +2424,7 @@ class Database:
         ordered = has_order(reference)
         for other in self.other_orders(reference, ordered):
             if not self.alike((rows, tables), other, ordered):
-                return "are ambiguous: it depends on the order of rows, or of equal ones"
+                return "depend on the order of rows, or of equal ones"
         return ""
 
     def other_orders(self, reference: str, ordered: bool) -> list[tuple]:
@@ -6212,20 +6212,12 @@ class Scorer:
 
     def batch_size(self, count: int, tokens: int) -> int:
         """How many of `count` answers at once: as the rank that has least memory can hold."""
-        import torch
-
-        model = self.callback.trainer.model
-        args = self.callback.trainer.args
-        shape = model.config.get_text_config().to_dict()
+        shape = self.callback.trainer.model.config.get_text_config().to_dict()
         one = answer_bytes(shape, tokens, activation_bytes(self.values))
         key = "per_device_eval_batch_size"  # which the launcher halves after an evaluation ran out
         planned = self.callback.run.read("plan.json")["configuration"][key]
-        size = math.ceil(count * self.values[key] / planned)
-        while size > 1 and not has_room(size * one, args):
-            size = math.ceil(size / 2)
-        least = torch.tensor(size, device=args.device)
-        torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
-        return int(least.item())
+        allowed = math.ceil(count * self.values[key] / planned)
+        return max(min(gather(min(allowed, free_memory() // one))), 1)
 
     def generate(self, prompts: list[list[int]], new: int) -> list[list[int]]:
         """The tokens that the model says after each prompt, at most `new`, greedily."""
@@ -6233,16 +6225,11 @@ class Scorer:
         from transformers import GenerationConfig
 
         trainer = self.callback.trainer
-        width = max(map(len, prompts))
-        # On the left, whatever side the tokenizer pads in training.
-        ids = [[self.pad] * (width - len(prompt)) + prompt for prompt in prompts]
-        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        greedy = GenerationConfig(
-            **NEUTRAL,
-            max_new_tokens=new,
-            eos_token_id=self.ends,
-            pad_token_id=self.pad,
-        )
+        batch = trainer.processing_class.pad(
+            {"input_ids": prompts}, padding_side="left", return_tensors="pt"
+        ).to(trainer.args.device)
+        ends = {"eos_token_id": self.ends, "pad_token_id": self.pad}
+        greedy = GenerationConfig(**NEUTRAL, **ends, max_new_tokens=new)
 
         def go_on(ids, scores, **options):
             self.callback.tell("scoring")
@@ -6252,12 +6239,9 @@ class Scorer:
         # put the model into evaluation, without gradient checkpointing, and takes it out again.
         with torch.no_grad(), trainer.accelerator.autocast():
             output = trainer.model.generate(
-                input_ids=torch.tensor(ids, device=trainer.args.device),
-                attention_mask=torch.tensor(mask, device=trainer.args.device),
-                generation_config=greedy,
-                stopping_criteria=[go_on],
+                **batch, generation_config=greedy, stopping_criteria=[go_on]
             )
-        return output[:, width:].tolist()
+        return output[:, batch["input_ids"].shape[1] :].tolist()
 
     def judge_answers(self, samples: list[Sample], answers: dict) -> list[dict]:
         """The rows of scores/: each rank judges its own answers, all ranks get all rows."""
@@ -6308,28 +6292,21 @@ def count_scores(rows: list[dict], wanted: Iterable[str]) -> dict[str, list]:
     named = [name for row in rows for name in row if name not in UNSCORED]
     counts = {}
     for name in dict.fromkeys([*wanted, *named]):
-        numbers = [row.get(name, 0.0) for row in rows if not row["error"].startswith(UNJUDGED)]
-        if name == "exact":
-            numbers = [row[name] for row in rows]
+        judged = (row for row in rows if name in row or not row["error"].startswith(UNJUDGED))
+        numbers = [row.get(name, 0.0) for row in judged]
         counts[name] = [sum(numbers), len(numbers)]
     return counts
 
 
-def has_room(count: int, args) -> bool:
-    """Whether each rank of this node can have so many bytes more."""
+def free_memory() -> int:
+    """Bytes that this rank may still take: of its GPU, or half of its share of a CPU's."""
     import psutil
     import torch
 
-    if args.device.type == "cpu":
-        ranks = int(os.environ["LOCAL_WORLD_SIZE"])
-        return ranks * count < psutil.virtual_memory().available / 2
-    try:
-        torch.empty(count, dtype=torch.uint8, device=args.device)
-    except torch.OutOfMemoryError:
-        return False
-    finally:
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return True
+        return torch.cuda.mem_get_info()[0]
+    return psutil.virtual_memory().available // (2 * int(os.environ["LOCAL_WORLD_SIZE"]))
 
 
 # --- proofs -------------------------------------------------------------------------------------

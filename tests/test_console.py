@@ -105,3 +105,19 @@ def test_many_cut_samples_have_the_cutoff_len_that_cuts_none(tmp_path, capsys):
 
 def test_clean_data_has_one_line(tmp_path, capsys):
     assert len(show_data(tmp_path, capsys, dropped=0, cut=0).splitlines()) == 1
+
+
+def test_an_evaluation_is_shown_with_its_scores_each_data_set_with_its_own(shown):
+    counts = {"exact": [93.0, 100], "execution": [95.0, 100]}
+    scored = {"event": "scores", "step": 48, "at": 48, "time": 1.0, "counts": counts}
+    lines = shown(
+        begin(total=48),
+        {**scored, "name": ""},
+        {"step": 48, "time": 2.0, "eval_loss": 0.0123},
+        {**scored, "name": "old", "counts": {"exact": [7.0, 10]}},
+        {"step": 48, "time": 3.0, "eval_old_loss": 0.5},
+    )
+    assert lines == [
+        "step 48/48  evaluation loss 0.0123  exact 93 of 100 (+-5)  execution 95 of 100",
+        "step 48/48  evaluation loss 0.5000 on old  exact 7 of 10 (+-3)",
+    ]

@@ -45,7 +45,7 @@ INSERT INTO many SELECT n FROM r;
 """
 
 
-AMBIGUOUS = "are ambiguous: it depends on the order of rows, or of equal ones"
+AMBIGUOUS = "depend on the order of rows, or of equal ones"
 
 
 @pytest.fixture
