@@ -12,11 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 
+import train_qwen3_ft as ft
 from helpers import ROOT, SCRIPT
 from helpers.config import STEPS, write_config, write_small_config
 from helpers.launcher import FAKES, clean_environment, losses, run, train
 from helpers.real import LIGHT_TEST, REAL_FIXTURES, real_fixture
-from train_qwen3_ft import known_fields, main
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at -m
@@ -104,7 +104,7 @@ def plan_of(here: Callable[..., SimpleNamespace]) -> Callable[..., dict]:
     return plan
 
 
-cached_fields = cache(known_fields)
+cached_fields = cache(ft.known_fields)
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def here(
             for key, value in {**fake_nvml(gpus), **(env or {})}.items():
                 patch.setenv(key, value)
             capsys.readouterr()
-            code = main([str(arg) for arg in args])
+            code = ft.main([str(arg) for arg in args])
         shown = capsys.readouterr()
         return SimpleNamespace(returncode=code, stdout=shown.out, stderr=shown.err)
 

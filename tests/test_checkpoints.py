@@ -17,18 +17,11 @@ from types import SimpleNamespace
 
 import pytest
 
+import train_qwen3_ft as ft
 from helpers.config import write_config
 from helpers.launcher import PATIENCE, Run, committed, losses, run, train, weights
 from helpers.real import real_fixture
 from helpers.swanlab_records import dashboard_points, read_record, records
-from train_qwen3_ft import (
-    MANIFEST,
-    checkpoint_problem,
-    clear_stale_locks,
-    commit_checkpoint,
-    quarantine_incomplete_checkpoints,
-)
-from train_qwen3_ft import Run as RunDirectory
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +145,7 @@ def test_any_torn_file_of_the_newest_checkpoint_makes_the_older_one_count(
     newest = reference.run_dir / "checkpoint-12"
     names = [str(path.relative_to(newest)) for path in newest.rglob("*") if path.is_file()]
     assert {
-        MANIFEST,
+        ft.MANIFEST,
         "latest",
         "trainer_state.json",
         "rng_state_1.pth",
@@ -167,11 +160,11 @@ def test_any_torn_file_of_the_newest_checkpoint_makes_the_older_one_count(
                 run_dir / f"checkpoint-{step}",
                 copy_function=os.link,
             )
-        assert RunDirectory(run_dir).newest_checkpoint().name == "checkpoint-12"
+        assert ft.Run(run_dir).newest_checkpoint().name == "checkpoint-12"
         tear(run_dir / "checkpoint-12" / name, how)
-        if RunDirectory(run_dir).newest_checkpoint() != run_dir / "checkpoint-10":
+        if ft.Run(run_dir).newest_checkpoint() != run_dir / "checkpoint-10":
             trusted.append(name)
-        lines = quarantine_incomplete_checkpoints(RunDirectory(run_dir))
+        lines = ft.quarantine_incomplete_checkpoints(ft.Run(run_dir))
         assert len(lines) == 1 and lines[0].startswith("checkpoint-12 is incomplete ("), name
         assert sorted(path.name for path in run_dir.iterdir()) == [
             "checkpoint-10",
@@ -189,9 +182,9 @@ def test_a_file_system_without_locks_and_folder_syncs_holds_runs_and_checkpoints
     monkeypatch.setattr("fcntl.flock", lambda *args: refuse(errno.ENOSYS))
     monkeypatch.setattr("os.fsync", lambda *args: refuse(errno.EINVAL))
     shutil.copytree(reference.run_dir / "checkpoint-12", tmp_path / "checkpoint-12")
-    RunDirectory(tmp_path).lock().close()
-    commit_checkpoint(tmp_path / "checkpoint-12", 2)
-    assert checkpoint_problem(tmp_path / "checkpoint-12") == ""
+    ft.Run(tmp_path).lock().close()
+    ft.commit_checkpoint(tmp_path / "checkpoint-12", 2)
+    assert ft.checkpoint_problem(tmp_path / "checkpoint-12") == ""
 
 
 def test_moving_aside_never_overwrites_what_was_moved_aside_before(
@@ -199,8 +192,8 @@ def test_moving_aside_never_overwrites_what_was_moved_aside_before(
 ):
     for _ in range(2):
         shutil.copytree(reference.run_dir / "checkpoint-12", tmp_path / "checkpoint-12")
-        (tmp_path / "checkpoint-12" / MANIFEST).unlink()
-        quarantine_incomplete_checkpoints(RunDirectory(tmp_path))
+        (tmp_path / "checkpoint-12" / ft.MANIFEST).unlink()
+        ft.quarantine_incomplete_checkpoints(ft.Run(tmp_path))
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["incomplete-checkpoint-12", "incomplete-checkpoint-12.1"]
 
@@ -230,7 +223,7 @@ def full_disk(scratch: Path) -> Iterator[SimpleNamespace]:
         kept = [
             path.name
             for path in full.run_dir.glob("checkpoint-*")
-            if not checkpoint_problem(path)
+            if not ft.checkpoint_problem(path)
         ]
         described = [
             (full.run_dir / name).read_bytes() for name in ("config.yaml", "plan.json")
@@ -292,8 +285,8 @@ def test_a_build_lock_that_a_living_process_holds_open_is_left(tmp_path: Path):
     command = [sys.executable, "-c", script, str(lock)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as builder:
         assert builder.stdout.readline() == b"held\n"
-        clear_stale_locks(tmp_path)
+        ft.clear_stale_locks(tmp_path)
         held = lock.exists()
         builder.stdin.close()
-    clear_stale_locks(tmp_path)
+    ft.clear_stale_locks(tmp_path)
     assert (held, lock.exists()) == (True, False)

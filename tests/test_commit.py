@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import train_qwen3_ft as ft
 from helpers.config import STEPS, make_model, write_config, write_json
 from helpers.launcher import (
     Run,
@@ -25,7 +26,6 @@ from helpers.launcher import (
     weights,
 )
 from helpers.real import real_fixture
-from train_qwen3_ft import Values, checkpoint_problem, commit_checkpoint, resume_problem
 
 
 def differing_files(checkpoint: Path) -> list[str]:
@@ -77,21 +77,21 @@ def test_a_checkpoint_that_resuming_would_not_bring_back_says_so(
     path = tmp_path / "checkpoint-4" / file
     path.parent.mkdir(parents=True)
     path.touch()
-    assert resume_problem(Values(values), tmp_path / "checkpoint-4") == problem
+    assert ft.resume_problem(ft.Values(values), tmp_path / "checkpoint-4") == problem
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
 def test_a_file_system_that_cannot_sync_ends_no_run(tmp_path: Path, monkeypatch, number: int):
     monkeypatch.setattr(os, "fsync", partial(fail, OSError(number, "")))
-    commit_checkpoint(tmp_path, 1)
-    assert checkpoint_problem(tmp_path) == ""
+    ft.commit_checkpoint(tmp_path, 1)
+    assert ft.checkpoint_problem(tmp_path) == ""
 
 
 def test_a_disk_that_fails_to_sync_commits_nothing(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(os, "fsync", partial(fail, OSError(errno.EIO, "")))
     with pytest.raises(OSError):
-        commit_checkpoint(tmp_path, 1)
-    assert checkpoint_problem(tmp_path) == "it has no manifest"
+        ft.commit_checkpoint(tmp_path, 1)
+    assert ft.checkpoint_problem(tmp_path) == "it has no manifest"
 
 
 def fail(error: OSError, descriptor: int) -> None:
@@ -140,7 +140,7 @@ def test_every_checkpoint_of_a_reward_model_is_complete(reward: Run, killed_rewa
     for done in (reward, killed_reward):
         for checkpoint in done.run_dir.glob("checkpoint-*"):
             assert differing_files(checkpoint) == [], checkpoint
-            assert checkpoint_problem(checkpoint) in ("", UNRESUMABLE)
+            assert ft.checkpoint_problem(checkpoint) in ("", UNRESUMABLE)
 
 
 def test_the_value_head_of_a_reward_model_is_in_its_checkpoints(
@@ -227,7 +227,7 @@ def at_the_stop(stopped: Run) -> SimpleNamespace:
     return SimpleNamespace(
         step=step,
         evaluated={line["step"] for line in lines if "eval_loss" in line},
-        problem=checkpoint_problem(newest),
+        problem=ft.checkpoint_problem(newest),
         files=differing_files(newest),
         model=(stopped.run_dir / "model.safetensors").exists(),
         logged=logged_steps(stopped.run_dir),

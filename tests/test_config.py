@@ -11,28 +11,17 @@ from types import SimpleNamespace
 import pytest
 import yaml as pyyaml
 
+import train_qwen3_ft as ft
 from helpers import ROOT, SCRIPT
 from helpers.config import write_json
 from helpers.launcher import says
-from train_qwen3_ft import (
-    HANDOVER_VARIABLE,
-    Devices,
-    LaunchError,
-    Run,
-    Values,
-    Zero,
-    build_rank_environment,
-    build_training_args,
-    commit_checkpoint,
-    load_config,
-)
 
 
 def read(tmp_path: Path, text: str | bytes, **overrides: str) -> dict:
     """The values of a configuration file with this content."""
     path = tmp_path / "read.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return load_config(path, overrides).values
+    return ft.load_config(path, overrides).values
 
 
 # --- YAML: what a value arrives as
@@ -354,8 +343,8 @@ def test_training_args_have_no_key_of_the_launcher(tmp_path):
     (tmp_path / "c.yaml").write_text(
         "stage: sft\ncuda_visible_devices: '0'\nglobal_batch_size: 8\nmax_restarts: 2\n"
     )
-    args = build_training_args(
-        load_config(tmp_path / "c.yaml", {}), Run(tmp_path / "run"), None
+    args = ft.build_training_args(
+        ft.load_config(tmp_path / "c.yaml", {}), ft.Run(tmp_path / "run"), None
     )
     assert args["stage"] == "sft"
     assert not {"cuda_visible_devices", "global_batch_size", "max_restarts"} & set(args)
@@ -363,8 +352,8 @@ def test_training_args_have_no_key_of_the_launcher(tmp_path):
 
 def test_training_args_write_into_the_run_directory(tmp_path):
     (tmp_path / "c.yaml").write_text("output_dir: somewhere\n")
-    args = build_training_args(
-        load_config(tmp_path / "c.yaml", {}), Run(tmp_path / "run"), None
+    args = ft.build_training_args(
+        ft.load_config(tmp_path / "c.yaml", {}), ft.Run(tmp_path / "run"), None
     )
     assert args["output_dir"] == str(tmp_path / "run")
 
@@ -373,8 +362,8 @@ def test_training_args_leave_swanlab_to_the_launcher(tmp_path):
     (tmp_path / "c.yaml").write_text(
         "report_to: [swanlab, tensorboard]\nuse_swanlab: true\nswanlab_project: p\n"
     )
-    args = build_training_args(
-        load_config(tmp_path / "c.yaml", {}), Run(tmp_path / "run"), None
+    args = ft.build_training_args(
+        ft.load_config(tmp_path / "c.yaml", {}), ft.Run(tmp_path / "run"), None
     )
     assert args["report_to"] == ["tensorboard"]
     assert not [key for key in args if "swanlab" in key]
@@ -384,13 +373,13 @@ def test_training_args_leave_swanlab_to_the_launcher(tmp_path):
 def test_a_finished_run_of_unknown_length_trains_on_where_more_epochs_are_wanted(
     tmp_path, epochs, trains
 ):
-    run = Run(tmp_path / "run")
+    run = ft.Run(tmp_path / "run")
     state = {"epoch": 1.0, "global_step": 7, "max_steps": 7}
     write_json(run.path / "checkpoint-7" / "trainer_state.json", state)
-    commit_checkpoint(run.path / "checkpoint-7", 1)
+    ft.commit_checkpoint(run.path / "checkpoint-7", 1)
     (tmp_path / "c.yaml").write_text(f"packing: true\nnum_train_epochs: {epochs}\n")
-    args = build_training_args(
-        load_config(tmp_path / "c.yaml", {}), run, run.newest_checkpoint()
+    args = ft.build_training_args(
+        ft.load_config(tmp_path / "c.yaml", {}), run, run.newest_checkpoint()
     )
     assert (args["num_train_epochs"] > 0) == trains
 
@@ -419,12 +408,15 @@ SECRET_VARIABLES = ["SWANLAB_API_KEY", "HF_TOKEN", "WANDB_API_KEY", "MODELSCOPE_
 def test_the_trainer_gets_no_secret_that_it_does_not_need(tmp_path):
     """A tracker may upload its arguments."""
     plan = SimpleNamespace(
-        devices=Devices((), "", 1), zero=Zero(), values=Values(report_to="none"), data={}
+        devices=ft.Devices((), "", 1),
+        zero=ft.Zero(),
+        values=ft.Values(report_to="none"),
+        data={},
     )
     config = SimpleNamespace(secrets=dict.fromkeys(SECRET_KEYS, SECRET))
     found = SimpleNamespace(plan=plan, config=config, force=False)
-    env = build_rank_environment(found, Run(tmp_path), {})
-    handover = json.loads(env[HANDOVER_VARIABLE])
+    env = ft.build_rank_environment(found, ft.Run(tmp_path), {})
+    handover = json.loads(env[ft.HANDOVER_VARIABLE])
     assert handover["secrets"].keys() == set(SECRET_KEYS) - KEPT
 
 
@@ -569,12 +561,12 @@ def test_dry_run_imports_nothing_heavy(clean_env, write_config, tmp_path):
 
 
 def test_load_config_raises_the_error_that_main_shows(tmp_path):
-    with pytest.raises(LaunchError, match=r"nowhere\.yaml"):
-        load_config(tmp_path / "nowhere.yaml", {})
+    with pytest.raises(ft.LaunchError, match=r"nowhere\.yaml"):
+        ft.load_config(tmp_path / "nowhere.yaml", {})
 
 
 def test_a_key_that_no_table_names_is_an_error_and_not_none():
-    values = Values(learning_rate=1.0)
+    values = ft.Values(learning_rate=1.0)
     assert (values.learning_rate, values.hang_timeout, values.fsdp) == (1.0, 600, None)
     with pytest.raises(AttributeError, match="hang_timeuot"):
         _ = values.hang_timeuot

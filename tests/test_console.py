@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+import train_qwen3_ft as ft
 from helpers.config import write_json
 from helpers.launcher import says
-from train_qwen3_ft import Console, Run
 
 FIGURES = {
     "rows": 100,
@@ -41,7 +41,7 @@ def shown(capsys: pytest.CaptureFixture) -> Callable[..., list[str]]:
     """shown(*lines): what a console without a terminal prints of them."""
 
     def show(*lines: dict) -> list[str]:
-        console = Console()
+        console = ft.Console()
         for line in lines:
             console.show(line)
         return capsys.readouterr().out.splitlines()
@@ -83,9 +83,9 @@ def show_data(folder: Path, capsys: pytest.CaptureFixture, **changes: object) ->
     write_json(folder / "data.json", {**FIGURES, **changes})
     (folder / "logs").mkdir()
     (folder / "logs" / "rank0.log").write_text(">> Dropped lengthy example with length 300.\n")
-    console = Console()
+    console = ft.Console()
     for _ in range(2):
-        console.show_data(Run(folder))
+        console.show_data(ft.Run(folder))
     return capsys.readouterr().out
 
 

@@ -17,15 +17,12 @@ import pyarrow.parquet
 import pytest
 from tokenizers import Tokenizer
 
+import train_qwen3_ft as ft
 from helpers import HELPERS
 from helpers import config as configs
 from helpers.config import CONFIGS, TINY_MODEL, write_json
 from helpers.launcher import Run, ask_python, run, train, until
 from helpers.real import real_fixture
-from train_qwen3_ft import (
-    Run as RunDirectory,
-)
-from train_qwen3_ft import Values, data_lines, data_problem, model_commands
 
 MODEL = CONFIGS / "demo_model"
 COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
@@ -363,7 +360,7 @@ def test_a_sample_is_shown_with_what_is_learned_between_marks(measured):
 def lines_of(case, folder):
     (folder / "logs").mkdir()
     (folder / "logs" / "rank0.log").write_text(case["log"])
-    return data_lines(only(case), RunDirectory(folder))
+    return ft.data_lines(only(case), ft.Run(folder))
 
 
 def test_the_line_and_the_warnings(measured, tmp_path):
@@ -408,20 +405,20 @@ def test_the_first_reason_of_dropped_rows_is_told(measured, tmp_path):
     ],
 )
 def test_what_serves_the_model(values, words):
-    given = Values({"template": "qwen3", "finetuning_type": "full"} | values)
-    assert model_commands(Path("saves/x"), given)["serve"] == f"vllm serve {words}"
+    given = ft.Values({"template": "qwen3", "finetuning_type": "full"} | values)
+    assert ft.model_commands(Path("saves/x"), given)["serve"] == f"vllm serve {words}"
 
 
 def test_what_the_model_can_embed_is_looked_up_where_the_model_was_downloaded(tmp_path):
     snapshot = tmp_path / "models--someone--some-model" / "snapshots" / "abc"
     write_json(snapshot / "config.json", TINY_MODEL)
-    values = Values(
+    values = ft.Values(
         model_name_or_path="someone/some-model", model_revision="abc", cache_dir=str(tmp_path)
     )
     tokenizer = SimpleNamespace(convert_ids_to_tokens="token {}".format)
     figures = {"unlearned": 0, "kept": 1}
     problems = [
-        data_problem(figures, [{"input_ids": [1, token]}], tokenizer, values)
+        ft.data_problem(figures, [{"input_ids": [1, token]}], tokenizer, values)
         for token in (767, 768)
     ]
     assert problems[0] == "" and "the model embeds 768 only" in problems[1]
@@ -619,24 +616,23 @@ def test_figures_are_those_of_rank_0_and_their_padding_that_of_100_000_samples()
     code = """
 import os
 from types import SimpleNamespace
-import train_qwen3_ft as launcher
 from datasets import Dataset
 from llamafactory.data import loader
 
 rows = Dataset.from_dict({"input_ids": [[1]], "measured": [[1]], "lost": [0]})
 loader._get_preprocessed_dataset = lambda *args, is_eval: rows
 told, sizes = [], []
-launcher.measure_data(launcher.Values(), lambda *args: told.append(args))
+ft.measure_data(ft.Values(), lambda *args: told.append(args))
 os.environ["RANK"] = "1"
 options = SimpleNamespace(streaming=False)
 left = loader._get_preprocessed_dataset(rows, options, None, "sft", None, None, is_eval=False)
 
 count = 250_000
 lengths = Dataset.from_dict({"measured": [[5]] * count, "lost": [0] * count})
-launcher.drawn_tokens = lambda lengths, *args: sizes.append(len(lengths)) or 5 * len(lengths)
-figures = launcher.data_figures(
+ft.drawn_tokens = lambda lengths, *args: sizes.append(len(lengths)) or 5 * len(lengths)
+figures = ft.data_figures(
     lengths, count, SimpleNamespace(cutoff_len=8, packing=False),
-    SimpleNamespace(train_sampling_strategy="group_by_length"), launcher.Values(),
+    SimpleNamespace(train_sampling_strategy="group_by_length"), ft.Values(),
 )
 result = [told, left.column_names, sizes, figures["tokens"]["all"], figures["padding"]]
 """

@@ -7,19 +7,10 @@ import sys
 import pytest
 import yaml
 
+import train_qwen3_ft as ft
 from helpers import SCRIPT
 from helpers.config import write_json
 from helpers.launcher import FAKES, fake_gpus, free_port, says
-from train_qwen3_ft import (
-    Config,
-    Devices,
-    LaunchError,
-    Values,
-    build_torchrun_command,
-    launchable_config,
-    node_rank,
-    resolve_devices,
-)
 
 UUID = "GPU-00000001-0000-4000-8000-000000000000"  # the fake NVML's GPU 1
 MIG = "MIG-0a1b2c3d-1111-2222-3333-444455556666"
@@ -42,7 +33,7 @@ def choose(
 ) -> tuple[str, ...]:
     """resolve_devices(...).ids, for pure questions."""
     values = keys if asked is None else {"cuda_visible_devices": asked, **keys}
-    return resolve_devices(Config("c.yaml", Values(values)), env or {}, gpus).ids
+    return ft.resolve_devices(ft.Config("c.yaml", ft.Values(values)), env or {}, gpus).ids
 
 
 # --- Who wins
@@ -86,7 +77,7 @@ def test_what_a_scheduler_left_of_other_nodes_does_not_matter_on_one(plan_on):
     left = {"NODE_RANK": "1", "MASTER_ADDR": "node-001"}
     command = plan_on(fake_gpus(2), left)["command"]
     assert command[command.index("--rdzv-endpoint") + 1] == "127.0.0.1:0"
-    assert node_rank(left) == 0
+    assert ft.node_rank(left) == 0
 
 
 def test_the_shown_command_names_the_gpus_of_the_environment_too(plan_on):
@@ -156,12 +147,12 @@ def test_ids_in_the_environment_are_read_likewise(text, ids):
     ],
 )
 def test_nonsense_is_refused(asked, message):
-    with pytest.raises(LaunchError, match=message):
+    with pytest.raises(ft.LaunchError, match=message):
         choose(asked)
 
 
 def test_nonsense_in_the_environment_names_the_variable():
-    with pytest.raises(LaunchError, match=r"environment.*CUDA_VISIBLE_DEVICES.*'x'"):
+    with pytest.raises(ft.LaunchError, match=r"environment.*CUDA_VISIBLE_DEVICES.*'x'"):
         choose("0", {"CUDA_VISIBLE_DEVICES": "x"})
 
 
@@ -493,17 +484,19 @@ def test_command_is_torchrun_on_the_script_with_the_run_s_config(plan_on):
 
 
 def test_command_uses_a_free_port_unless_one_is_set(tmp_path):
-    devices = resolve_devices(Config("c.yaml", Values(use_cpu=True)), {}, [])
-    assert "127.0.0.1:0" in build_torchrun_command(devices, tmp_path / "config.yaml", {})
-    assert "127.0.0.1:29555" in build_torchrun_command(
+    devices = ft.resolve_devices(ft.Config("c.yaml", ft.Values(use_cpu=True)), {}, [])
+    assert "127.0.0.1:0" in ft.build_torchrun_command(devices, tmp_path / "config.yaml", {})
+    assert "127.0.0.1:29555" in ft.build_torchrun_command(
         devices, tmp_path / "config.yaml", {"MASTER_PORT": "29555"}
     )
 
 
 def test_command_leaves_the_environment_it_was_given_alone(tmp_path):
     env = {"CUDA_VISIBLE_DEVICES": "0"}
-    build_torchrun_command(
-        resolve_devices(Config("c.yaml", Values()), env, None), tmp_path / "config.yaml", env
+    ft.build_torchrun_command(
+        ft.resolve_devices(ft.Config("c.yaml", ft.Values()), env, None),
+        tmp_path / "config.yaml",
+        env,
     )
     assert env == {"CUDA_VISIBLE_DEVICES": "0"}
 
@@ -607,7 +600,7 @@ def test_a_lost_gpu_is_named_where_it_is_asked_for(plan_on):
 @pytest.mark.parametrize("asked", [None, "3,2,1,0"], ids=["all", "chosen"])
 def test_the_configuration_of_a_run_holds_the_gpus_only_where_it_chose_them(asked):
     keys = {} if asked is None else {"cuda_visible_devices": asked}
-    config = Config("c.yaml", Values(stage="sft", **keys)).update(run_name="first")
-    text = launchable_config(config, Devices(("0", "1"), "", 2))
+    config = ft.Config("c.yaml", ft.Values(stage="sft", **keys)).update(run_name="first")
+    text = ft.launchable_config(config, ft.Devices(("0", "1"), "", 2))
     assert yaml.safe_load(text).get("cuda_visible_devices") == asked
     assert "\n#   CUDA_VISIBLE_DEVICES=0,1 python " in text

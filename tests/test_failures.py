@@ -15,12 +15,11 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+import train_qwen3_ft as ft
 from helpers import SCRIPT
 from helpers.config import write_config
 from helpers.launcher import FAKES, STARTUP, Run, fake_gpus, run, says, until
 from helpers.real import real_fixture
-from train_qwen3_ft import RANK_START, HangWatch, describe_failure, roll_back_to_checkpoint
-from train_qwen3_ft import Run as RunDirectory
 
 WATCHDOG = (
     "[rank1]:[E1125 10:00:00.1 ProcessGroupNCCL.cpp:683] [Rank 1] Watchdog caught collective operation timeout: "
@@ -63,7 +62,7 @@ def explain(tmp_path: Path) -> Callable[..., str]:
         log.write_text(earlier + torchrun, encoding="utf-8")
         for name, text in files.items():
             (logs / name.replace("_", ".")).write_text(text, encoding="utf-8")
-        return describe_failure(RunDirectory(tmp_path / "run"), log, len(earlier.encode()))
+        return ft.describe_failure(ft.Run(tmp_path / "run"), log, len(earlier.encode()))
 
     return ask
 
@@ -184,9 +183,9 @@ def test_what_torchrun_said_of_an_earlier_start_is_no_cause_of_this_one(explain)
 
 def test_a_timeout_of_an_earlier_start_is_no_cause_of_this_one(tmp_path: Path, explain):
     explain(killed(1, 6, "SIGABRT"), rank1_log=WATCHDOG)
-    roll_back_to_checkpoint(RunDirectory(tmp_path / "run"))
+    ft.roll_back_to_checkpoint(ft.Run(tmp_path / "run"))
     with open(tmp_path / "run" / "logs" / "rank1.log", "a", encoding="utf-8") as log:
-        log.write(f"{RANK_START}\na new start\n")
+        log.write(f"{ft.RANK_START}\na new start\n")
     text = explain(killed(1, 11, "SIGSEGV"))
     assert text.startswith("rank 1 was killed by SIGSEGV") and "timed out" not in text
 
@@ -195,18 +194,18 @@ def test_an_error_of_an_earlier_start_is_no_cause_of_this_one(tmp_path: Path, ex
     explain(rank0_error="RuntimeError: the old reason")
     error = tmp_path / "run" / "logs" / "rank0.error"
     os.utime(error, (time.time() + 3600,) * 2)  # the clock of a shared file system is ahead
-    roll_back_to_checkpoint(RunDirectory(tmp_path / "run"))
+    ft.roll_back_to_checkpoint(ft.Run(tmp_path / "run"))
     assert explain("the new reason\n").startswith("the new reason")
 
 
 def test_ranks_that_this_start_has_no_more_do_not_lengthen_the_wait_for_it(tmp_path: Path):
     """What they did last was to save, for which a rank gets longer than for a step."""
-    run_dir = RunDirectory(tmp_path)
+    run_dir = ft.Run(tmp_path)
     run_dir.logs.mkdir()
     (run_dir.logs / "rank3.progress").write_text("12 saving", encoding="utf-8")
-    roll_back_to_checkpoint(run_dir)
+    ft.roll_back_to_checkpoint(run_dir)
     (run_dir.logs / "rank0.progress").write_text("12 training", encoding="utf-8")
-    watch = HangWatch(run_dir, 0.2)
+    watch = ft.HangWatch(run_dir, 0.2)
     assert not watch.is_stuck([])
     time.sleep(0.3)
     assert watch.is_stuck([])
@@ -225,14 +224,14 @@ def test_a_start_that_reads_writes_or_computes_is_no_hang(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, is_stuck: bool
 ):
     """Not even after 6 x hang_timeout, by a clock that is 10 minutes further at each look."""
-    run_dir, clock = RunDirectory(tmp_path), iter(range(0, 10**6, 601))
+    run_dir, clock = ft.Run(tmp_path), iter(range(0, 10**6, 601))
     run_dir.logs.mkdir()
     (run_dir.logs / "rank0.progress").write_text("0 starting", encoding="utf-8")
     monkeypatch.setattr("train_qwen3_ft.time", SimpleNamespace(monotonic=lambda: next(clock)))
     command = [sys.executable, "-c", code.format(tmp_path / "file")]
     with subprocess.Popen(command, start_new_session=True) as process:
         try:
-            watch, found = HangWatch(run_dir, 600), False
+            watch, found = ft.HangWatch(run_dir, 600), False
             rank = psutil.Process(process.pid)
             for number in range(12):
                 time.sleep(0.3)

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
+import train_qwen3_ft as ft
 from helpers.config import write_config
 from helpers.launcher import Run, committed, losses, metrics, run, says, train, weights
 from helpers.real import real_fixture
-from train_qwen3_ft import LossWatch
 
 ALONE = {"deepspeed": None, "bf16": None}
 
@@ -27,7 +27,7 @@ def first_problem(
     losses: list[float], fp16: bool = False, warm: bool = True, norms=None
 ) -> tuple:
     """(the log at which a divergence is noticed, from 1, and what is said); (0, '') for none."""
-    watch = LossWatch()
+    watch = ft.LossWatch()
     for number, loss in enumerate(losses, 1):
         norm = norms[number - 1] if norms else 1.0
         text = watch.problem(10 * number, {"loss": loss, "grad_norm": norm}, fp16, warm)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-import train_qwen3_ft as launcher
+import train_qwen3_ft as ft
 from helpers import SCRIPT
 from helpers.config import write_config
 from helpers.launcher import Run, committed, free_port, run, says
@@ -190,7 +190,7 @@ def test_the_address_of_a_webhook_is_in_no_file_of_a_run(finished, failed, stopp
 
 def notify(capfd: pytest.CaptureFixture, summary: dict = SUMMARY, **secrets: str) -> str:
     """What sending the notifications shows."""
-    launcher.notify(launcher.Config("c.yaml", launcher.Values(), secrets=secrets), summary)
+    ft.notify(ft.Config("c.yaml", ft.Values(), secrets=secrets), summary)
     shown = capfd.readouterr()
     return shown.out + shown.err
 

@@ -14,23 +14,12 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 
-import train_qwen3_ft
+import train_qwen3_ft as ft
 from helpers import ROOT
 from helpers.config import AUTO_BATCH, TINY_MODEL, write_json
 from helpers.launcher import ask_python, fake_gpus, says
 from helpers.plan import bare_plan, plan_phases
 from helpers.real import real_fixture
-from train_qwen3_ft import (
-    Zero,
-    count_rows,
-    decisive_values,
-    estimate,
-    host_bytes,
-    nearest_that_fits,
-    plan_steps,
-    qwen3_config,
-    suggest_split,
-)
 
 GIB = 1 << 30
 QWEN3_14B = 14_768_307_200  # what transformers counts for Qwen/Qwen3-14B's config.json
@@ -54,7 +43,7 @@ def steps(
         "num_train_epochs": epochs,
         **more,
     }
-    plan = plan_steps([samples], values, ranks)
+    plan = ft.plan_steps([samples], values, ranks)
     return plan.per_epoch, plan.total
 
 
@@ -95,7 +84,7 @@ def test_max_steps_wins_over_epochs():
 
 
 def test_defaults_are_those_of_transformers():
-    plan = plan_steps([80], {}, 1)  # 8 samples a batch, no accumulation, 3 epochs
+    plan = ft.plan_steps([80], {}, 1)  # 8 samples a batch, no accumulation, 3 epochs
     assert (plan.per_epoch, plan.total) == (10, 30)
 
 
@@ -182,18 +171,22 @@ def write_rows(path: Path, count: int) -> Path:
 @pytest.mark.parametrize(("limit", "rows"), [(None, 7), (3, 3), (7, 7), (8, 7)])
 @pytest.mark.parametrize("kind", ["json", "jsonl", "csv"])
 def test_rows_of_a_file(tmp_path, kind, limit, rows):
-    assert count_rows(write_rows(tmp_path / f"rows.{kind}", 7), limit) == rows
+    assert ft.count_rows(write_rows(tmp_path / f"rows.{kind}", 7), limit) == rows
 
 
 def test_rows_of_a_parquet_file(tmp_path):
     path = write_rows(tmp_path / "rows.parquet", 7)
-    assert [count_rows(path, limit) for limit in (None, 3, 8)] == [7, 3, 7]
+    assert [ft.count_rows(path, limit) for limit in (None, 3, 8)] == [7, 3, 7]
 
 
 def test_rows_of_a_folder_are_those_of_its_files_and_limited_together(tmp_path):
     for name in ("a", "b", "c"):
         write_rows(tmp_path / "rows" / f"{name}.jsonl", 7)
-    assert [count_rows(tmp_path / "rows", limit) for limit in (None, 10, 100)] == [21, 10, 21]
+    assert [ft.count_rows(tmp_path / "rows", limit) for limit in (None, 10, 100)] == [
+        21,
+        10,
+        21,
+    ]
 
 
 def test_a_folder_of_parquet_files_is_counted_by_one_process(tmp_path, monkeypatch):
@@ -206,7 +199,7 @@ def test_a_folder_of_parquet_files_is_counted_by_one_process(tmp_path, monkeypat
         return run(*args, **options)
 
     monkeypatch.setattr(subprocess, "run", counted)
-    assert count_rows(tmp_path / "rows", None) == 21
+    assert ft.count_rows(tmp_path / "rows", None) == 21
     assert len(started) == 1
 
 
@@ -215,8 +208,8 @@ def test_a_folder_of_parquet_files_is_counted_by_one_process(tmp_path, monkeypat
 def test_a_very_large_text_file_is_not_counted_to_its_end(
     tmp_path, monkeypatch, kind, limit, rows
 ):
-    monkeypatch.setattr(train_qwen3_ft, "COUNTED_TEXT", 50, raising=False)
-    assert count_rows(write_rows(tmp_path / f"rows.{kind}", 7), limit) == rows
+    monkeypatch.setattr(ft, "COUNTED_TEXT", 50, raising=False)
+    assert ft.count_rows(write_rows(tmp_path / f"rows.{kind}", 7), limit) == rows
 
 
 def test_a_data_set_that_is_named_twice_is_loaded_once(plan_of, write_config):
@@ -230,7 +223,7 @@ def test_rows_of_a_large_json_array(tmp_path):
         json.dumps([{**ROW, "output": "ü" * 3000}] * 1500, indent=1, ensure_ascii=False),
         encoding="utf-8",
     )
-    assert count_rows(path, None) == 1500
+    assert ft.count_rows(path, None) == 1500
 
 
 ODD_FILES = {
@@ -269,7 +262,7 @@ result = {name: rows(name) for name in data[1]}
 """,
         [str(tmp_path), list(ODD_FILES)],
     )
-    assert {name: count_rows(tmp_path / name, None) for name in ODD_FILES} == real
+    assert {name: ft.count_rows(tmp_path / name, None) for name in ODD_FILES} == real
 
 
 def bytes_read() -> int:
@@ -282,7 +275,7 @@ def test_limit_keeps_a_long_file_cheap(tmp_path):
     row = '{"instruction": "select them all", "output": "SELECT 1;"}\n'
     (tmp_path / "tiny.jsonl").write_text(row * 500_000)
     before = bytes_read()
-    assert count_rows(tmp_path / "tiny.jsonl", 1000) == 1000
+    assert ft.count_rows(tmp_path / "tiny.jsonl", 1000) == 1000
     assert bytes_read() - before < 100_000 * len(row)
 
 
@@ -922,9 +915,9 @@ def test_an_evaluation_that_takes_more_than_training_gets_the_largest_batch_that
         "per_device_train_batch_size": 8,
         "per_device_eval_batch_size": 8,
     }
-    shape = qwen3_config("Qwen/Qwen3-0.6B")
-    plan = estimate(bare_plan(shape, Zero(3, used=True), 1, 24 << 30, **values))
-    assert "it fits with per_device_eval_batch_size=2 (" in nearest_that_fits(plan)
+    shape = ft.qwen3_config("Qwen/Qwen3-0.6B")
+    plan = ft.estimate(bare_plan(shape, ft.Zero(3, used=True), 1, 24 << 30, **values))
+    assert "it fits with per_device_eval_batch_size=2 (" in ft.nearest_that_fits(plan)
 
 
 @pytest.mark.parametrize(
@@ -997,9 +990,9 @@ def test_memory_of_the_host_is_what_the_cgroups_of_the_process_allow(
     limit.write_text("1048576\n")
     if limit.parent.name == "step":
         (limit.parent.parent / "memory.max").write_text("max\n")
-    monkeypatch.setattr(train_qwen3_ft, "PROCESS_CGROUPS", tmp_path / "self")
-    monkeypatch.setattr(train_qwen3_ft, "CGROUPS", tmp_path / "cgroup")
-    assert host_bytes() == 1 << 20
+    monkeypatch.setattr(ft, "PROCESS_CGROUPS", tmp_path / "self")
+    monkeypatch.setattr(ft, "CGROUPS", tmp_path / "cgroup")
+    assert ft.host_bytes() == 1 << 20
 
 
 def test_plan_shows_memory_by_part_against_what_the_gpu_has(here):
@@ -1222,15 +1215,18 @@ def test_dry_run_of_the_default_config_is_small(clean_env, tmp_path):
 def test_the_measured_peak_of_a_rehearsal_counts_in_the_suggested_split(tmp_path):
     keys = {"gradient_accumulation_steps": 8, "per_device_train_batch_size": 1}
     plan = bare_plan(
-        qwen3_config("Qwen/Qwen3-0.6B"),
-        Zero(3, used=True),
+        ft.qwen3_config("Qwen/Qwen3-0.6B"),
+        ft.Zero(3, used=True),
         2,
         24 << 30,
         output_dir=str(tmp_path),
         **keys,
     )
-    plan = estimate(plan)
-    assert suggest_split(plan).startswith("per_device_train_batch_size=4 ")
-    measured = {"configuration": decisive_values(plan), "peak_memory": plan.needed + (6 << 30)}
+    plan = ft.estimate(plan)
+    assert ft.suggest_split(plan).startswith("per_device_train_batch_size=4 ")
+    measured = {
+        "configuration": ft.decisive_values(plan),
+        "peak_memory": plan.needed + (6 << 30),
+    }
     write_json(tmp_path / "rehearsal.json", measured)
-    assert suggest_split(plan).startswith("per_device_train_batch_size=2 ")
+    assert ft.suggest_split(plan).startswith("per_device_train_batch_size=2 ")

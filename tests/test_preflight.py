@@ -16,10 +16,10 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+import train_qwen3_ft as ft
 from helpers import SCRIPT
 from helpers.config import AUTO_BATCH, TINY_MODEL, write_json
 from helpers.launcher import FAKES, fake_gpus, says
-from train_qwen3_ft import known_fields
 
 ZERO2 = {**AUTO_BATCH, "zero_optimization": {"stage": 2}}
 GATHERED = {"stage3_gather_16bit_weights_on_model_save": True}
@@ -1402,7 +1402,7 @@ def test_every_key_of_an_example_of_llamafactory_is_accepted(here, tmp_path, exa
     (tmp_path / "example.yaml").write_text(yaml.safe_dump(values))
     done = here(tmp_path / "example.yaml", "--dry-run", "--json", gpus=fake_gpus(8, 1000))
     problems = json.loads(done.stdout)["problems"]
-    assert set(values) <= set(known_fields())
+    assert set(values) <= set(ft.known_fields())
     assert [
         text
         for text in problems

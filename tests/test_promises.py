@@ -10,17 +10,10 @@ from pathlib import Path
 
 import pytest
 
+import train_qwen3_ft as ft
 from helpers.config import CONFIGS, ZERO3_FILE, make_model, write_config, write_json
 from helpers.launcher import Run, fake_gpus, losses, train
 from helpers.real import real_fixture
-from train_qwen3_ft import (
-    Devices,
-    Values,
-    build_torchrun_command,
-    clear_stale_locks,
-    extensions_folder,
-    hub_cache,
-)
 
 OFFLOAD_FILE = str(CONFIGS / "deepspeed" / "ds_z3_offload_config.json")
 
@@ -30,8 +23,8 @@ OFFLOAD_FILE = str(CONFIGS / "deepspeed" / "ds_z3_offload_config.json")
 def local_address(**env: str) -> str:
     """The address under which torchrun offers this node to the others."""
     variables = {"NNODES": "2", "MASTER_PORT": "29500", **env}
-    command = build_torchrun_command(
-        Devices((), "", 1), Path("/out/run/config.yaml"), variables
+    command = ft.build_torchrun_command(
+        ft.Devices((), "", 1), Path("/out/run/config.yaml"), variables
     )
     return command[command.index("--local-addr") + 1]
 
@@ -92,7 +85,7 @@ def host_folder(monkeypatch: pytest.MonkeyPatch, host: str) -> Path:
     """The folder of compiled operators on a host of this name."""
     with monkeypatch.context() as patch:
         patch.setattr(socket, "gethostname", lambda: host)
-        return extensions_folder()
+        return ft.extensions_folder()
 
 
 def test_each_host_has_its_own_folder_of_compiled_operators(plan_of, write_config):
@@ -104,9 +97,9 @@ def test_each_virtual_environment_has_its_own_folder_of_compiled_operators(
     monkeypatch: pytest.MonkeyPatch,
 ):
     """Else two of them compile it anew in turn, and wait for each other's lock."""
-    here = extensions_folder()
+    here = ft.extensions_folder()
     monkeypatch.setattr(sys, "prefix", "/another/venv")
-    assert extensions_folder() != here and extensions_folder().parent == here.parent
+    assert ft.extensions_folder() != here and ft.extensions_folder().parent == here.parent
 
 
 def test_what_can_be_made_again_goes_to_the_cache_of_the_user(
@@ -116,8 +109,8 @@ def test_what_can_be_made_again_goes_to_the_cache_of_the_user(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name in ("HF_HOME", "HF_HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
-    assert hub_cache(Values()) == tmp_path / "cache" / "huggingface" / "hub"
-    assert extensions_folder().parent == tmp_path / "cache" / "torch_extensions"
+    assert ft.hub_cache(ft.Values()) == tmp_path / "cache" / "huggingface" / "hub"
+    assert ft.extensions_folder().parent == tmp_path / "cache" / "torch_extensions"
 
 
 def test_a_build_lock_of_another_host_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -129,7 +122,7 @@ def test_a_build_lock_of_another_host_stays(tmp_path: Path, monkeypatch: pytest.
     for lock in locks:
         lock.parent.mkdir(parents=True, exist_ok=True)
         lock.touch()
-    clear_stale_locks(host_folder(monkeypatch, "ours"))
+    ft.clear_stale_locks(host_folder(monkeypatch, "ours"))
     assert [lock.exists() for lock in locks] == [False, True]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import train_qwen3_ft as launcher
+import train_qwen3_ft as ft
 from helpers import HELPERS
 from helpers.config import ZERO3_FILE, write_config, write_json
 from helpers.launcher import (
@@ -82,7 +82,7 @@ def changed(name: str, place: int, factor: float) -> dict:
     ids=["schedule", "rates", "epoch", "masters", "zero", "place", "missing", "nan"],
 )
 def test_a_state_that_differs_is_named_with_both_numbers(loaded: dict, difference: str) -> None:
-    [found] = launcher.state_differences(STATE, loaded)
+    [found] = ft.state_differences(STATE, loaded)
     assert difference in found
 
 
@@ -92,7 +92,7 @@ def test_a_state_that_differs_is_named_with_both_numbers(loaded: dict, differenc
     ids=["the same", "rounding of a sum", "rounding of places"],
 )
 def test_a_state_that_differs_by_rounding_only_is_the_same(loaded: dict) -> None:
-    assert not list(launcher.state_differences(STATE, loaded))
+    assert not list(ft.state_differences(STATE, loaded))
 
 
 @pytest.mark.real
@@ -183,8 +183,8 @@ def test_a_rank_that_is_not_like_the_others_is_named_with_what_differs() -> None
         "/d.json": "12 ab",
     }
     there = {**here, "llamafactory": "0.9.4", "/d.json": "12 cd"}
-    assert launcher.rank_differences([here, here]) == []
-    [text] = launcher.rank_differences([here, here, there])
+    assert ft.rank_differences([here, here]) == []
+    [text] = ft.rank_differences([here, here, there])
     assert "llamafactory is 0.9.4 on rank 2, 0.9.5 on rank 0" in text
     assert "/d.json is 12 cd on rank 2, 12 ab on rank 0" in text
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+import train_qwen3_ft as ft
 from helpers.config import write_config
 from helpers.launcher import Run, committed, run, train
 from helpers.plan import bare_plan
 from helpers.real import real_fixture
-from train_qwen3_ft import Plan, Steps, Values, Zero, forecast, rehearsal_of
 
 MEASURED = (
     "step_seconds",
@@ -146,10 +146,10 @@ def test_it_names_the_micro_batch_that_works(tight: Run):
 
 def test_a_run_of_another_configuration_is_not_compared_with_it(tight: Run):
     figures = read_json(tight.folder / "out" / "rehearsal.json")
-    values = Values(figures["configuration"], output_dir=str(tight.folder / "out"))
-    plan = replace(bare_plan({}, Zero(), 1), values=values)
-    assert rehearsal_of(plan) == figures
-    assert rehearsal_of(replace(plan, values=Values(values, cutoff_len=511))) == {}
+    values = ft.Values(figures["configuration"], output_dir=str(tight.folder / "out"))
+    plan = replace(bare_plan({}, ft.Zero(), 1), values=values)
+    assert ft.rehearsal_of(plan) == figures
+    assert ft.rehearsal_of(replace(plan, values=ft.Values(values, cutoff_len=511))) == {}
 
 
 @pytest.mark.real
@@ -226,14 +226,14 @@ SUMMARY = {
 }
 
 
-def rehearsed_plan(steps: Steps, **values: object) -> Plan:
+def rehearsed_plan(steps: ft.Steps, **values: object) -> ft.Plan:
     """A plan of these steps, which saves every 8th and evaluates every 4th."""
     every = {"save_steps": 8, "eval_steps": 4, "eval_strategy": "steps"}
-    return replace(bare_plan({}, Zero(), 1, **every, **values), steps=steps)
+    return replace(bare_plan({}, ft.Zero(), 1, **every, **values), steps=steps)
 
 
 def test_the_whole_run_is_the_start_and_all_steps_saves_and_evaluations():
-    figures = forecast(rehearsed_plan(Steps(48, 12, 24)), SUMMARY)
+    figures = ft.forecast(rehearsed_plan(ft.Steps(48, 12, 24)), SUMMARY)
     assert figures["counts"] == {"step": 24, "checkpoint": 3, "evaluation": 6}
     assert figures["total_seconds"] == 30 + 24 * 2 + 3 * 10 + 6 * 5
     assert figures["epoch_seconds"] == 12 * 2
@@ -242,13 +242,17 @@ def test_the_whole_run_is_the_start_and_all_steps_saves_and_evaluations():
 @pytest.mark.parametrize(
     ("steps", "summary"),
     [
-        pytest.param(Steps(None, None, None, "packing"), SUMMARY, id="steps-that-are-unknown"),
-        pytest.param(Steps(48, 12, 24), {"state": "failed"}, id="a-rehearsal-without-a-step"),
+        pytest.param(
+            ft.Steps(None, None, None, "packing"), SUMMARY, id="steps-that-are-unknown"
+        ),
+        pytest.param(
+            ft.Steps(48, 12, 24), {"state": "failed"}, id="a-rehearsal-without-a-step"
+        ),
     ],
 )
-def test_nothing_is_forecast_from(steps: Steps, summary: dict):
-    assert "total_seconds" not in forecast(rehearsed_plan(steps), summary)
+def test_nothing_is_forecast_from(steps: ft.Steps, summary: dict):
+    assert "total_seconds" not in ft.forecast(rehearsed_plan(steps), summary)
 
 
 def test_a_forecast_has_nothing_of_the_rehearsals_own_run():
-    assert "run" not in forecast(rehearsed_plan(Steps(48, 12, 24)), SUMMARY)
+    assert "run" not in ft.forecast(rehearsed_plan(ft.Steps(48, 12, 24)), SUMMARY)

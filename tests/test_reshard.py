@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
+import train_qwen3_ft as ft
 from helpers.config import ZERO3_FILE, write_config
 from helpers.launcher import Run, fork, losses, run, says, train, weights
 from helpers.real import real_fixture
-from train_qwen3_ft import Supervisor, Zero, load_config
 
 # Two ranks x 1 x 2 = 4 samples per step, 48 samples: 12 steps. Single precision, since it is exact.
 SETTINGS = {
@@ -166,11 +166,11 @@ def test_the_configuration_of_the_run_has_numbers(shrunk: Run) -> None:
 def test_the_micro_batch_shrinks(
     tmp_path: Path, times: int, in_deepspeed: object, shrinks: bool
 ) -> None:
-    config = load_config(write_config(tmp_path, per_device_train_batch_size=16), {})
-    zero = Zero(settings={"train_micro_batch_size_per_gpu": in_deepspeed})
+    config = ft.load_config(write_config(tmp_path, per_device_train_batch_size=16), {})
+    zero = ft.Zero(settings={"train_micro_batch_size_per_gpu": in_deepspeed})
     plan = SimpleNamespace(zero=zero)
     launch = SimpleNamespace(config=config, plan=plan, shrunk=times, leads=False)
-    assert Supervisor.shrink_batch(launch, evaluates=False) is shrinks
+    assert ft.Supervisor.shrink_batch(launch, evaluates=False) is shrinks
 
 
 @pytest.mark.real

@@ -323,13 +323,12 @@ def test_a_kill_of_rank_0_leaves_the_curve_of_every_logged_step(
 ):
     from matplotlib.axes import Axes
 
-    from train_qwen3_ft import Run as RunDirectory
-    from train_qwen3_ft import draw_curve
+    import train_qwen3_ft as ft
 
     assert (rank_0_killed.run_dir / "training_loss.png").stat().st_size > 0
     drawn = []
     monkeypatch.setattr(Axes, "plot", lambda self, *args, **options: drawn.append(args))
-    draw_curve(RunDirectory(rank_0_killed.run_dir))
+    ft.draw_curve(ft.Run(rank_0_killed.run_dir))
     assert list(drawn[0][0]) == list(range(1, 8))
 
 

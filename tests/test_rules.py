@@ -95,7 +95,7 @@ def stopped_run(here: Callable, write_config: Callable, tmp_path: Path) -> Calla
     """A run directory as a run leaves it that was stopped at its 4th step, with these keys."""
 
     def stop(name: str = "first", step: int = 4, **changes: object) -> Path:
-        from train_qwen3_ft import commit_checkpoint
+        import train_qwen3_ft as ft
 
         config, run = write_config(**changes), tmp_path / "out" / name
         (run / "logs").mkdir(parents=True)
@@ -107,7 +107,7 @@ def stopped_run(here: Callable, write_config: Callable, tmp_path: Path) -> Calla
             {"global_step": step, "max_steps": 5, "epoch": 0.8},
         )
         (run / f"checkpoint-{step}" / "model.safetensors").write_bytes(SAFETENSORS)
-        commit_checkpoint(run / f"checkpoint-{step}", json.loads(planned)["world_size"])
+        ft.commit_checkpoint(run / f"checkpoint-{step}", json.loads(planned)["world_size"])
         return run
 
     return stop
@@ -207,12 +207,12 @@ def test_resume_minds_no_link_that_leads_nowhere(here, stopped_run):
 
 @pytest.mark.parametrize("gpus", [1, 2], ids=["fewer", "more"])
 def test_a_run_on_all_gpus_resumes_on_those_that_there_are_now(here, stopped_run, gpus):
-    from train_qwen3_ft import Devices, launchable_config, load_config
+    import train_qwen3_ft as ft
 
     run_dir = stopped_run()
-    config = load_config(run_dir / "config.yaml", {"use_cpu": "null"})
-    all_of_them = Devices(tuple("0123"[: 3 - gpus]), "all GPUs of this node", 3 - gpus)
-    (run_dir / "config.yaml").write_text(launchable_config(config, all_of_them))
+    config = ft.load_config(run_dir / "config.yaml", {"use_cpu": "null"})
+    all_of_them = ft.Devices(tuple("0123"[: 3 - gpus]), "all GPUs of this node", 3 - gpus)
+    (run_dir / "config.yaml").write_text(ft.launchable_config(config, all_of_them))
     done = here("--resume", run_dir, "--dry-run", "--json", gpus=fake_gpus(gpus))
     assert (done.returncode, json.loads(done.stdout)["world_size"]) == (0, gpus), done.stderr
 
@@ -1569,9 +1569,9 @@ def test_a_list_that_is_empty_counts_as_off(plan):
 
 
 def test_every_rule_is_of_a_key_that_there_is_and_says_in_one_line_what_to_do():
-    from train_qwen3_ft import RULES, known_fields
+    import train_qwen3_ft as ft
 
-    fields = known_fields()
-    keys = [key for keys, _, _ in RULES for key in keys.split()]
+    fields = ft.known_fields()
+    keys = [key for keys, _, _ in ft.RULES for key in keys.split()]
     assert [key for key in keys if key not in fields] == []
-    assert [text for _, _, text in RULES if "\n" in text or len(text) > 160] == []
+    assert [text for _, _, text in ft.RULES if "\n" in text or len(text) > 160] == []

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
+import train_qwen3_ft as ft
 from helpers import SCRIPT
 from helpers.config import STEPS, write_config
 from helpers.launcher import Run, command_of, committed, losses, says, until, weights
 from helpers.swanlab_records import read_record, records
-from train_qwen3_ft import checkpoint_problem
 
 pytestmark = pytest.mark.real
 
@@ -65,7 +65,7 @@ def stop(live: Run, kind: str) -> SimpleNamespace:
     else:
         signal_all(whom(live), number)
     status = live.wait()
-    problems = [checkpoint_problem(path) for path in live.run_dir.glob("checkpoint-*")]
+    problems = [ft.checkpoint_problem(path) for path in live.run_dir.glob("checkpoint-*")]
     return SimpleNamespace(
         run_dir=live.run_dir,
         status=status,

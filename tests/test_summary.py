@@ -6,17 +6,10 @@ from pathlib import Path
 
 import pytest
 
+import train_qwen3_ft as ft
 from helpers import SCRIPT
 from helpers.config import write_json
 from helpers.launcher import says
-from train_qwen3_ft import (
-    Run,
-    commit_checkpoint,
-    draw_curve,
-    load_config,
-    print_summary,
-    summarize,
-)
 
 STARTED = 100.0  # seconds since 1970
 BEFORE = [
@@ -32,14 +25,14 @@ THIS_LAUNCH = [
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def run(tmp_path: Path) -> ft.Run:
     """A run of two launches, the second of which began anew, with one checkpoint and a torn one."""
-    run = Run(tmp_path / "out" / "first")
+    run = ft.Run(tmp_path / "out" / "first")
     for step in (4, 6):
         folder = run.path / f"checkpoint-{step}"
         write_json(folder / "trainer_state.json", {"global_step": step})
         (folder / "model.safetensors").write_bytes(b"weights")
-    commit_checkpoint(run.path / "checkpoint-4", 2)
+    ft.commit_checkpoint(run.path / "checkpoint-4", 2)
     lines = [json.dumps(line) + "\n" for line in BEFORE + THIS_LAUNCH]
     run.metrics_file.write_text("".join(lines) + '{"step": 8, "lo')  # a line that was cut
     return run
@@ -47,31 +40,33 @@ def run(tmp_path: Path) -> Run:
 
 @pytest.fixture
 def printed(
-    run: Run, write_config: Callable, capsys: pytest.CaptureFixture
+    run: ft.Run, write_config: Callable, capsys: pytest.CaptureFixture
 ) -> Callable[..., str]:
     """printed(state, cause): what the console says at the end of the run."""
 
     def end(state: str, cause: str = "", **figures: object) -> str:
-        summary = summarize(run, state, cause, STARTED)
+        summary = ft.summarize(run, state, cause, STARTED)
         nothing = {"device_memory": None, "planned_memory": None, "resident": True}
-        print_summary(run, load_config(write_config(), {}), {**summary, **nothing, **figures})
+        ft.print_summary(
+            run, ft.load_config(write_config(), {}), {**summary, **nothing, **figures}
+        )
         return capsys.readouterr().out
 
     return end
 
 
 def test_losses_and_steps_are_those_that_count(run):
-    summary = summarize(run, "failed", "why", STARTED)
+    summary = ft.summarize(run, "failed", "why", STARTED)
     wanted = {"first_loss": 7.0, "last_loss": 5.0, "steps": 6, "total_steps": 12}
     assert {key: summary[key] for key in wanted} == wanted
 
 
 def test_the_start_is_that_of_this_launch(run):
-    assert summarize(run, "failed", "why", STARTED)["start_seconds"] == 12.5
+    assert ft.summarize(run, "failed", "why", STARTED)["start_seconds"] == 12.5
 
 
 def test_only_a_committed_checkpoint_counts(run):
-    summary = summarize(run, "failed", "why", STARTED)
+    summary = ft.summarize(run, "failed", "why", STARTED)
     assert summary["checkpoints"] == ["checkpoint-4"]
     assert summary["model"] == str(run.path / "checkpoint-4")
 
@@ -134,12 +129,12 @@ def test_what_was_measured_is_compared_with_the_plan_and_the_rehearsal(printed):
 
 def test_a_run_that_has_logged_no_loss_has_no_curve(run):
     run.metrics_file.write_text(json.dumps(BEFORE[0]) + "\n")
-    draw_curve(run)
-    assert summarize(run, "failed", "why", STARTED)["curve"] is None
+    ft.draw_curve(run)
+    assert ft.summarize(run, "failed", "why", STARTED)["curve"] is None
 
 
 def test_a_run_that_has_logged_losses_has_a_curve(run):
-    draw_curve(run)
+    ft.draw_curve(run)
     curve = run.path / "training_loss.png"
-    assert summarize(run, "failed", "why", STARTED)["curve"] == str(curve)
+    assert ft.summarize(run, "failed", "why", STARTED)["curve"] == str(curve)
     assert curve.read_bytes().startswith(b"\x89PNG")

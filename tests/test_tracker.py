@@ -14,13 +14,12 @@ from types import SimpleNamespace
 
 import pytest
 
+import train_qwen3_ft as ft
 from helpers.config import write_config
 from helpers.launcher import Run, command_of, losses, metrics, run, says, until
 from helpers.real import real_fixture
 from helpers.swanlab_records import dashboard_points, read_dashboard, read_record, records
 from helpers.swanlab_service import SwanLabService
-from train_qwen3_ft import Console, Follower, TrackerProcess, Tracking, follow_to_the_end, say
-from train_qwen3_ft import Run as RunDirectory
 
 SETTINGS = {
     "report_to": "swanlab",
@@ -293,10 +292,10 @@ def test_a_line_in_a_terminal_does_not_stand_behind_the_bar(monkeypatch) -> None
     screen = io.StringIO()
     screen.isatty = lambda: True
     monkeypatch.setattr(sys, "stdout", screen)
-    console = Console()
+    console = ft.Console()
     console.show({"event": "begin", "step": 0, "total_steps": 12, "time": 0.0})
     console.show({"step": 1, "loss": 7.0, "learning_rate": 1e-3, "time": 1.0})
-    say("SIGINT: stopping")
+    ft.say("SIGINT: stopping")
     console.close()
     says(screen.getvalue(), r"loss 7\.0000.*\rSIGINT: stopping\n")
 
@@ -332,7 +331,7 @@ def follow(folder: Path, order: str) -> tuple[Record, dict | None]:
     (folder / "orders").write_text(order)
     record = Record()
     with open(folder / "orders", "rb", buffering=0) as orders:
-        end = follow_to_the_end(record, Follower(folder / "metrics.jsonl", 0), orders)
+        end = ft.follow_to_the_end(record, ft.Follower(folder / "metrics.jsonl", 0), orders)
     return record, end
 
 
@@ -379,9 +378,9 @@ input()
 
         with monkeypatch.context() as patch:
             patch.setattr(subprocess, "Popen", start)
-            tracking = Tracking("SwanLab", mode, "asked for", {"name": "first"})
+            tracking = ft.Tracking("SwanLab", mode, "asked for", {"name": "first"})
             env = dict(os.environ)
-            tracker = TrackerProcess("swanlab", tracking, RunDirectory(tmp_path), env, {})
+            tracker = ft.TrackerProcess("swanlab", tracking, ft.Run(tmp_path), env, {})
             tracker.begin()
             tracker.finish("finished", "")
         return [json.loads(line) for line in told.read_text().splitlines()]

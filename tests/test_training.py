@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+import train_qwen3_ft as ft
 from helpers import ROOT, SCRIPT
 from helpers.config import ZERO3_FILE, write_config, write_json
 from helpers.launcher import Run, ask_python, losses, run, says, train
 from helpers.real import real_fixture
 from helpers.swanlab_records import read_dashboard, read_record, records
-from train_qwen3_ft import Values, model_commands
 
 MINUTES = 60
 
@@ -155,7 +155,7 @@ def test_the_summary_names_what_the_user_needs(demo: Run) -> None:
     ids=["full", "lora", "reward model"],
 )
 def test_the_chat_command_fits_what_was_trained(values: dict, command: str) -> None:
-    assert model_commands(Path("/a run"), Values(values)).get("chat") == command
+    assert ft.model_commands(Path("/a run"), ft.Values(values)).get("chat") == command
 
 
 def test_a_demo_that_is_piped_to_a_file_keeps_the_console_short(demo: Run) -> None:

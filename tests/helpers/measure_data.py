@@ -12,15 +12,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from train_qwen3_ft import Run, Values, mark_learned, measure_data, record_data, send_output_to
+import train_qwen3_ft as ft
 
 os.environ["RANK"] = "0"
 log = Path(tempfile.mkdtemp(), "log")
 console = os.fdopen(os.dup(1), "w")
-send_output_to(log)
+ft.send_output_to(log)
 told: list[tuple] = []
-given = Values()
-measure_data(given, lambda *args: told.append(args))
+given = ft.Values()
+ft.measure_data(given, lambda *args: told.append(args))
 
 from llamafactory.data import get_dataset, get_template_and_fix_tokenizer  # noqa: E402
 from llamafactory.hparams import get_train_args  # noqa: E402
@@ -31,7 +31,7 @@ def record() -> dict[str, str]:
     """What record_data writes and raises for the training data."""
     folder, problem = Path(tempfile.mkdtemp()), ""
     try:
-        record_data(Run(folder), *told[0])
+        ft.record_data(ft.Run(folder), *told[0])
     except RuntimeError as error:
         problem = str(error)
     return {"problem": problem, **{path.name: path.read_text() for path in folder.iterdir()}}
@@ -44,7 +44,7 @@ def measure() -> dict:
     template = get_template_and_fix_tokenizer(tokenizer, data_args)
     module = get_dataset(template, model_args, data_args, args, method.stage, **tools)
     first = next(iter(module["train_dataset"]))
-    shown = mark_learned(first["input_ids"], first["labels"], tokenizer, ("[[", "]]"))
+    shown = ft.mark_learned(first["input_ids"], first["labels"], tokenizer, ("[[", "]]"))
     return {"columns": sorted(first), "marked": shown, **record()}
 
 

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
+import train_qwen3_ft as ft
 from helpers import SCRIPT  # noqa: F401 - makes the script importable
-from train_qwen3_ft import (
-    Devices,
-    Model,
-    Plan,
-    Steps,
-    Values,
-    Zero,
-    count_parameters,
-    estimate_phases,
-)
 
 
 def bare_plan(
-    shape: dict, zero: Zero, ranks: int, room: int | None = None, **values: object
-) -> Plan:
+    shape: dict, zero: ft.Zero, ranks: int, room: int | None = None, **values: object
+) -> ft.Plan:
     """The plan of full fine-tuning in bf16, before its estimate, of a model of this config.json on
     `ranks` GPUs of `room` bytes each.
     """
-    model, steps = Model("", count_parameters(shape), shape), Steps(None, None, None)
-    given = Values(finetuning_type="full", bf16=True, **values)
-    return Plan(Devices(("0",), "", ranks), [], ranks, zero, given, steps, model, room, 0, {})
+    model, steps = ft.Model("", ft.count_parameters(shape), shape), ft.Steps(None, None, None)
+    given = ft.Values(finetuning_type="full", bf16=True, **values)
+    return ft.Plan(
+        ft.Devices(("0",), "", ranks), [], ranks, zero, given, steps, model, room, 0, {}
+    )
 
 
 def plan_phases(
@@ -34,7 +27,7 @@ def plan_phases(
     """
     plan = bare_plan(
         shape,
-        Zero(3, used=True),
+        ft.Zero(3, used=True),
         ranks,
         cutoff_len=tokens,
         per_device_train_batch_size=batch,
@@ -42,6 +35,6 @@ def plan_phases(
         eval_strategy="steps",
         disable_gradient_checkpointing=not checkpointing,
     )
-    found = {phase: sum(parts.values()) for phase, parts in estimate_phases(plan).items()}
+    found = {phase: sum(parts.values()) for phase, parts in ft.estimate_phases(plan).items()}
     found["forward/backward"] = max(found.pop("loss"), found.pop("backward"))
     return found

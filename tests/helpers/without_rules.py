@@ -8,9 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import train_qwen3_ft as launcher  # noqa: E402
+import train_qwen3_ft as ft  # noqa: E402
 
 if __name__ == "__main__":
     text = sys.argv.pop(1)
-    launcher.RULES = [rule for rule in launcher.RULES if text not in rule[-1]]
-    sys.exit(launcher.main())
+    ft.RULES = [rule for rule in ft.RULES if text not in rule[-1]]
+    sys.exit(ft.main())
