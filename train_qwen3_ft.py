@@ -7067,6 +7067,8 @@ def write_figures(run: Run, figures: dict, is_eval: bool) -> None:
     if is_eval:
         longest = figures["lengths"][-1][0]
         figures = run.read(DATA_FILE)
+        if not figures:  # training data that could not be measured
+            return
         figures["evaluated"] = max(longest, figures.get("evaluated", 0))
     figures["key"] = run.read("plan.json").get("data_key")
     write_atomically(run.path / DATA_FILE, json.dumps(figures))

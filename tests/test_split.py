@@ -31,6 +31,7 @@ from train_qwen3_ft import (
     preflight,
     qwen3_config,
     splits,
+    write_figures,
 )
 
 KEY = "per_device_train_batch_size"
@@ -256,6 +257,19 @@ def test_evaluation_batches_count_the_longest_sample_that_is_evaluated(
     unknown = plan_of(write_config(**keys))["memory_per_gpu"]["logits"]
     measured(write_config(**keys), lengths=[[8, 16]], evaluated=32)
     assert plan_of(write_config(**keys))["memory_per_gpu"]["logits"] == unknown // 2
+
+
+def test_the_longest_evaluated_sample_is_added_to_the_figures_of_training(tmp_path: Path):
+    run = Run(tmp_path)
+    write_figures(run, {"lengths": [[8, 1]]}, is_eval=True)
+    assert run.read("data.json") == {}  # without those the console has nothing to show
+    write_figures(run, {"lengths": [[8, 1]]}, is_eval=False)
+    for longest in (24, 16):
+        write_figures(run, {"lengths": [[longest, 1]]}, is_eval=True)
+    assert (run.read("data.json")["lengths"], run.read("data.json")["evaluated"]) == (
+        [[8, 1]],
+        24,
+    )
 
 
 def write_tokenized(folder: Path, **splits: list[list[int]]) -> None:
