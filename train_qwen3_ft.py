@@ -3686,7 +3686,7 @@ def print_lines(lines: dict[str, object], stream: TextIO | None = None) -> None:
     """Print `label       text` lines; an empty text is left out."""
     for label, text in lines.items():
         if text:
-            say(f"{label:<12}{text}", stream)
+            say(f"{label:<11} {text}", stream)
 
 
 def plan_lines(plan: Plan) -> dict[str, str]:
@@ -5352,7 +5352,12 @@ def draw_curve(run: Run) -> None:
     loss = series(lines, "loss")
     axes.plot(*loss, color="C0", alpha=0.3)
     axes.plot(loss[0], smoothed(loss[1]), color="C0", label="training loss, smoothed")
-    axes.plot(*series(lines, "eval_loss"), "o-", color="C1", label="evaluation loss")
+    names = {
+        name: 0 for line in lines for name in line if re.fullmatch("eval_(.+_)?loss", name)
+    }
+    for name, marker in zip(names, itertools.cycle("osv^D"), strict=False):
+        label = name.replace("eval", "evaluation").replace("_", " ")
+        axes.plot(*series(lines, name), color="C1", marker=marker, label=label)
     is_scored = draw_scores(axes, lines)
     rates.plot(*series(lines, "learning_rate"), color="C7")
     mark_epochs_and_restarts(axes, lines)
