@@ -3032,15 +3032,15 @@ def gather_cost(plan: Plan) -> int:
     bytes per parameter in 16 bit (Rajbhandari et al. 2020, section 7.2), where a token takes 6
     operations per parameter, so that the size of the model cancels out. At NVLink's 200 GB/s and
     300 TFLOP/s that is some 1,100 tokens, ten times as many over PCIe, between nodes and from the
-    host. A CPU computes so slowly that 300 were measured (tests/benchmarks/README.md). Else the
-    starts of kernels are left.
+    host. On two CPU ranks it was 300 to 1,600, by the length of the samples
+    (tests/benchmarks/README.md). Else the starts of kernels are left.
     """
     from_host = plan.zero.offload_parameters
     gpus = plan.gpus
     if plan.zero.stage < 3 or (plan.world_size == 1 and not from_host):
         return 150
     if not plan.devices.ids:
-        return 300
+        return 600
     indices = {gpu.index for gpu in gpus}
     linked = len(gpus) == plan.world_size and all(
         indices <= {gpu.index} | gpu.linked for gpu in gpus

@@ -134,7 +134,7 @@ def test_what_does_not_fit_in_nine_tenths_of_the_gpu_is_not_chosen():
         pytest.param(plan_for(SHORT, ranks=1), 150, id="one-gpu"),
         pytest.param(plan_for(SHORT, zero=Zero(2, used=True)), 150, id="zero-2"),
         pytest.param(
-            replace(plan_for(SHORT), gpus=[], devices=Devices((), "", 4)), 300, id="cpu"
+            replace(plan_for(SHORT), gpus=[], devices=Devices((), "", 4)), 600, id="cpu"
         ),
         pytest.param(replace(plan_for(SHORT), gpus=[]), 11_000, id="unknown-gpus"),
     ],
