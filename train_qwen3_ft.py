@@ -66,7 +66,7 @@ chapter reads top-down: what calls stands above what it calls, each check with i
     LAUNCHER   main; command line; preflight; configuration; keys (also the launcher's own);
                devices and nodes; packages; model and DeepSpeed; data, and how long its samples
                are; scores; plan; the split of a step; rules between keys; resume; the plan for
-               people and as data; SwanLab's settings; rehearsal; launch; supervision (stop,
+               people and as data; settings of the trackers; rehearsal; launch; supervision (stop,
                hang watch); console; children beside the ranks; why a run failed; scores for
                people; summary
     RANK       one process per device, started by torchrun: training arguments, the callback
@@ -153,21 +153,18 @@ OPTIONAL = """
     adam_beta1 adam_beta2 adam_epsilon bf16 bf16_full_eval cache_dir compute_accuracy
     dataloader_drop_last dataloader_num_workers deepspeed disable_gradient_checkpointing
     disable_shuffling do_eval do_predict enable_liger_kernel eval_dataset eval_on_each_dataset
-    eval_on_start eval_steps flash_attn fp16 fp16_full_eval fsdp global_batch_size learning_rate
+    eval_on_start eval_steps flash_attn fp16 fp16_full_eval fsdp learning_rate
     load_best_model_at_end lr_scheduler_kwargs lr_scheduler_type max_samples
     metric_for_best_model model_name_or_path model_revision neat_packing packing plot_loss
     predict_with_generate pref_loss project pure_bf16 report_to resize_vocab
-    resume_from_checkpoint save_only_model save_total_limit score score_database streaming
-    swanlab_logdir swanlab_mode swanlab_project swanlab_run_name swanlab_workspace template
-    tokenized_path train_from_scratch train_sampling_strategy use_cpu use_swanlab warmup_ratio
-    warmup_steps weight_decay
+    resume_from_checkpoint save_only_model save_total_limit streaming swanlab_logdir
+    swanlab_project swanlab_run_name swanlab_workspace template tokenized_path
+    train_from_scratch train_sampling_strategy use_cpu use_swanlab warmup_ratio warmup_steps
+    weight_decay
 """.split()
-# The defaults of LLaMA-Factory and transformers for the keys that the plan and the rules read, and
-# those of the launcher's own keys.
+# The defaults of LLaMA-Factory and transformers for the keys that the plan and the rules read;
+# LAUNCHER_FIELDS adds those of the launcher's own.
 DEFAULTS = dict.fromkeys(OPTIONAL) | {
-    "max_restarts": 3,
-    "hang_timeout": 600,
-    "score_samples": 100,
     "do_train": True,
     "stage": "sft",
     "finetuning_type": "lora",
@@ -957,10 +954,14 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Field:
-    """What a key takes: names of Python types (none: anything), or an enumeration's words."""
+    """What a key takes: names of Python types (none: anything), or an enumeration's words; of the
+    launcher's own keys also the default and the least number.
+    """
 
     kinds: Set[str] = frozenset()
     choices: tuple[str, ...] = ()
+    default: object = None
+    least: float = -math.inf
 
     def __str__(self) -> str:
         kinds = [text for kind, text in KINDS.items() if kind in self.kinds]
@@ -974,14 +975,15 @@ SWANLAB_MODES = ("online", "cloud", "local", "offline", "disabled")
 LAUNCHER_FIELDS = {
     "swanlab_mode": Field(choices=SWANLAB_MODES),
     "cuda_visible_devices": Field(),
-    "global_batch_size": Field({"int"}),
-    "max_restarts": Field({"int"}),
-    "hang_timeout": Field({"int"}),
+    "global_batch_size": Field({"int"}, least=1),
+    "max_restarts": Field({"int"}, default=3, least=0),
+    "hang_timeout": Field({"int"}, default=600, least=1),  # seconds
     "notify": Field({"str"}),
     "score": Field({"str"}),
-    "score_samples": Field({"int"}),
+    "score_samples": Field({"int"}, default=100, least=1),
     "score_database": Field({"str"}),
 }
+DEFAULTS |= {key: own.default for key, own in LAUNCHER_FIELDS.items()}
 # Enumerations stand before the fields that name them.
 SOURCES = """
     transformers/trainer_utils.py llamafactory/extras/constants.py transformers/training_args.py
@@ -1039,8 +1041,8 @@ RANGES = (
         "1 or more",
         """
         per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps
-        global_batch_size cutoff_len max_samples buffer_size preprocessing_num_workers
-        preprocessing_batch_size ddp_timeout hang_timeout score_samples
+        cutoff_len max_samples buffer_size preprocessing_num_workers preprocessing_batch_size
+        ddp_timeout
         """,
     ),
     (
@@ -1052,7 +1054,7 @@ RANGES = (
         lambda number: number >= 0,
         "0 or more",
         """
-        learning_rate weight_decay warmup_ratio warmup_steps max_grad_norm val_size max_restarts
+        learning_rate weight_decay warmup_ratio warmup_steps max_grad_norm val_size
         dataloader_num_workers label_smoothing_factor neftune_noise_alpha
         """,
     ),
@@ -1088,7 +1090,8 @@ def check_keys(config: Config, problems: Problems) -> Config:
 def checked_value(key: str, value: object, wanted: Field) -> object:
     """`value` as the type that `key` takes. Raises ValueError where it cannot be."""
     value = cast(value, wanted)
-    for fits, expected, keys in RANGES:
+    own = (lambda number: number >= wanted.least, f"{wanted.least} or more", key)
+    for fits, expected, keys in (*RANGES, own):
         if key in keys.split() and isinstance(value, (int, float)) and not fits(value):
             raise ValueError(f"expected {expected}, got {value}")
     return value
@@ -1206,15 +1209,15 @@ def read_gpu(pynvml, index: int) -> Gpu:
         for process in ask("nvmlDeviceGetComputeRunningProcesses", handle) or ()
     )
     return Gpu(
-        index,
-        ask("nvmlDeviceGetUUID", handle) or "",
-        ask("nvmlDeviceGetName", handle) or "unknown GPU",
-        getattr(memory, "total", None),
-        getattr(memory, "used", None),
-        users,
-        ask("nvmlDeviceGetCudaComputeCapability", handle),
-        ask("nvmlSystemGetCudaDriverVersion_v2"),
-        frozenset(other for other in range(pynvml.nvmlDeviceGetCount()) if is_linked(other)),
+        index=index,
+        uuid=ask("nvmlDeviceGetUUID", handle) or "",
+        name=ask("nvmlDeviceGetName", handle) or "unknown GPU",
+        total=getattr(memory, "total", None),
+        used=getattr(memory, "used", None),
+        users=users,
+        capability=ask("nvmlDeviceGetCudaComputeCapability", handle),
+        driver_cuda=ask("nvmlSystemGetCudaDriverVersion_v2"),
+        linked=frozenset(filter(is_linked, range(pynvml.nvmlDeviceGetCount()))),
     )
 
 
@@ -3520,7 +3523,8 @@ FIXED_KEYS = """
 """.split()
 # Samples are packed within what a tokenizing process has at once.
 PACKING_KEYS = ("preprocessing_num_workers", "preprocessing_batch_size")
-# What decides how long a run takes and how much memory.
+# What decides how long a step takes and how much memory; not how many steps, checkpoints and
+# evaluations there are, which forecast() counts anew.
 DECISIVE = (
     *FIXED_KEYS,
     *PACKING_KEYS,
@@ -3862,7 +3866,7 @@ def plan_as_data(found: Preflight, run: Run, env: Environment) -> dict:
     }
 
 
-# --- SwanLab's settings -------------------------------------------------------------------------
+# --- settings of the trackers ---------------------------------------------------------------------
 
 
 def chosen_tracking(config: Config, run: Run, env: Environment) -> dict[str, Tracking]:
@@ -5295,6 +5299,52 @@ def compare(plan: Plan, run: Run) -> dict:
     }
 
 
+def print_summary(run: Run, config: Config, summary: dict) -> None:
+    """Print how the run ended."""
+    state = summary["state"]
+    rate = summary["tokens_per_second"]
+    loss = ""
+    time = format_seconds(summary["seconds"])
+    resume = summary["resume"]
+    figures = measured_lines(summary)
+    if rate:
+        time += f", {rate:.0f} tokens/s"
+    if figures:
+        time += f", {figures.pop('time')}"
+    if summary["last_loss"] is not None:
+        loss = "{first_loss:.4f} at first, {last_loss:.4f} at last".format_map(summary)
+    commands = {}
+    if summary["model"]:
+        commands = model_commands(Path(summary["model"]), config.values)
+    if not resume and state != "finished":
+        resume = "there is no checkpoint to resume from"
+    total = summary["total_steps"] or "an unknown number"
+    trains = config.values.do_train
+    print_lines(
+        {
+            "state": f"{state} at step {summary['steps']} of {total}" if trains else state,
+            "cause": state != "failed" and summary["cause"],
+            "hint": state == "diverged" and DIVERGED_HINT,
+            "loss": loss,
+            **score_lines(run, summary),
+            "time": time,
+            **figures,
+            "checkpoints": ", ".join(summary["checkpoints"]),
+            "curve": summary["curve"],
+            "dashboard": summary["dashboard"],
+            "model": summary["model"],
+            **commands,
+            "resume": resume,
+        }
+    )
+
+
+DIVERGED_HINT = (
+    "usual causes: a learning rate that is too high, fp16, bad rows in the data; resume with "
+    "learning_rate=... from the newest checkpoint, which is from before"
+)
+
+
 def measured_lines(summary: dict) -> dict[str, str]:
     """What a run has measured, for people: {label: text}; {} where it has not come so far."""
     shown = {key: format_bytes(summary[key] or 0) for key in summary if "memory" in key}
@@ -5405,52 +5455,6 @@ def mark_epochs_and_restarts(axes, lines: list[dict]) -> None:
         for step in places:
             axes.axvline(step, color=color, linestyle=":", label=label)
             label = "_"  # one entry of the legend
-
-
-DIVERGED_HINT = (
-    "usual causes: a learning rate that is too high, fp16, bad rows in the data; resume with "
-    "learning_rate=... from the newest checkpoint, which is from before"
-)
-
-
-def print_summary(run: Run, config: Config, summary: dict) -> None:
-    """Print how the run ended."""
-    state = summary["state"]
-    rate = summary["tokens_per_second"]
-    loss = ""
-    time = format_seconds(summary["seconds"])
-    resume = summary["resume"]
-    figures = measured_lines(summary)
-    if rate:
-        time += f", {rate:.0f} tokens/s"
-    if figures:
-        time += f", {figures.pop('time')}"
-    if summary["last_loss"] is not None:
-        loss = "{first_loss:.4f} at first, {last_loss:.4f} at last".format_map(summary)
-    commands = {}
-    if summary["model"]:
-        commands = model_commands(Path(summary["model"]), config.values)
-    if not resume and state != "finished":
-        resume = "there is no checkpoint to resume from"
-    total = summary["total_steps"] or "an unknown number"
-    trains = config.values.do_train
-    print_lines(
-        {
-            "state": f"{state} at step {summary['steps']} of {total}" if trains else state,
-            "cause": state != "failed" and summary["cause"],
-            "hint": state == "diverged" and DIVERGED_HINT,
-            "loss": loss,
-            **score_lines(run, summary),
-            "time": time,
-            **figures,
-            "checkpoints": ", ".join(summary["checkpoints"]),
-            "curve": summary["curve"],
-            "dashboard": summary["dashboard"],
-            "model": summary["model"],
-            **commands,
-            "resume": resume,
-        }
-    )
 
 
 def resume_command(run: Run) -> str:
@@ -7303,7 +7307,10 @@ class SwanLabRecord:
         self.record.finish(**endings.get(state, {"state": "crashed", "error": cause}))
 
 
-# report_to's name of each tracker that has a process: what chooses its settings, and its record.
+# report_to's name of each tracker that has a process of its own (in BACKENDS as well): a function
+# that chooses its Tracking, whose `init` has a `name` and a `log_dir`; and what records. That is
+# made of `init` with mode, id and config. It has log(), note() and finish(), and `place`, which is
+# {"dashboard": how to see it, "later": what to do where the service did not take the run}.
 TRACKERS = {"swanlab": (setup_experiment_tracking, SwanLabRecord)}
 
 
