@@ -2944,27 +2944,34 @@ def check_disk(plan: Plan, config: Config, run: Run | None) -> Iterator[str]:
 
 
 def nearest_that_fits(plan: Plan) -> str:
-    """The smallest change that fits: smaller batches, offload, more devices; '' if none."""
-    key = "per_device_eval_batch_size"
-    micro = plan.values.per_device_train_batch_size
-    tries = []
-    smaller = {}
-    if plan.phase == "evaluation":
-        batches = range(plan.values[key] - 1, 0, -1)
-        tries = [split_step(plan, micro, **{key: size}) for size in batches]
-        smaller = {key: 1}
-    sizes = [size for size in divisors(plan.per_rank) if size <= micro]
-    offload = "deepspeed=configs/deepspeed/ds_z3_offload_config.json"
-    offloaded = replace(plan, zero=Zero(3, True, True, used=True))
-    tries += [split_step(plan, size, **smaller) for size in sizes]
-    tries += [split_step(offloaded, size, offload, **smaller) for size in sizes]
-    for count in (2, 4, 8, 16, 32, 64):
-        if count > plan.world_size:
-            tries.append((f"{count} devices", estimate(replace(plan, world_size=count))))
-    for words, other in tries:
+    """The first of nearer_plans that fits; '' if none."""
+    for words, other in nearer_plans(plan):
         if other.needed <= plan.device_bytes and other.host_memory <= host_bytes():
             return f"; it fits with {words} ({format_bytes(other.needed)})"
     return ""
+
+
+def nearer_plans(plan: Plan) -> Iterator[tuple[str, Plan]]:
+    """What could fit, and how to ask for it, the smallest change first: smaller batches of what
+    takes the most, offload, more devices.
+    """
+    key = "per_device_eval_batch_size"
+    smaller = {}
+    if plan.phase == "evaluation":
+        for size in range(plan.values[key] - 1, 0, -1):
+            yield split_step(plan, plan.micro, **{key: size})
+        smaller = {key: 1}
+    sizes = [size for size in divisors(plan.per_rank) if size <= plan.micro]
+    for size in sizes:
+        yield split_step(plan, size, **smaller)
+    offloaded = replace(plan, zero=Zero(3, True, True, used=True))
+    for size in sizes:
+        yield split_step(
+            offloaded, size, "deepspeed=configs/deepspeed/ds_z3_offload_config.json", **smaller
+        )
+    for count in (2, 4, 8, 16, 32, 64):
+        if count > plan.world_size:
+            yield f"{count} devices", estimate(replace(plan, world_size=count))
 
 
 def divisors(samples: int) -> list[int]:
