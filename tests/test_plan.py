@@ -5,6 +5,7 @@ themselves.
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -1230,3 +1231,42 @@ def test_the_measured_peak_of_a_rehearsal_counts_in_the_suggested_split(tmp_path
     }
     write_json(tmp_path / "rehearsal.json", measured)
     assert ft.suggest_split(plan).startswith("per_device_train_batch_size=2 ")
+
+
+# --- the disk of a run that is resumed
+
+HELD = 50 << 20  # bytes of its two checkpoints
+
+
+@pytest.fixture
+def stopped(tmp_path: Path, write_config) -> Path:
+    """The directory of a stopped run that keeps two checkpoints."""
+    path = tmp_path / "out" / "stopped"
+    for step in (2, 4):
+        size = HELD // 2
+        checkpoint = path / f"checkpoint-{step}"
+        write_json(checkpoint / "trainer_state.json", {"max_steps": 15})
+        with open(checkpoint / "states.pt", "wb") as file:
+            file.truncate(size - (checkpoint / "trainer_state.json").stat().st_size)
+        files = {file.name: file.stat().st_size for file in checkpoint.iterdir()}
+        manifest = {"world_size": 1, "resumable": True, "problem": "", "files": files}
+        write_json(checkpoint / "manifest.json", manifest)
+    write_config(save_total_limit=2, save_steps=2).rename(path / "config.yaml")
+    return path
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that has not a byte left."""
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=0))
+
+
+def test_resuming_counts_the_runs_own_checkpoints_as_room(here, stopped: Path, full_disk):
+    done = here("--resume", stopped, "--dry-run")
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+
+
+def test_a_new_run_on_a_full_disk_is_refused(here, write_config, full_disk):
+    done = here(write_config(save_total_limit=2, save_steps=2), "--dry-run")
+    assert "disk: " in done.stderr and "0 B is free" in done.stderr

@@ -16,7 +16,7 @@ import yaml
 
 import train_qwen3_ft as ft
 from helpers import ROOT, SCRIPT
-from helpers.config import ZERO3_FILE, write_config, write_json
+from helpers.config import ZERO3_FILE, make_model, write_config, write_json
 from helpers.launcher import Run, ask_python, losses, run, says, train
 from helpers.real import real_fixture
 from helpers.swanlab_records import read_dashboard, read_record, records
@@ -579,3 +579,45 @@ def test_the_relaunchable_config_says_which_secrets_it_left_out(batched: Run) ->
     text = (batched.run_dir / "config.yaml").read_text(encoding="utf-8")
     says(text, "hf_hub_token.* left out|left out.*hf_hub_token")
     assert "hf_hub_token" not in yaml.safe_load(text)
+
+
+# --- the precision of the default configuration
+
+
+@real_fixture
+def in_bf16(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Two steps of a model of 30 million parameters in bf16 under ZeRO-3, on one CPU rank."""
+    folder = tmp_path_factory.mktemp("bf16")
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 10}
+    model = make_model(folder / "model", **sizes, num_attention_heads=8, num_key_value_heads=4)
+    changes = {"max_samples": 2, "save_steps": 2, "cutoff_len": 64, "save_total_limit": 1}
+    config = write_config(folder, model_name_or_path=str(model), bf16=True, **changes)
+    return train(folder, config, ranks=1)
+
+
+def stored_tensors(path: Path) -> list[dict]:
+    """What the header of a safetensors file says of each tensor."""
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return [tensor for name, tensor in header.items() if name != "__metadata__"]
+
+
+def test_a_bf16_model_is_written_in_bf16(in_bf16: Run):
+    assert {
+        tensor["dtype"] for tensor in stored_tensors(in_bf16.run_dir / "model.safetensors")
+    } == {"BF16"}
+
+
+def test_a_bf16_checkpoint_has_the_bytes_of_the_plan(in_bf16: Run):
+    plan = json.loads((in_bf16.run_dir / "plan.json").read_text(encoding="utf-8"))
+    checkpoint = in_bf16.run_dir / "checkpoint-2"
+    written = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
+    parameters = (in_bf16.run_dir / "model.safetensors").stat().st_size / 2
+    assert parameters > 25e6
+    assert plan["checkpoint_bytes"] == pytest.approx(14 * parameters, rel=0.01)
+    assert written == pytest.approx(plan["checkpoint_bytes"], rel=0.03)
+
+
+def test_a_bf16_model_learns(in_bf16: Run):
+    [[first], [last]] = losses(in_bf16.run_dir).values()
+    assert last < first
