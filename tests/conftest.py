@@ -3,6 +3,8 @@
 import fcntl
 import json
 import os
+import signal
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -164,3 +166,46 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     [run_dir] = folder.glob("out/*")
     assert sorted(losses(run_dir)) == list(range(1, STEPS + 1))
     return SimpleNamespace(run_dir=run_dir)
+
+
+@pytest.fixture
+def refused(
+    here: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., SimpleNamespace]:
+    """A real launch, not a dry run, that must end with exit code 2, no process started and no file
+    written.
+    """
+
+    def start(*args: object, **options: object) -> None:
+        pytest.fail(f"a process was started: {args}")
+
+    def launch(*args: object, **options: object) -> SimpleNamespace:
+        before = sorted(tmp_path.rglob("*"))
+        with monkeypatch.context() as patch:
+            patch.setattr(subprocess, "Popen", start)
+            done = here(*args, **options)
+        assert done.returncode == 2, done.stdout
+        assert done.stdout == ""
+        assert "Traceback" not in done.stderr
+        assert sorted(tmp_path.rglob("*")) == before
+        return done
+
+    handlers = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
+    yield launch
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def accepted(here: Callable) -> Callable[..., str]:
+    """A dry run that must find no problem; returns the plan."""
+
+    def launch(*args: object, **options: object) -> str:
+        done = here(*args, "--dry-run", **options)
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout
+
+    return launch
