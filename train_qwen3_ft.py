@@ -7317,7 +7317,8 @@ class SwanLabRecord:
 # report_to's name of each tracker that has a process of its own (in BACKENDS as well): a function
 # that chooses its Tracking, whose `init` has a `name` and a `log_dir`; and what records. That is
 # made of `init` with mode, id and config. It has log(), note() and finish(), and `place`, which is
-# {"dashboard": how to see it, "later": what to do where the service did not take the run}.
+# {"dashboard": how to see it, "later": what to do where the service did not take the run}. Where it
+# dies, another one is started and gets this launch from its beginning again.
 TRACKERS = {"swanlab": (setup_experiment_tracking, SwanLabRecord)}
 
 
