@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Full-parameter fine-tuning of Qwen3 with LLaMA-Factory, DeepSpeed ZeRO-3 and SwanLab.
 
-    python train_qwen3_ft.py configs/demo_cpu.yaml       # a minute or two on any CPU
+    python train_qwen3_ft.py configs/demo_cpu.yaml       # a few minutes on any CPU
     python train_qwen3_ft.py                             # configs/qwen3_14b_ft.yaml, its GPUs
     CUDA_VISIBLE_DEVICES=0,1 python train_qwen3_ft.py    # two GPUs, whatever the YAML says
     python train_qwen3_ft.py my.yaml learning_rate=2e-5  # override any YAML key
