@@ -24,8 +24,7 @@ global_batch_size (samples per optimizer step; gradient accumulation follows fro
 GPUs; with per_device_train_batch_size: auto the launcher splits the step, by the lengths of the
 samples, the memory and the links), max_restarts (default 3), hang_timeout (seconds, default
 600), notify (a URL that gets the summary as JSON when the run ends) and the three of the scores:
-score, score_samples and score_database. The script starts torchrun on
-itself, one process per GPU.
+score, score_samples and score_database. The script starts torchrun on itself, one process per GPU.
 
 The preflight checks before anything starts, and reports all problems at once: keys, types and
 choices against the installed LLaMA-Factory; keys that exclude each other; model, data and
@@ -656,7 +655,7 @@ def preflight(options: argparse.Namespace, env: Environment, run: Run | None) ->
         problems.attempt(require_packages, "deepspeed")
     problems += check_packages(config, zero, env)
     problems += check_other_models(config)
-    check_scores(config, problems)
+    problems += check_scores(config)
     where = config.where("model_name_or_path")
     model = problems.attempt(read_model, config.values, where=where) or Model("unknown")
     data = inspect_data(config, "dataset", problems)
@@ -2004,14 +2003,19 @@ def json_elements(file: TextIO, chunk: int = 1 << 20) -> Iterator[object]:
 
 
 def count_parquet(paths: list[Path]) -> int | None:
-    """Rows by the footers of Parquet files; in another process, since pyarrow is large."""
+    """Rows by the footers of Parquet files; None where one cannot be read."""
     code = (
         "import sys, pyarrow.parquet as p; "
         "print(sum(p.ParquetFile(path).metadata.num_rows for path in sys.argv[1:]))"
     )
-    command = [sys.executable, "-P", "-c", code, *map(str, paths)]
+    return ask_pyarrow(code, *paths)
+
+
+def ask_pyarrow(code: str, *arguments: object):
+    """What `code` prints as JSON, in another process, since pyarrow is large; None if it fails."""
+    command = [sys.executable, "-P", "-c", code, *map(str, arguments)]
     answer = subprocess.run(command, capture_output=True, text=True)
-    return int(answer.stdout) if answer.returncode == 0 else None
+    return json.loads(answer.stdout) if answer.returncode == 0 else None
 
 
 # What LLaMA-Factory reads of a row where `columns` is not given: role -> column.
@@ -2130,10 +2134,9 @@ def earlier_figures(plan: Plan) -> dict:
 
 
 def ask_lengths(folder: str) -> dict:
-    """The lengths of what tokenized_path holds; in another process, since pyarrow is large."""
-    command = [sys.executable, "-P", "-c", LENGTHS, folder, str(PADDED_TO)]
-    answer = subprocess.run(command, capture_output=True, text=True)
-    return json.loads(answer.stdout) | {"source": folder} if answer.returncode == 0 else {}
+    """The lengths of what tokenized_path holds; {} where it cannot be read."""
+    figures = ask_pyarrow(LENGTHS, folder, PADDED_TO)
+    return figures | {"source": folder} if figures else {}
 
 
 # The same as count_lengths and write_figures.
@@ -2154,6 +2157,8 @@ for file in folder.rglob("data-*.arrow"):
 found = {"lengths": sorted(count.items())}
 print(json.dumps(found | ({"evaluated": evaluated} if evaluated else {})))
 """
+
+
 # --- scores, before the start -------------------------------------------------------------------
 
 # What an evaluation alone does not need.
@@ -2192,14 +2197,16 @@ def score_config(config: Config, model: str) -> Config:
     return config.update(**changes)
 
 
-def check_scores(config: Config, problems: Problems) -> None:
-    """Gather what is wrong with the database or the script of the scores."""
+def check_scores(config: Config) -> list[str]:
+    """What is wrong with the database or the script of the scores."""
+    problems = Problems()
     path = config.values.score_database
     script = str(config.values.score)
     if path and config.values.score == "sql":
         problems.attempt(Database, Path(path), where=config.where("score_database"))
     if script.endswith(".py"):
         problems.attempt(check_script, Path(script), where=config.where("score"))
+    return problems
 
 
 def check_script(path: Path) -> None:
@@ -2988,9 +2995,14 @@ def divisors(samples: int) -> list[int]:
 def split_step(plan: Plan, size: int, *words: str, **more: object) -> tuple[str, Plan]:
     """The same step in micro-batches of `size`: `words` and the keys to change; its plan."""
     values = plan.values
-    keys = {"per_device_train_batch_size": size, ACCUMULATION: plan.per_rank // size} | more
+    keys = split_keys(plan.per_rank, size) | more
     changed = [f"{key}={value}" for key, value in keys.items() if value != values[key]]
     return " ".join([*words, *changed]), estimate(replace(plan, values=Values(values | keys)))
+
+
+def split_keys(samples: int, size: int) -> dict[str, int]:
+    """The keys that split `samples` per rank and step into micro-batches of `size`."""
+    return dict(zip(SPLIT, (size, samples // size), strict=True))
 
 
 def choose_split(plan: Plan) -> Plan:
@@ -4437,11 +4449,11 @@ class Supervisor:
         changes = {key: values[key] // 2}
         if not evaluates:
             micro = values.per_device_train_batch_size
-            settings = self.plan.zero.settings
-            is_fixed = settings.get("train_micro_batch_size_per_gpu", "auto") != "auto"
+            given = self.plan.zero.settings.get("train_micro_batch_size_per_gpu", "auto")
+            is_fixed = micro == 1 or given != "auto"
             samples = micro * values[ACCUMULATION]
-            size = next((size for size in divisors(samples) if size < micro), 0)
-            changes = {SPLIT[0]: size, ACCUMULATION: samples // max(size, 1)}
+            smaller = [size for size in divisors(samples) if size < micro]
+            changes = split_keys(samples, max(smaller, default=1))
         if is_fixed or 0 in changes.values() or self.shrunk == 3:
             return False
         self.shrunk += 1
@@ -5205,6 +5217,11 @@ def share_text(total: float, samples: int) -> str:
     return f"{total / samples:.3f}"
 
 
+def mean_score(total: float, samples: int) -> float:
+    """The share, or the mean; 0 where nothing could be judged."""
+    return total / max(samples, 1)
+
+
 def scores_by_step(lines: list[dict]) -> dict[str, dict]:
     """{name: {step: (sum, samples)}} in the order of steps; of several data sets by their names."""
     found: dict[str, dict] = {}
@@ -5221,7 +5238,7 @@ def summarize_scores(lines: list[dict]) -> dict:
     summary = {}
     for name, pairs in scores_by_step(lines).items():
         steps = [[step, *pair] for step, pair in pairs.items()]
-        best = max(steps, key=lambda score: score[1] / max(score[2], 1))
+        best = max(steps, key=lambda score: mean_score(*score[1:]))
         summary[name] = {"first": steps[0], "best": best, "last": steps[-1]}
     return summary
 
@@ -5446,7 +5463,7 @@ def draw_scores(axes, lines: list[dict]) -> bool:
         right = axes.twinx()
         right.set(ylabel="score", ylim=(0, 1.02))
         for number, (name, steps) in enumerate(scores.items(), 2):
-            shares = [total / max(samples, 1) for total, samples in steps.values()]
+            shares = [mean_score(*pair) for pair in steps.values()]
             right.plot([*steps], shares, "s--", color=f"C{number}", label=name)
     return bool(scores)
 
@@ -6202,7 +6219,7 @@ class Scorer:
             rows = self.judge_answers(samples, answers)
             seconds = time.perf_counter() - begun
             counts = count_scores(rows, SCORES.get(self.values.score, ()))
-            shares = {key: total / max(of, 1) for key, (total, of) in counts.items()}
+            shares = {key: mean_score(*pair) for key, pair in counts.items()}
             self.known[name, at] = shares
             self.record(name, at, rows, counts, seconds)
             self.callback.scorings.append(self.callback.lap())
@@ -7067,15 +7084,20 @@ def record_data(run: Run, figures, samples, template, tokenizer, is_eval) -> Non
     """In a rank: write data.json and the Modelfile for Ollama; end where nothing can be learned."""
     if os.environ.get("RANK", "0") == "0":
         write_figures(run, figures, is_eval)
-    if os.environ.get("RANK", "0") == "0" and not is_eval:
-        with contextlib.suppress(Exception):  # a template that Ollama's form cannot hold
-            modelfile = template.get_ollama_modelfile(tokenizer)
-            if not template.enable_thinking:  # trained prompts end with an empty thought
-                thought = template.add_thought()
-                modelfile = modelfile.replace("{{ else if eq", thought + "{{ else if eq")
-            write_atomically(run.path / "Modelfile", modelfile)
+        if not is_eval:
+            write_modelfile(run, template, tokenizer)
     if figures["problem"]:
         raise RuntimeError(figures["problem"])
+
+
+def write_modelfile(run: Run, template, tokenizer) -> None:
+    """The template for Ollama, where its form can hold it."""
+    with contextlib.suppress(Exception):
+        modelfile = template.get_ollama_modelfile(tokenizer)
+        if not template.enable_thinking:  # trained prompts end with an empty thought
+            thought = template.add_thought()
+            modelfile = modelfile.replace("{{ else if eq", thought + "{{ else if eq")
+        write_atomically(run.path / "Modelfile", modelfile)
 
 
 def write_figures(run: Run, figures: dict, is_eval: bool) -> None:
