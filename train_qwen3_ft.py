@@ -4981,6 +4981,7 @@ class TrackerProcess:
         self.process = None
         self.starts = 0
         self.begun = 0.0
+        self.is_starting = False
         self.problem = self.end = (
             ""  # why it was started again, until that is said; the last order
         )
@@ -5004,6 +5005,7 @@ class TrackerProcess:
         """Start a tracker, which reads its settings from stdin."""
         self.starts = self.starts + 1
         self.begun = time.monotonic()
+        self.is_starting = True
         with open(self.run.logs / f"{self.name}.log", "ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-u", str(SCRIPT), "--tracker", str(self.run.path)],
@@ -5032,17 +5034,21 @@ class TrackerProcess:
         """Notice that the tracker has begun, that it does not, or that it has died."""
         if not self.process:
             return
-        state = self.state()
         if self.process.poll():
-            self.start_again(state.get("problem", "its process ended"))
-        elif state and self.problem:
-            text = f"{self.title}'s process ended ({self.problem}); it was started again"
-            if self.online:
-                text = f"{self.title} cannot be reached ({self.problem}), {state['later']}"
-            say(text)
-            self.problem = ""
-        elif not state and time.monotonic() - self.begun > self.READY:
+            self.start_again(self.state().get("problem", "its process ended"))
+        elif self.is_starting and "later" in self.state():
+            self.is_starting = False
+            self.tell_of_restart(self.state()["later"])
+        elif self.is_starting and time.monotonic() - self.begun > self.READY:
             self.start_again(f"no answer in {self.READY} s")
+
+    def tell_of_restart(self, later: str) -> None:
+        """Say why this tracker is not the first one, if it is not."""
+        if self.problem and self.online:
+            say(f"{self.title} cannot be reached ({self.problem}), {later}")
+        elif self.problem:
+            say(f"{self.title}'s process ended ({self.problem}); it was started again")
+        self.problem = ""
 
     def start_again(self, problem: str) -> None:
         """Replace a tracker that does not answer or has died; by a local one if it was online."""
@@ -5064,8 +5070,8 @@ class TrackerProcess:
             return
         self.end = json.dumps({"state": state, "cause": cause[-300:]})
         self.order(self.end)
-        deadline = time.monotonic() + (self.END if self.state() else self.READY + self.END)
         self.watch()
+        deadline = time.monotonic() + self.END + (self.READY if self.is_starting else 0)
         while self.process and self.process.poll() != 0:
             if time.monotonic() > deadline:
                 self.process.kill()

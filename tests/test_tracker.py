@@ -359,7 +359,7 @@ def tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., li
     def launch(mode: str, **answers: dict) -> list[dict]:
         told = tmp_path / "told"
         code = f"""
-import json, os, sys
+import json, os, sys, time
 init = json.loads(input())
 open({str(told)!r}, "a").write(json.dumps(init) + "\\n")
 state = {answers!r}[init["mode"]] | {{"pid": os.getpid()}}
@@ -368,6 +368,7 @@ with open({str(tmp_path / "draft")!r}, "w") as file:
     json.dump(state, file)
 os.replace({str(tmp_path / "draft")!r}, {str(tmp_path / "logs" / "swanlab.json")!r})
 if "problem" in state:
+    time.sleep(0.5)  # the launcher reads it before the process has ended
     sys.exit(1)
 input()
 """
@@ -410,6 +411,15 @@ def test_a_tracker_that_never_begins_is_given_up_after_three_starts(
         capsys.readouterr().out,
         r"SwanLab does not record this run \(broken\); see .*swanlab\.log",
     )
+
+
+def test_a_tracker_that_tells_a_problem_has_not_begun(
+    tracked: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    broken = {"problem": "broken"}
+    assert len(tracked("online", online=broken, local=broken)) == 3
+    text = capsys.readouterr().out
+    says(text, r"\ASwanLab does not record this run \(broken\); see .*swanlab\.log\n\Z")
 
 
 @pytest.mark.parametrize(
